@@ -1,0 +1,8 @@
+"""SeqLoRA for ComfyUI: registration only.  Outside ComfyUI there is nothing to register."""
+
+import importlib.util
+
+if __package__ and importlib.util.find_spec("comfy_api") is not None:
+    from .nodes.extension import comfy_entrypoint
+
+    __all__ = ["comfy_entrypoint"]

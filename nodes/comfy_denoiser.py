@@ -1,0 +1,249 @@
+"""ComfyUI's models behind seqlora_core's Denoiser protocol.  The only file that touches ComfyUI's internals.
+
+Facts it rests on: the executor runs under `torch.inference_mode()`, so that weights are inference tensors, which no
+backward pass may save.  While predicting for training they are replaced by equal clones, and put back afterwards:
+left in place, clones break later LoRA loads on quantised models.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_management as management
+import comfy.model_sampling
+import comfy.sample
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ..seqlora_core.adapter import Adapter
+from ..seqlora_core.attach import Site
+from ..seqlora_core.demo_model import CLIP_SIZE, CONTEXT_LENGTH
+from ..seqlora_core.denoiser import Conditioning, fingerprint
+from ..seqlora_core.errors import UserError
+
+# attention projections of every family: q, k, v, out, fused or not; modulation and norms are no adapter's place
+_ATTENTION = re.compile(r"attn|attention")
+_NOT_ADAPTED = re.compile(r"mod|norm|adaln|embed", re.IGNORECASE)
+
+
+def load_demo_model(path: Path):
+    """(model, clip, vae) of the embedded demo model."""
+    config = {**CLIP_SIZE, "model_type": "clip_text_model"}
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(
+        str(path), te_model_options={"clip_l_model_config": _full_clip_config(config)}
+    )[:3]
+    # at 64 px, SD3's 77 text tokens would be most of the work: the demo model was trained with fewer
+    clip.tokenizer.clip_l.max_length = CONTEXT_LENGTH
+    return model, clip, vae
+
+
+def _full_clip_config(small: dict) -> dict:
+    import json
+
+    import comfy.sd1_clip
+
+    stock = Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json")
+    return {**json.loads(stock.read_text(encoding="utf-8")), **small}
+
+
+def apply_adapter(model, clip, adapter: Adapter):
+    """Patched clones of model and clip, and the adapter's layers that have no place in either."""
+    tensors = {}
+    for name, delta in adapter.layers.items():
+        tensors[f"{name}.lora_down.weight"] = delta.down.contiguous()
+        tensors[f"{name}.lora_up.weight"] = delta.up.contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(delta.rank))
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    if clip is not None:
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+    missing = [name for name in adapter.layers if name not in keys]
+    if len(missing) == len(adapter.layers):
+        raise UserError("the stack does not fit this model: none of its layers is in it; load the model it was trained on")
+    known = {k: v for k, v in tensors.items() if k.rsplit(".", 2)[0] in keys or k.rsplit(".", 1)[0] in keys}
+    return (*comfy.sd.load_lora_for_models(model, clip, known, 1.0, 1.0), missing)
+
+
+class ComfyDenoiser:
+    """`seqlora_core.denoiser.Denoiser` for any image model that ComfyUI loads.
+
+    Use as a context manager, inside `torch.inference_mode(False)`.  Latents handed out are the model's own
+    (after process_latent_in).
+    """
+
+    def __init__(self, model, clip, vae):
+        dynamic = getattr(model, "is_dynamic", lambda: False)()
+        # a dynamic patcher may evict weights between forward and backward: train on a plain one
+        self.patcher = model.clone(disable_dynamic=True) if dynamic else model.clone()
+        self.clip, self.vae = clip, vae
+        self.device = model.load_device
+        self._swapped: list[tuple[dict, str, Tensor]] = []
+        self._hooks: list = []
+        self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._sites: list[Site] | None = None
+
+    def __enter__(self) -> ComfyDenoiser:
+        self._load()
+        # several families add in place to tensors that a LayerNorm has saved for its backward
+        for module in self.base.diffusion_model.modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                self._hooks.append(module.register_forward_pre_hook(lambda m, a: (a[0].clone(), *a[1:])))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def base(self):
+        return self.patcher.model
+
+    def _load(self) -> None:
+        with torch.inference_mode():
+            management.load_models_gpu([self.patcher], force_full_load=True)
+
+    def _prepare(self) -> None:
+        """Weights that a backward pass may save, from here to `_restore`"""
+        if self._swapped:
+            return
+        self._load()
+        if hasattr(management, "in_training"):
+            management.in_training = True
+        for module in self.base.modules():
+            for kind in (module._parameters, module._buffers):
+                for key, value in kind.items():
+                    if value is None or not (value.is_inference() or value.requires_grad):
+                        continue
+                    self._swapped.append((kind, key, value))
+                    clone = value.detach().clone()
+                    kind[key] = nn.Parameter(clone, requires_grad=False) if kind is module._parameters else clone
+
+    def _restore(self) -> None:
+        for kind, key, value in self._swapped:
+            kind[key] = value
+        self._swapped.clear()
+        if hasattr(management, "in_training"):
+            management.in_training = False
+
+    def sites(self) -> list[Site]:
+        if self._sites is None:
+            names = _file_names(self.base)
+            self._sites = []
+            for path, module in self.base.diffusion_model.named_modules():
+                # quantised layers are not nn.Linear, but they are called Linear
+                linear = type(module).__name__ == "Linear" and getattr(module, "weight", None) is not None
+                if linear and _ATTENTION.search(path) and not _NOT_ADAPTED.search(path):
+                    out, width = module.weight.shape
+                    self._sites.append(Site(names.get(path, f"diffusion_model.{path}"), (module,), width, out))
+            if not self._sites:
+                raise UserError(f"{type(self.base).__name__} has no attention layers that can be adapted: use another model")
+        return self._sites
+
+    def fingerprint(self) -> str:
+        """From the adapted layers' shapes and the first one's weight, in fp16: the same as on other hosts"""
+        return fingerprint(self.sites())
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        self._restore()
+        contexts, pooled = [], []
+        with torch.inference_mode():
+            for prompt in prompts:
+                encoded = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)
+                contexts.append(encoded[0])
+                pooled.append(encoded[1])
+        longest = max(c.shape[1] for c in contexts)
+        # long prompts come in several chunks: shorter ones are repeated, as ComfyUI does when it batches
+        contexts = [c.repeat(1, -(-longest // c.shape[1]), 1)[:, :longest] for c in contexts]
+        context = torch.cat(contexts).float().clone().to(self.device)
+        return Conditioning(context, None if pooled[0] is None else torch.cat(pooled).float().clone().to(self.device))
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        self._restore()
+        with torch.inference_mode():
+            latents = torch.cat([self.vae.encode(image[None, ..., :3]) for image in images])
+        self._shapes[tuple(images.shape[1:3])] = tuple(latents.shape[1:])
+        return self.base.process_latent_in(latents.float().clone()).to(self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._restore()
+        with torch.inference_mode():
+            return self.vae.decode(self.base.process_latent_out(latents.detach().clone())).cpu().float().clone()
+
+    @property
+    def _sampling(self):
+        return self.base.model_sampling
+
+    def _sigma(self, percent: Tensor) -> Tensor:
+        """Percent of the schedule done, 0.001 to 0.999, to sigma"""
+        values = [float(self._sampling.percent_to_sigma(p)) for p in (0.001 + 0.998 * percent).tolist()]
+        return torch.tensor(values, device=self.device)
+
+    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        """Uniform over the schedule; logit-normal for flow models"""
+        if isinstance(self._sampling, comfy.model_sampling.CONST):
+            return self._sigma(torch.sigmoid(torch.randn(count, generator=generator)))
+        return self._sigma(torch.rand(count, generator=generator))
+
+    def even_sigmas(self, count: int) -> Tensor:
+        middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        if isinstance(self._sampling, comfy.model_sampling.CONST):
+            middle = torch.sigmoid(torch.special.ndtri(middle))
+        return self._sigma(middle.float())
+
+    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return self._sampling.noise_scaling(sigma.view(-1, *[1] * (latents.ndim - 1)), noise, latents, False)
+
+    def _error_scale(self, sigma: Tensor, ndim: int) -> Tensor:
+        """Error of the predicted x0 over this is the model's native error (noise, velocity ...)"""
+        shape = (-1, *[1] * (ndim - 1))
+        one, sigma = torch.ones(len(sigma), device=sigma.device).view(shape), sigma.view(shape)
+        s = self._sampling
+        return s.calculate_denoised(sigma, one, one * 0) - s.calculate_denoised(sigma, one * 0, one * 0)
+
+    def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        self._prepare()
+        options = {"cross_attn": conditioning.context, "noise": noised, "device": self.device}
+        if conditioning.pooled is not None:
+            options["pooled_output"] = conditioning.pooled
+        height, width = noised.shape[-2] * 8, noised.shape[-1] * 8
+        conditions = self.base.extra_conds(**options, width=width, height=height, prompt_type="positive")
+        extra = {k: v.process_cond(batch_size=len(noised), device=self.device, area=None).cond for k, v in conditions.items()}
+        x0 = self.base.apply_model(noised, sigma, **extra)
+        return x0.float() / self._error_scale(sigma, noised.ndim)
+
+    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return latents / self._error_scale(sigma, latents.ndim)
+
+    def sample(
+        self, conditioning: Conditioning, seed: int, steps: int = 20, guidance: float = 4.0, size: tuple[int, int] = (512, 512)
+    ) -> Tensor:
+        """Through ComfyUI's own sampler (Euler, simple), so that every family is sampled as its users do"""
+        empty = self.encode_prompts([""])
+        if size not in self._shapes:
+            self.encode_images(torch.zeros(1, *size, 3))
+        shape = self._shapes[size]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(conditioning))])
+        with torch.inference_mode():
+            latents = comfy.sample.sample(
+                self.patcher, noise, steps, guidance, "euler", "simple", _conditions(conditioning), _conditions(empty),
+                torch.zeros_like(noise), disable_pbar=True, seed=seed,
+            )  # fmt: skip
+        return self.base.process_latent_in(latents.float().clone()).to(self.device)
+
+
+def _conditions(conditioning: Conditioning) -> list:
+    extra = {} if conditioning.pooled is None else {"pooled_output": conditioning.pooled.cpu()}
+    return [[conditioning.context.cpu(), extra]]
+
+
+def _file_names(base) -> dict[str, str]:
+    """Module path -> the name that LoRA files use.  SD1.5 and SDXL: diffusers' spelling in kohya's form, which both
+    ComfyUI and diffusers read; other families: `diffusion_model.<path>`."""
+    names = {}
+    for name, target in comfy.lora.model_lora_keys_unet(base, {}).items():
+        if isinstance(target, str) and re.match(r"lora_unet_(down|up|mid)_block", name):
+            names[target.removeprefix("diffusion_model.").removesuffix(".weight")] = name
+    return names

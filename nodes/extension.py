@@ -1,0 +1,32 @@
+"""The list of nodes."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply_stack import SeqLoRAApplyStack
+from .concept import SeqLoRAConcept
+from .concept_images import SeqLoRAConceptImages
+from .demo_model import SeqLoRADemoModel
+from .interference_report import SeqLoRAInterferenceReport
+from .library import SeqLoRALibrary
+from .save_stack import SeqLoRASaveStack
+from .train_concept import SeqLoRATrainConcept
+
+NODES: list[type[io.ComfyNode]] = [
+    SeqLoRAConceptImages,
+    SeqLoRATrainConcept,
+    SeqLoRAConcept,
+    SeqLoRALibrary,
+    SeqLoRAApplyStack,
+    SeqLoRAInterferenceReport,
+    SeqLoRASaveStack,
+    SeqLoRADemoModel,
+]
+
+
+class SeqLoRAExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> SeqLoRAExtension:
+    return SeqLoRAExtension()

@@ -1,0 +1,45 @@
+"""Where files are: libraries under models/loras/seqlora, reference pictures under ComfyUI's input folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ..seqlora_core.demo_model import DEMO_FOLDER
+from ..seqlora_core.errors import UserError
+from ..seqlora_core.library import Library
+from ..seqlora_core.names import safe_name
+
+DEMO_PREFIX = "demo/"
+
+
+def libraries_folder() -> Path:
+    return Path(folder_paths.get_folder_paths("loras")[0]) / "seqlora"
+
+
+def library_folder(library: str) -> Path:
+    return libraries_folder() / safe_name(library, "library name")
+
+
+def open_library(library: str) -> Library:
+    return Library(library_folder(library))
+
+
+def library_state(library: str) -> str:
+    """Changes whenever the library does: for fingerprint_inputs."""
+    try:
+        return str((library_folder(library) / "library.json").stat().st_mtime_ns)
+    except (OSError, UserError):
+        return "none"
+
+
+def pictures_folder(folder: str) -> Path:
+    """A folder below ComfyUI's input folder, or one of the pack's sample concepts as `demo/NAME`."""
+    folder = folder.strip().replace("\\", "/")
+    if folder.startswith(DEMO_PREFIX):
+        return DEMO_FOLDER / "concepts" / safe_name(folder.removeprefix(DEMO_PREFIX), "sample concept")
+    parts = [safe_name(part, "folder") for part in folder.split("/") if part]
+    if not parts:
+        raise UserError("no folder given: name a folder inside ComfyUI's input folder, or connect images")
+    return Path(folder_paths.get_input_directory()).joinpath(*parts)

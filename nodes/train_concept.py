@@ -1,0 +1,130 @@
+"""Teach a library one more concept."""
+
+import comfy.model_management as management
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+
+from ..seqlora_core.errors import UserError
+from ..seqlora_core.library import Library
+from ..seqlora_core.names import safe_name
+from ..seqlora_core.plots import curves_picture, to_pil
+from ..seqlora_core.preview import draw_with, preview_prompts, sample_sheet
+from ..seqlora_core.teach import train_concept
+from ..seqlora_core.trainer import TrainingConfig
+from .comfy_denoiser import ComfyDenoiser
+from .folders import library_folder, open_library
+from .types import CATEGORY, Entry, ImagesType, Stack, StackType
+
+USE, AGAIN = "use it", "train again"
+
+
+class SeqLoRATrainConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = TrainingConfig()
+        return io.Schema(
+            node_id="SeqLoRATrainConcept",
+            display_name="Train Concept (SeqLoRA)",
+            category=CATEGORY,
+            description="Trains one concept on top of all that the library holds, so that they stack by plain addition.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                ImagesType.Input("images"),
+                io.String.Input("library", default="my_library", tooltip="Folder in models/loras/seqlora; made if it is new."),
+                io.String.Input("name", default="", placeholder="my_cat", tooltip="File name of the concept."),
+                io.String.Input("trigger", default="", placeholder="ohwx", tooltip="A rare word that calls the concept in a prompt."),
+                io.String.Input("class_noun", default="", placeholder="cat", tooltip="What it is: person, animal, style ..."),
+                io.Int.Input("rank", default=default.rank, min=1, max=128, tooltip="Directions a layer gives this concept."),
+                io.Int.Input("steps", default=default.steps, min=1, max=100_000),
+                io.Float.Input("learning_rate", default=default.learning_rate, min=1e-6, max=0.5, step=1e-4, round=False),
+                io.Float.Input(
+                    "interference_weight", default=default.interference_weight, min=0.0, max=1000.0, step=0.01, round=False,
+                    tooltip="How strongly other things are protected from this concept.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False),
+                io.Combo.Input("if_trained", options=[USE, AGAIN], default=USE, optional=True, tooltip="If the library has this concept."),
+                io.Int.Input("batch_size", default=default.batch, min=1, max=64, optional=True),
+                io.Int.Input("preview_every", default=50, min=0, max=10_000, optional=True, tooltip="Steps between previews; 0 for none."),
+                io.Int.Input("planned_concepts", default=32, min=1, max=1000, optional=True, tooltip="Size that a new library is planned for."),
+                StackType.Input("after", optional=True, tooltip="Another Train Concept's stack: this one is trained after it."),
+            ],
+            outputs=[
+                StackType.Output(display_name="stack"),
+                io.String.Output(display_name="report"),
+                io.Image.Output(display_name="curves"),
+                io.Image.Output(display_name="samples"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, library, name, **_):
+        """Runs again if its concept was taken out of the library"""
+        try:
+            return name.strip() in open_library(library).names
+        except UserError:
+            return False
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, images, library, name, trigger, class_noun, rank, steps, learning_rate,
+        interference_weight, seed, if_trained=USE, batch_size=8, preview_every=50, planned_concepts=32, after=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        name = safe_name(name, "concept name")
+        config = TrainingConfig(
+            rank=rank, steps=steps, learning_rate=learning_rate, interference_weight=interference_weight, seed=seed, batch=batch_size
+        )
+        config.validate()
+        with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae) as denoiser:
+            opened = Library(library_folder(library), denoiser.fingerprint(), planned_concepts, create=True)
+            trained = name in opened.names
+            losses, energies, notes = [], [], []
+            if not trained or if_trained == AGAIN:
+                progress = _Progress(cls.hidden.unique_id, denoiser, trigger, class_noun, images, steps, preview_every)
+                _, fit = train_concept(
+                    denoiser, opened, images.images.clone(), name, trigger, class_noun, images.captions, config,
+                    progress.step, replace_existing=trained,
+                )  # fmt: skip
+                losses, energies, notes = fit.losses, fit.energies, fit.notes
+                if fit.stopped is not None:
+                    raise fit.stopped
+                report = f"{name}: trained {len(losses)} steps, loss {_mean(losses[:10]):.4f} to {_mean(losses[-10:]):.4f}; the library holds {len(opened)}."
+            else:
+                report = f"{name} is in the library already: using it. Set 'if_trained' to '{AGAIN}' to train it anew."
+            samples = sample_sheet(denoiser, opened, name, images.images)
+        curves = curves_picture(losses, energies)
+        stack = Stack([Entry(library.strip(), n) for n in opened.names])
+        text = "\n".join([report, *notes])
+        return io.NodeOutput(stack, text, curves, samples, ui=ui.PreviewImage(samples, cls=cls))
+
+
+class _Progress:
+    """Progress bar, live preview and cancel: what ComfyUI sees of each step."""
+
+    def __init__(self, node_id, denoiser, trigger, class_noun, images, steps, preview_every):
+        self.node_id, self.denoiser, self.every = node_id, denoiser, preview_every
+        self.bar = comfy.utils.ProgressBar(steps)
+        self.size = tuple(images.images.shape[1:3])
+        self.prompts = preview_prompts(trigger, class_noun)
+
+    def step(self, step) -> None:
+        management.throw_exception_if_processing_interrupted()
+        picture = None
+        if self.every and (step.number % self.every == 0 or step.number == 1):
+            drawn = draw_with(self.denoiser, step.snapshot(), self.prompts, self.size)
+            picture = ("JPEG", to_pil(torch.cat(list(drawn), 1)), 512)
+        self.bar.update_absolute(step.number, step.total, picture)
+        if step.number % 10 == 0:
+            from server import PromptServer
+
+            left = step.seconds / step.number * (step.total - step.number)
+            text = f"step {step.number} of {step.total}, loss {step.loss:.3f}, {left:.0f} s left"
+            PromptServer.instance.send_progress_text(text, self.node_id)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(1, len(values))

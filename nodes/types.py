@@ -1,0 +1,39 @@
+"""What travels along SEQLORA_* links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from comfy_api.latest import io
+from torch import Tensor
+
+CATEGORY = "SeqLoRA"
+ImagesType = io.Custom("SEQLORA_IMAGES")
+StackType = io.Custom("SEQLORA_STACK")
+
+
+@dataclass
+class ConceptImages:
+    """images [n, height, width, 3] in 0..1; a caption or None for each."""
+
+    images: Tensor
+    captions: list[str | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One concept of a library, at a strength."""
+
+    library: str
+    name: str
+    strength: float = 1.0
+
+
+@dataclass
+class Stack:
+    entries: list[Entry] = field(default_factory=list)
+
+    def plus(self, *entries: Entry) -> Stack:
+        """This stack with more entries; a concept named again takes the later strength."""
+        new = {(e.library, e.name): e for e in (*self.entries, *entries)}
+        return Stack(list(new.values()))

@@ -1,0 +1,112 @@
+"""One lower step and one upper step of the bilevel fit.  No loop, no files.
+
+Level  variable            objective
+lower  A = lora_up         L(A, B; support) + lambda E(A, B)
+upper  B = basis           L(A*(B), B; query)  + lambda E(A*(B), B)   on the Stiefel manifold, off earlier bases
+
+with lora_down `D = B^T W`, W the whitening of the layer's inputs (subspace.Metric).  The upper step is first
+order: it leaves out how A* follows B.  Layers of one shape are stacked, so a step costs a few batched products
+however many layers there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, LayerDelta
+from .interference import whitened_energy
+from .linalg import retract, tangent
+
+
+@dataclass
+class Group:
+    """Layers of one shape, stacked along the first dimension (n layers).
+
+    up [n, out, r]; basis [n, d, r]; white [n, d, d]; moment [n, d, d] is what the energy is measured on, in
+    whitened coordinates; scale [n] divides each layer's energy by that of the layer's own output;
+    occupied [n, d, k] or None.
+    """
+
+    names: list[str]
+    up: Tensor
+    basis: Tensor
+    white: Tensor
+    moment: Tensor
+    scale: Tensor
+    occupied: Tensor | None
+
+    def down(self) -> Tensor:
+        """lora_down of each layer, [n, r, d]"""
+        return self.basis.mT @ self.white
+
+
+def live_layers(groups: list[Group]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (down, up), differentiable in the groups' factors: what attach.Attachment adds."""
+    layers = {}
+    for group in groups:
+        for name, down, up in zip(group.names, group.down().unbind(), group.up.unbind()):
+            layers[name] = (down, up)
+    return layers
+
+
+def to_adapter(groups: list[Group]) -> Adapter:
+    """The fitted concept as an ordinary LoRA (detached copies)."""
+    return Adapter({n: LayerDelta(d.detach().clone(), u.detach().clone()) for n, (d, u) in live_layers(groups).items()})
+
+
+def mean_energy(groups: list[Group]) -> Tensor:
+    """E(A, B): residual interference energy of each layer over the layer's own output energy, mean over layers."""
+    total = sum((whitened_energies(g) * g.scale).sum() for g in groups)
+    return total / sum(len(g.names) for g in groups)
+
+
+def whitened_energies(group: Group) -> Tensor:
+    """[n]"""
+    return torch.func.vmap(whitened_energy)(group.up, group.basis, group.moment)
+
+
+class LowerLevel:
+    """Adam on lora_up."""
+
+    def __init__(self, groups: list[Group], rate: float):
+        self.optimiser = torch.optim.Adam([g.up for g in groups], rate, betas=(0.9, 0.99))
+
+    def step(self) -> None:
+        """One step from the gradients that a backward pass left on the groups' `up`."""
+        self.optimiser.step()
+
+
+class UpperLevel:
+    """Riemannian Adam on the bases: the tangent gradient's moments, then a retraction.
+
+    After Becigneul and Ganea, "Riemannian Adaptive Optimization Methods" (2019), with the first moment carried
+    over by projection to the new tangent space (as geoopt's RiemannianAdam does).
+    """
+
+    def __init__(self, groups: list[Group], rate: float, retraction: str = "qr", betas=(0.9, 0.99)):
+        self.groups, self.rate, self.retraction, self.betas, self.count = groups, rate, retraction, betas, 0
+        self.first = [torch.zeros_like(g.basis) for g in groups]
+        self.second = [torch.zeros_like(g.basis) for g in groups]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step from the gradients that a backward pass left on the groups' `basis`."""
+        self.count += 1
+        b1, b2 = self.betas
+        for group, first, second in zip(self.groups, self.first, self.second):
+            direction = tangent(group.basis, group.basis.grad, group.occupied)
+            first.mul_(b1).add_(direction, alpha=1 - b1)
+            second.mul_(b2).addcmul_(direction, direction, value=1 - b2)
+            step = first / (1 - b1**self.count) / ((second / (1 - b2**self.count)).sqrt() + 1e-8)
+            step = tangent(group.basis, step, group.occupied)
+            group.basis.copy_(retract(group.basis, -self.rate * step, group.occupied, self.retraction))
+            first.copy_(tangent(group.basis, first, group.occupied))
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Norm of the Riemannian gradient over all layers, from the gradients now on the bases."""
+        squares = [tangent(g.basis, g.basis.grad, g.occupied).square().sum() for g in self.groups]
+        return float(sum(squares).sqrt())

@@ -1,0 +1,89 @@
+"""What a base model sees while it draws other things: moments for the metric, and pictures for replay.
+
+Made once for a library; needs no images, the model draws its own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter import read_safetensors, write_safetensors
+from .attach import Attachment, attached
+from .denoiser import Conditioning, Denoiser
+from .prompts import generic_decoys, generic_prompts
+from .statistics import Moments, Recorder, moments_from_tensors
+
+PICTURES = 96  # drawn for a calibration; a quarter of them decoys
+DRAW_STEPS = 10
+PASSES = 4  # noise levels at which each picture is seen
+
+
+@dataclass
+class Calibration:
+    """moments: G of each layer.  prompts, latents [n, ...]: pictures the base drew, kept for replay."""
+
+    moments: Moments
+    prompts: list[str]
+    latents: Tensor
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        metadata = {
+            "seqlora.base": fingerprint,
+            "seqlora.prompts": json.dumps(self.prompts),
+            "seqlora.shared": json.dumps(self.moments.shared()),
+        }
+        write_safetensors(path, {**self.moments.tensors(), "latents": self.latents.float()}, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        tensors, metadata = read_safetensors(path)
+        moments = moments_from_tensors(tensors, json.loads(metadata["seqlora.shared"]))
+        return cls(moments, json.loads(metadata["seqlora.prompts"]), tensors["latents"])
+
+
+@torch.no_grad()
+def record_moments(
+    denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, attachment: Attachment | None = None,
+    passes: int = PASSES, batch: int = 16, seed: int = 0,
+) -> Moments:  # fmt: skip
+    """Second moments of every site's inputs while these latents are seen at noise levels spread over the schedule.
+
+    latents [n, ...]; conditioning of n prompts.  `attachment` may hold adapters that are active meanwhile.
+    """
+    attachment = attachment or Attachment()
+    generator = torch.Generator().manual_seed(seed)
+    count = len(latents)
+    sigmas = denoiser.even_sigmas(count * passes)[torch.randperm(count * passes, generator=generator)]
+    with attached(denoiser.sites(), attachment), Recorder(attachment) as recorder:
+        for repeat in range(passes):
+            for index in torch.arange(count).split(batch):
+                x = latents[index].to(denoiser.device)
+                noise = torch.randn(x.shape, generator=generator).to(x)
+                sigma = sigmas[repeat * count + index].to(x)
+                recorder.next_pass()
+                denoiser.predict(denoiser.noised(x, noise, sigma), sigma, conditioning[index])
+    return recorder.moments()
+
+
+def draw(denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], batch: int = 16) -> Tensor:
+    """Latents that the base model draws for these prompts, in few steps."""
+    parts = []
+    for start in range(0, len(prompts), batch):
+        conditioning = denoiser.encode_prompts(prompts[start : start + batch])
+        parts.append(denoiser.sample(conditioning, seed + start, DRAW_STEPS, 4.0, size))
+    return torch.cat(parts).cpu()
+
+
+def calibrate(
+    denoiser: Denoiser, size: tuple[int, int], pictures: int = PICTURES, prompts: list[str] | None = None, seed: int = 0
+) -> Calibration:
+    """Draw `pictures` generic and decoy prompts with the bare model and record what its layers see."""
+    if prompts is None:
+        prompts = generic_prompts(pictures - pictures // 4, seed) + generic_decoys(pictures // 4, seed)
+    latents = draw(denoiser, prompts, seed, size)
+    return Calibration(record_moments(denoiser, latents, denoiser.encode_prompts(prompts), seed=seed), prompts, latents)

@@ -1,0 +1,295 @@
+"""The command line: `python -m seqlora_core COMMAND`, or `seqlora COMMAND`.
+
+Exit codes: 0, or 2 with one sentence for the user's mistake, 1 for ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from .errors import UserError
+from .trainer import TrainingConfig
+
+
+def build_parser() -> argparse.ArgumentParser:
+    default = TrainingConfig()
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", type=Path, help="base model file (default: the embedded demo model)")
+    common.add_argument("--library", type=Path, help="folder of the library")
+    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--device", default="cpu", help="cpu, cuda ...")
+    common.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the base model")
+    common.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+
+    parser = argparse.ArgumentParser(prog="seqlora", description="Concepts that stack: train them one after another, add them up.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common])
+
+    training = argparse.ArgumentParser(add_help=False)
+    training.add_argument("--rank", type=int, default=default.rank)
+    training.add_argument("--steps", type=int, default=default.steps)
+    training.add_argument("--batch", type=int, default=default.batch)
+    training.add_argument("--learning-rate", type=float, default=default.learning_rate, help="of lora_up")
+    training.add_argument("--lambda", dest="interference_weight", type=float, default=default.interference_weight,
+                          metavar="F", help="weight of the interference energy")  # fmt: skip
+
+    demo = commands.add_parser("demo", help="teach sample concepts, stack them, compare", parents=[common, training])
+    demo.add_argument("--output", type=Path, default=Path("demo_output"))
+    demo.add_argument("--concepts", nargs="+", metavar="NAME", help="sample concepts (default: five)")
+
+    train = commands.add_parser("train", help="teach a library one more concept", parents=[common, training])
+    train.add_argument("--images", type=Path, required=True, help="folder of reference pictures, captions in .txt files beside them")
+    train.add_argument("--trigger", required=True, help="rare word that calls the concept")
+    train.add_argument("--class-noun", default="", help="what it is: animal, person ...")
+    train.add_argument("--name", help="name in the library (default: the folder's)")
+    train.add_argument("--planned", type=int, default=32, help="concepts a new library is planned for")
+
+    for name, text in (("stack", "write several concepts as one ordinary LoRA"), ("report", "who disturbs whom")):
+        sub = command(name, text)
+        sub.add_argument("adapters", nargs="*", metavar="ADAPTER[:STRENGTH]", help="LoRA files (or give --library)")
+        sub.add_argument("--output", type=Path, required=name == "stack")
+        if name == "stack":
+            sub.add_argument("--mode", default="sum", choices=["sum", "weights", "data"])
+            sub.add_argument("--amount", type=float, default=1.0, help="of the projection, 0..1")
+
+    sample = command("sample", "draw prompts")
+    sample.add_argument("prompts", nargs="+", metavar="PROMPT")
+    sample.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA to add (repeatable)")
+    sample.add_argument("--output", type=Path, default=Path("sample.png"))
+
+    calibrate = command("calibrate", "record what the base model sees, for a library")
+    calibrate.add_argument("--pictures", type=int, default=None, help="to draw")
+
+    library = commands.add_parser("library", help="list, verify, repair or remove", parents=[common])
+    library.add_argument("action", choices=["list", "verify", "repair", "remove"])
+    library.add_argument("folder", type=Path)
+    library.add_argument("name", nargs="?", help="concept to remove")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    try:
+        result = COMMANDS[args.command](args)
+    except UserError as error:
+        print(f"seqlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("seqlora: stopped", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _say(args):
+    """Progress goes to stderr when stdout is for a machine"""
+    return lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+
+def _open_model(args):
+    import torch
+
+    from .demo_model import DEMO_MODEL, DemoModel
+
+    return DemoModel(args.model or DEMO_MODEL, args.device, getattr(torch, args.dtype))
+
+
+def _config(args) -> TrainingConfig:
+    names = ("rank", "steps", "batch", "learning_rate", "interference_weight", "seed")
+    config = replace(TrainingConfig(), **{n: getattr(args, n) for n in names})
+    config.validate()
+    return config
+
+
+@contextlib.contextmanager
+def _bar(name: str, steps: int):
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc=name, unit="step", leave=False) as bar:
+
+        def on_step(step) -> None:
+            bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+            bar.update()
+
+        yield on_step
+
+
+def _demo(args):
+    from .demo import CONCEPTS, run_demo
+
+    rows = run_demo(_open_model(args), args.output, list(args.concepts or CONCEPTS), _config(args), _say(args), _bar)
+    return {"output": str(args.output), "rows": rows}
+
+
+def _train(args):
+    from .demo_model import SIZE
+    from .library import Library
+    from .references import load_pictures
+    from .teach import train_concept
+
+    images, captions = load_pictures(args.images, SIZE)
+    config, name = _config(args), args.name or args.images.resolve().name
+    if args.library is None:
+        raise UserError("no library: name its folder with --library")
+    model = _open_model(args)
+    library = Library(args.library, model.fingerprint(), args.planned, create=True)
+    with _bar(name, config.steps) as on_step:
+        concept, fit = train_concept(model, library, images, name, args.trigger, args.class_noun, captions, config, on_step)
+    path = library.paths(concept.name)[0]
+    say = _say(args)
+    if fit.stopped is not None:
+        say(f"stopped after {len(fit.losses)} steps; what was trained is in {path}")
+        raise fit.stopped
+    for note in fit.notes:
+        say(note)
+    say(f"{concept.name}: {len(fit.losses)} steps, written to {path}")
+    return {"name": concept.name, "path": str(path), "losses": fit.losses, "energies": fit.energies, "notes": fit.notes}
+
+
+def _adapters(items: list[str], library: Path | None):
+    """(name, adapter, strength, moments or None) of files or of a whole library, and the library's calibration"""
+    from .adapter import load_adapter
+    from .library import Library
+    from .statistics import moments_from_tensors
+
+    if bool(items) == bool(library):
+        raise UserError("name LoRA files or give --library, one of the two")
+    if library:
+        opened = Library(library)
+        calibration = opened.calibration()
+        return [(c.name, c.adapter, 1.0, c.moments) for c in opened.concepts()], calibration and calibration.moments
+    out = []
+    for item in items:
+        path, strength = _with_strength(item)
+        stats, moments = path.with_suffix("").with_suffix(".stats.safetensors"), None
+        if stats.exists():
+            from .adapter import read_safetensors
+
+            tensors, metadata = read_safetensors(stats)
+            moments = moments_from_tensors(tensors, json.loads(metadata.get("seqlora.shared", "{}")))
+        out.append((path.stem, load_adapter(path), strength, moments))
+    return out, None
+
+
+def _with_strength(item: str) -> tuple[Path, float]:
+    """FILE or FILE:0.8 (a Windows drive's colon is not a strength)"""
+    head, colon, tail = item.rpartition(":")
+    if colon and not Path(item).exists():
+        try:
+            return Path(head), float(tail)
+        except ValueError:
+            pass
+    return Path(item), 1.0
+
+
+def _stack(args):
+    from .adapter import save_adapter
+    from .composition import compose
+
+    parts, general = _adapters(args.adapters, args.library)
+    if not 0 <= args.amount <= 1:
+        raise UserError(f"amount is {args.amount}: give a number from 0 to 1")
+    moments = [m for *_, m in parts]
+    known = None if any(m is None for m in moments) else moments
+    composed = compose([a for _, a, *_ in parts], [s for _, _, s, _ in parts], args.mode, args.amount, known, general)
+    composed.metadata = {"seqlora.trigger": ", ".join(t for _, a, *_ in parts for t in a.triggers)}
+    save_adapter(args.output, composed)
+    _say(args)(f"{len(parts)} adapters written to {args.output}")
+    return {"output": str(args.output), "adapters": [n for n, *_ in parts]}
+
+
+def _report(args):
+    from dataclasses import asdict
+
+    from .interference import interference_report
+
+    parts, _ = _adapters(args.adapters, args.library)
+    if not parts:
+        raise UserError(f"the library {args.library} is empty: train a concept into it first")
+    moments = {n: m for n, *_, m in parts if m is not None}
+    report = interference_report({n: a.scaled(s) for n, a, s, _ in parts}, moments)
+    _say(args)(report.text())
+    if args.output is not None and args.output.suffix.lower() == ".png":
+        from .plots import crosstalk_picture, to_pil
+
+        to_pil(crosstalk_picture(report)[0]).save(args.output)
+    elif args.output is not None:
+        args.output.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False), encoding="utf-8")
+    return asdict(report)
+
+
+def _sample(args):
+    import torch
+
+    from .adapter import concatenate, load_adapter
+    from .demo_model import SIZE
+    from .library import Library
+    from .plots import to_pil
+    from .preview import draw_with
+
+    adapters = [load_adapter(p).scaled(s) for p, s in map(_with_strength, args.adapter)]
+    if args.library is not None:
+        adapters += [c.adapter for c in Library(args.library).concepts()]
+    drawn = draw_with(_open_model(args), concatenate(adapters) if adapters else None, args.prompts, (SIZE, SIZE), args.seed)
+    to_pil(torch.cat(list(drawn), 1)).save(args.output)
+    _say(args)(f"written to {args.output}")
+    return {"output": str(args.output)}
+
+
+def _calibrate(args):
+    from .calibration import PICTURES, calibrate
+    from .demo_model import SIZE
+    from .library import Library
+
+    if args.library is None:
+        raise UserError("no library: name its folder with --library")
+    model = _open_model(args)
+    library = Library(args.library, model.fingerprint(), create=True)
+    if len(library):
+        raise UserError(f"the library {library.folder.name!r} has concepts, whose bases rest on its calibration: start a new one")
+    calibration = calibrate(model, (SIZE, SIZE), args.pictures or PICTURES, seed=args.seed)
+    library.keep_calibration(calibration)
+    _say(args)(f"{len(calibration.prompts)} pictures seen; written to {library.folder}")
+    return {"pictures": len(calibration.prompts)}
+
+
+def _library(args):
+    from .library import Library, repair
+
+    say = _say(args)
+    if args.action == "repair":
+        library = repair(args.folder)
+        say(f"{len(library)} concepts: {', '.join(library.names)}")
+        return {"names": library.names}
+    library = Library(args.folder)
+    if args.action == "list":
+        for entry in library.manifest["concepts"]:
+            say(f"{entry['name']}\t{entry['trigger']} {entry['class_noun']}".rstrip())
+        return library.manifest
+    if args.action == "remove":
+        if not args.name:
+            raise UserError("which concept? give its name after the folder")
+        message = library.remove(args.name)
+        say(message)
+        return {"removed": args.name, "message": message}
+    problems = library.verify()
+    for problem in problems:
+        say(problem)
+    if problems:
+        raise UserError(f"{len(problems)} problems in {args.folder}: 'seqlora library repair' rebuilds the manifest from whole files")
+    say(f"{len(library)} concepts, all well")
+    return {"problems": problems}
+
+
+COMMANDS = {
+    "demo": _demo, "train": _train, "stack": _stack, "report": _report, "sample": _sample, "calibrate": _calibrate,
+    "library": _library,
+}  # fmt: skip

@@ -1,0 +1,310 @@
+"""The demo: teach concepts one after another, stack them, and compare with ordinary LoRAs stacked the same way.
+
+Everything is measured on held-out pictures by `evaluation`, and identity by `judge`; nothing is tuned here on what
+is measured, except the ordinary LoRA's learning rate, which gets the best of three.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import evaluation
+from .adapter import Adapter, concatenate, save_adapter
+from .calibration import record_moments
+from .composition import closed_form, gram_schmidt, norm_controlled
+from .demo_model import DEMO_FOLDER, SIZE, DemoModel
+from .errors import UserError
+from .evaluation import HeldOut, held_out_loss, measure, row
+from .library import Library
+from .ordinary import train_ordinary
+from .preview import draw_with
+from .references import load_pictures
+from .teach import train_concept
+from .trainer import References, TrainingConfig
+
+CONCEPTS = ("octopus", "penguin", "fox", "ghost", "rocket")
+RATES = (1e-3, 3e-3, 1e-2)  # of the ordinary LoRA
+DRAWN = 6  # pictures of each concept for the judge
+COLOURS = "white gray blue yellow green pink".split()
+
+
+@dataclass
+class Subject:
+    """A sample concept: references, and pictures that no training sees."""
+
+    name: str
+    trigger: str
+    class_noun: str
+    images: Tensor
+    references: References
+    held_out_images: Tensor
+    held_out: HeldOut
+
+    @property
+    def words(self) -> str:
+        return f"{self.trigger} {self.class_noun}"
+
+    def prompt(self, colour: str) -> str:
+        article = "an" if self.words[0] in "aeiou" else "a"
+        return f"{article} {self.words}, {colour} background"
+
+
+def load_subject(model: DemoModel, name: str, folder: Path | None = None) -> Subject:
+    folder = folder or DEMO_FOLDER / "concepts" / name
+    images, captions = load_pictures(folder, SIZE)
+    held, held_captions = load_pictures(folder / "held_out", SIZE)
+    # "an octzu animal, red background"
+    trigger, class_noun = captions[0].split(",")[0].split()[-2:]
+    references = References(model.encode_images(images), captions, (SIZE, SIZE))
+    return Subject(name, trigger, class_noun, images, references, held, HeldOut.of(model, model.encode_images(held), held_captions))
+
+
+def load_generic(model: DemoModel) -> HeldOut:
+    images, captions = load_pictures(DEMO_FOLDER / "evaluation" / "generic", SIZE)
+    return HeldOut.of(model, model.encode_images(images), captions, levels=6)
+
+
+def load_pairs(model: DemoModel, names: list[str]) -> list[tuple[int, int, HeldOut]]:
+    """Pictures of two of these concepts side by side: (index, index, picture)"""
+    out = []
+    folder = DEMO_FOLDER / "evaluation" / "pairs"
+    for path in sorted(folder.glob("*.png")):
+        first, second = path.stem.split("+")
+        if first in names and second in names:
+            from .references import load_picture
+
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            latents = model.encode_images(load_picture(path, SIZE)[None])
+            out.append((names.index(first), names.index(second), HeldOut.of(model, latents, [caption])))
+    return out
+
+
+def train_ordinary_best(model, subjects: list[Subject], config: TrainingConfig, say) -> tuple[list[Adapter], float]:
+    """Ordinary LoRAs at the best of RATES, by mean held-out loss alone."""
+    tried = {}
+    for rate in RATES:
+        adapters = [
+            train_ordinary(model, s.references, config.rank, config.steps, rate, config.batch, config.seed) for s in subjects
+        ]
+        losses = [held_out_loss(model, s.held_out, a) for s, a in zip(subjects, adapters)]
+        tried[rate] = (evaluation.mean(losses), adapters)
+        say(f"ordinary LoRAs, learning rate {rate:g}: held-out loss alone {tried[rate][0]:.4f}")
+    best = min(tried, key=lambda r: tried[r][0])
+    return tried[best][1], best
+
+
+def train_series(model, subjects: list[Subject], library: Library, config: TrainingConfig, say, bar=None) -> list[Adapter]:
+    """One concept after another into a library."""
+    for subject in subjects:
+        start = time.perf_counter()
+        with bar(subject.name, config.steps) if bar else _no_bar() as on_step:
+            concept, _ = train_concept(
+                model, library, subject.images, subject.name, subject.trigger, subject.class_noun,
+                subject.references.captions, config, on_step,
+            )  # fmt: skip
+        say(f"{subject.name}: taught in {time.perf_counter() - start:.0f} s")
+    return [c.adapter for c in library.concepts()]
+
+
+class _no_bar:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return False
+
+
+def table(model, subjects, ours: list[Adapter], ordinary: list[Adapter], library: Library, seed: int) -> list[dict]:
+    """Rows of the protocol: base, ordinary LoRAs stacked in four ways, ours."""
+    held_outs = [s.held_out for s in subjects]
+    generic, pairs = load_generic(model), load_pairs(model, [s.name for s in subjects])
+    base = [held_out_loss(model, h) for h in held_outs]
+    base_generic = held_out_loss(model, generic)
+    alone = [held_out_loss(model, h, a) for h, a in zip(held_outs, ordinary)]
+    moments = [_moments(model, s, a, seed) for s, a in zip(subjects, ordinary)]
+    stacks = {
+        "ordinary_sum": ordinary,
+        "ordinary_norm": norm_controlled(ordinary),
+        "ordinary_gram_schmidt": gram_schmidt(ordinary),
+        "closed_form": closed_form(ordinary, moments, library.calibration().moments),
+        "seqlora": ours,
+    }
+    pair_base = [held_out_loss(model, h) for _, _, h in pairs]
+    rows = [
+        {
+            "row": "base", "n": len(base), "alone": evaluation.mean(base), "stack": evaluation.mean(base), "alone_gain": 0.0,
+            "kept_mean": 0.0, "kept_worst": 0.0, "kept_subset": 0.0, "generic_drift": 0.0,
+            "pairs": evaluation.mean(pair_base) if pair_base else None,
+        }
+    ]  # fmt: skip
+    for name, adapters in stacks.items():
+        unstacked = ours if name == "seqlora" else ordinary
+        losses = measure(model, adapters, held_outs, generic, pairs, unstacked, seed=seed)
+        rows.append(row(name, losses, base, alone, base_generic))
+    return rows
+
+
+def _moments(model, subject: Subject, adapter: Adapter, seed: int):
+    from .attach import Attachment
+
+    attachment = Attachment()
+    attachment.set_frozen(adapter, model.device)
+    prompts = model.encode_prompts(subject.references.captions)
+    return record_moments(model, subject.references.latents, prompts, attachment, seed=seed)
+
+
+def add_identity(rows: list[dict], model, subjects, stacks: dict[str, tuple[list[Adapter], Adapter]]) -> None:
+    """Identity by the held-out judge, with the pixel control, into the rows that are drawn."""
+    from .judge import Judge, nearest, pixels, similarity
+
+    judge = Judge()
+    held = [s.held_out_images for s in subjects]
+    bank = torch.cat([*(s.images for s in subjects), *held, load_pictures(DEMO_FOLDER / "evaluation" / "generic", SIZE)[0]])
+    kinds = {"identity": judge.features, "pixel_control": pixels}
+    centres = {k: f(bank).mean(0) for k, f in kinds.items()}
+    references = {k: [f(h) for h in held] for k, f in kinds.items()}
+    labels = [s.name for s in subjects for _ in range(len(s.held_out_images))]
+    for name, (alone, stack) in stacks.items():
+        target = next(r for r in rows if r["row"] == name)
+        for where, adapters in (("alone", alone), ("stack", [stack] * len(subjects))):
+            drawn = [draw_with(model, a, [s.prompt(c) for c in COLOURS[:DRAWN]], (SIZE, SIZE)) for s, a in zip(subjects, adapters)]
+            for kind, features in kinds.items():
+                scores = [similarity(features(d), r, centres[kind]) for d, r in zip(drawn, references[kind])]
+                target[f"{kind}_{where}"] = evaluation.mean(scores)
+            features = judge.features(torch.cat(drawn))
+            found = nearest(features, torch.cat(references["identity"]), labels, centres["identity"])
+            truth = [s.name for s in subjects for _ in range(DRAWN)]
+            target[f"one_nn_{where}"] = sum(a == b for a, b in zip(found, truth)) / len(truth)
+
+
+def contact_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], path: Path, columns: int = 3) -> None:
+    """Rows: subjects.  Columns: references | base | ours alone | all of ours | all ordinary ones."""
+    both = {"ours": concatenate(ours), "ordinary": concatenate(ordinary)}
+    rows = []
+    for subject, own in zip(subjects, ours):
+        prompts = [subject.prompt(c) for c in COLOURS[:columns]]
+        parts = [subject.images[:columns]]
+        for adapter in (None, own, both["ours"], both["ordinary"]):
+            parts.append(draw_with(model, adapter, prompts, (SIZE, SIZE)))
+        rows.append(parts)
+    heads = ["references", "base model", "one concept", f"all {len(ours)} stacked", f"{len(ours)} ordinary LoRAs\nstacked"]
+    _sheet(rows, [s.name for s in subjects], heads, path)
+
+
+def pair_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], path: Path, columns: int = 3) -> None:
+    """Two concepts in one prompt, everything stacked: ours, and ordinary LoRAs."""
+    rows, names = [], []
+    for first, second in zip(subjects, [*subjects[1:], subjects[0]]):
+        prompts = [f"{first.prompt('x').split(',')[0]} on the left and {second.prompt('x').split(',')[0]} on the right, {c} background" for c in COLOURS[:columns]]
+        parts = [torch.cat([first.images[:1], second.images[:1]])]
+        for adapters in (ours, ordinary):
+            parts.append(draw_with(model, concatenate(adapters), prompts, (SIZE, SIZE)))
+        rows.append(parts)
+        names.append(f"{first.name}\n{second.name}")
+    _sheet(rows, names, ["references", f"all {len(ours)} stacked", f"{len(ours)} ordinary LoRAs stacked"], path)
+
+
+def _sheet(rows: list[list[Tensor]], names: list[str], heads: list[str], path: Path, zoom: int = 2) -> None:
+    from PIL import Image, ImageDraw, ImageFont
+
+    from .plots import to_pil
+
+    tile, gap, left, top = SIZE * zoom, 18, 110, 56
+    widths = [len(part) * tile for part in rows[0]]
+    sheet = Image.new("RGB", (left + sum(widths) + gap * len(widths), top + len(rows) * (tile + 6)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    x = left
+    for column, head in enumerate(heads):
+        draw.multiline_text((x + widths[column] / 2, top / 2), head, "black", font, anchor="mm", align="center")
+        for index, parts in enumerate(rows):
+            y = top + index * (tile + 6)
+            strip = to_pil(torch.cat(list(parts[column]), 1)).resize((widths[column], tile), Image.Resampling.LANCZOS)
+            sheet.paste(strip, (x, y))
+            if column == 0:
+                draw.multiline_text((left - 12, y + tile / 2), names[index], "black", font, anchor="rm", align="right")
+        x += widths[column] + gap
+    sheet.save(path)
+
+
+COLUMNS = {
+    "row": "row", "alone": "alone", "stack": "stack", "alone_gain": "gain alone", "kept_mean": "kept",
+    "kept_worst": "worst", "kept_subset": "subsets", "generic_drift": "generic drift", "pairs": "pairs",
+    "identity_alone": "identity alone", "identity_stack": "identity stack", "pixel_control_stack": "pixel control",
+}  # fmt: skip
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table; missing cells are '-'"""
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    for r in rows:
+        cells = []
+        for key in COLUMNS:
+            value = r.get(key)
+            percent = key == "generic_drift" and isinstance(value, float)
+            cells.append(f"{value:+.1%}" if percent else f"{value:.4f}" if key in ("alone", "stack", "pairs") and value is not None else f"{value:.2f}" if isinstance(value, float) else str(value) if value is not None else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def meta(command: str, model: DemoModel, seeds: list[int]) -> dict:
+    """How a results file was made"""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"command": command, "commit": commit, "seeds": seeds, "device": str(model.device), "versions": versions}
+
+
+def run_demo(model: DemoModel, output: Path, names: list[str], config: TrainingConfig, say=print, bar=None) -> list[dict]:
+    """Everything that `make demo` does; writes `output` and returns the table's rows."""
+    known = sorted(p.name for p in (DEMO_FOLDER / "concepts").iterdir() if p.is_dir())
+    unknown = [n for n in names if n not in known]
+    if unknown or len(names) < 2:
+        raise UserError(f"the demo needs two or more of its sample concepts, not {', '.join(names) or 'none'}: choose from {', '.join(known)}")
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    subjects = [load_subject(model, n) for n in names]
+    say(f"{len(subjects)} concepts: {', '.join(names)}")
+    ordinary, rate = train_ordinary_best(model, subjects, config, say)
+    say(f"ordinary LoRAs: learning rate {rate:g} is the best of {', '.join(f'{r:g}' for r in RATES)} and is used")
+    folder = output / "library"
+    if folder.exists():
+        shutil.rmtree(folder)  # of an earlier demo: it is made anew from the sample concepts
+    library = Library(folder, model.fingerprint(), create=True)
+    clock = time.perf_counter()
+    ours = train_series(model, subjects, library, config, say, bar)
+    seconds = (time.perf_counter() - clock) / len(subjects)
+    for subject, adapter in zip(subjects, ordinary):
+        save_adapter(output / "ordinary" / f"{subject.name}.safetensors", adapter)
+    rows = table(model, subjects, ours, ordinary, library, config.seed)
+    try:
+        drawn = {"ordinary_sum": (ordinary, concatenate(ordinary)), "seqlora": (ours, concatenate(ours))}
+        add_identity(rows, model, subjects, drawn)
+    except ImportError as error:
+        say(f"identity is not judged: {error.name} is not installed (requirements-dev.txt)")
+    next(r for r in rows if r["row"] == "seqlora")["seconds"] = seconds
+    contact_sheet(model, subjects, ours, ordinary, output / "contact_sheet.png")
+    pair_sheet(model, subjects, ours, ordinary, output / "pairs.png")
+    about = meta("python -m seqlora_core demo", model, [config.seed]) | {"ordinary_rate": rate}
+    (output / "table.json").write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (output / "table.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    with open(output / "table.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
+        writer.writeheader()
+        writer.writerows(rows)
+    say(markdown(rows))
+    say(f"written to {output} in {time.perf_counter() - start:.0f} s")
+    return rows

@@ -1,0 +1,207 @@
+"""The embedded demo model, hosted by diffusers: SD3's MMDiT, TAESD3 and a small CLIP from one stock-layout file.
+
+diffusers, transformers and tokenizers are imported when a model is loaded, not before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter import read_safetensors
+from .attach import Site
+from .denoiser import Conditioning, fingerprint
+from .errors import UserError
+
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
+DEMO_MODEL = DEMO_FOLDER / "model" / "seqlora_demo.safetensors"
+TOKENIZER = DEMO_FOLDER / "model" / "tokenizer.json"
+# Stock SD3 pads prompts to 77 tokens.  At 64 px the picture is 16 tokens: padding would be most of the work.
+CONTEXT_LENGTH = 24
+END_OF_TEXT = 49407
+SIZE = 64
+SHIFT = 3.0  # of the sampling schedule: SD3's own
+CLIP_SIZE = {
+    "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 3, "projection_dim": 64,
+    "max_position_embeddings": CONTEXT_LENGTH,
+}  # fmt: skip
+
+
+def clip_config(vocabulary: int = 49408, end_of_text: int = END_OF_TEXT):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        **CLIP_SIZE, vocab_size=vocabulary, hidden_act="quick_gelu", bos_token_id=0,
+        eos_token_id=end_of_text,
+    )  # fmt: skip
+
+
+def tokenizer(length: int = CONTEXT_LENGTH):
+    """Function from captions to token ids [n, length]: CLIP's own tokens, padded with end-of-text as SD3 does."""
+    from tokenizers import Tokenizer
+
+    tok = Tokenizer.from_file(str(TOKENIZER))
+    tok.enable_truncation(length)
+    tok.enable_padding(length=length, pad_id=END_OF_TEXT, pad_token="<|endoftext|>")
+    return lambda captions: torch.tensor([encoding.ids for encoding in tok.encode_batch(list(captions))])
+
+
+def encode_text(model, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """SD3's reading of a CLIP: hidden states before the last layer, and the pooled final state.
+
+    tokens [n, length] -> [n, length, width], [n, width]
+    """
+    out = model(tokens, output_hidden_states=True)
+    return out.hidden_states[-2], out.pooler_output
+
+
+def _load_denoiser(weights: dict[str, Tensor]):
+    from diffusers import SD3Transformer2DModel
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    width = weights["x_embedder.proj.weight"].shape[0]
+    depth = width // 64
+    grid = int(weights["pos_embed"].shape[1] ** 0.5)
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(dict(weights))
+    # a small CLIP fills only the first columns of SD3's 4,096 text features and 2,048 pooled ones; the rest of the
+    # input is always zero, so leaving its columns out changes nothing but the time
+    for key in ("context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"):
+        converted[key] = converted[key][:, : CLIP_SIZE["hidden_size"]].clone()
+    model = SD3Transformer2DModel(
+        sample_size=SIZE // 8, patch_size=2, in_channels=16, out_channels=16, num_layers=depth, attention_head_dim=64,
+        num_attention_heads=depth, joint_attention_dim=CLIP_SIZE["hidden_size"], caption_projection_dim=width,
+        pooled_projection_dim=CLIP_SIZE["hidden_size"], pos_embed_max_size=grid, qk_norm="rms_norm",
+    )  # fmt: skip
+    model.load_state_dict(converted)
+    return model
+
+
+def _load_autoencoder(weights: dict[str, Tensor]):
+    from diffusers import AutoencoderTiny
+
+    model = AutoencoderTiny(latent_channels=16)
+    converted = {}
+    for key, value in weights.items():
+        if key.startswith(("taesd_encoder.", "taesd_decoder.")):
+            part, index, rest = key.split(".", 2)
+            part = part.removeprefix("taesd_")
+            # stock counts the decoder's leading Clamp, diffusers does not
+            converted[f"{part}.layers.{int(index) - (part == 'decoder')}.{rest}"] = value
+    model.load_state_dict(converted)
+    return model
+
+
+def _load_text_encoder(weights: dict[str, Tensor]):
+    from transformers import CLIPTextModel
+
+    model = CLIPTextModel(clip_config())
+    # transformers 5 dropped the `text_model.` level
+    old = any(k.startswith("text_model.") for k in model.state_dict())
+    weights = {k if old else k.removeprefix("text_model."): v for k, v in weights.items() if k.startswith("text_model.")}
+    model.load_state_dict(weights)
+    return model
+
+
+class DemoModel:
+    """`denoiser.Denoiser` on diffusers; raises UserError for a file of another layout."""
+
+    def __init__(self, path: Path = DEMO_MODEL, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        self.path, self.device, self.dtype = Path(path), torch.device(device), dtype
+        tensors, _ = read_safetensors(self.path)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for prefix in ("model.diffusion_model.", "first_stage_model.", "text_encoders.clip_l.transformer."):
+            parts[prefix] = {k.removeprefix(prefix): v.to(dtype) for k, v in tensors.items() if k.startswith(prefix)}
+            if not parts[prefix]:
+                raise UserError(f"{path} has no '{prefix}*' tensors: the command line takes the demo model's layout; use the ComfyUI nodes for other models")
+        mmdit, vae, text = parts.values()
+        self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device)
+        self.vae = _load_autoencoder(vae).eval().requires_grad_(False).to(self.device)
+        self.text = _load_text_encoder(text).eval().requires_grad_(False).to(self.device)
+        self.tokenize = tokenizer()
+        self._sites: list[Site] | None = None
+
+    def sites(self) -> list[Site]:
+        if self._sites is None:
+            self._sites = []
+            for index, block in enumerate(self.mmdit.transformer_blocks):
+                a = block.attn
+                streams = {
+                    "x_block": ((a.to_q, a.to_k, a.to_v), a.to_out[0]),
+                    "context_block": ((a.add_q_proj, a.add_k_proj, a.add_v_proj), getattr(a, "to_add_out", None)),
+                }
+                for stream, (qkv, out) in streams.items():
+                    stem = f"diffusion_model.joint_blocks.{index}.{stream}.attn"
+                    self._add_site(f"{stem}.qkv", qkv)
+                    if out is not None:
+                        self._add_site(f"{stem}.proj", (out,))
+        return self._sites
+
+    def _add_site(self, name: str, modules: tuple) -> None:
+        out = sum(m.weight.shape[0] for m in modules)
+        self._sites.append(Site(name, modules, modules[0].weight.shape[1], out))
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        return Conditioning(*encode_text(self.text, self.tokenize(prompts).to(self.device)))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        x = images.to(self.device, self.dtype).permute(0, 3, 1, 2) * 2 - 1
+        return torch.cat([self.vae.encoder(part) for part in x.split(16)])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        x = torch.cat([self.vae.decoder(part) for part in latents.split(16)])
+        return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).float()
+
+    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        """Logit-normal, shifted by 1.5, as in base training"""
+        return _shifted(torch.sigmoid(torch.randn(count, generator=generator)), 1.5).to(self.device)
+
+    def even_sigmas(self, count: int) -> Tensor:
+        middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        return _shifted(torch.sigmoid(torch.special.ndtri(middle)), 1.5).to(self.device, self.dtype)
+
+    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        s = sigma.view(-1, 1, 1, 1)
+        return (1 - s) * latents + s * noise
+
+    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return noise - latents
+
+    def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.mmdit(noised, conditioning.context, conditioning.pooled, sigma * 1000, return_dict=False)[0]
+
+    @torch.no_grad()
+    def sample(
+        self, conditioning: Conditioning, seed: int, steps: int = 20, guidance: float = 4.0, size: tuple[int, int] = (SIZE, SIZE)
+    ) -> Tensor:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        count, shape = len(conditioning), (16, size[0] // 8, size[1] // 8)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
+        x = torch.stack(noise).to(self.device, self.dtype)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        scheduler.set_timesteps(steps, device=self.device)
+        if guidance != 1.0:
+            empty = self.encode_prompts([""] * count)
+            conditioning = Conditioning.cat([conditioning, empty])
+        for t in scheduler.timesteps:
+            sigma = (t / 1000).to(self.dtype).expand(len(conditioning))
+            if guidance == 1.0:
+                v = self.predict(x, sigma, conditioning)
+            else:
+                wanted, unwanted = self.predict(torch.cat([x, x]), sigma, conditioning).chunk(2)
+                v = unwanted + guidance * (wanted - unwanted)
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+        return x
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.sites())
+
+
+def _shifted(sigma: Tensor, shift: float) -> Tensor:
+    """SD3's timestep shift: s t / (1 + (s - 1) t)"""
+    return shift * sigma / (1 + (shift - 1) * sigma)

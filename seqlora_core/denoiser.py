@@ -1,0 +1,83 @@
+"""What the method needs of a diffusion model: one Protocol, implemented once per host."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .attach import Site
+
+
+@dataclass
+class Conditioning:
+    """Encoded prompts, indexable like a batch.  context [n, tokens, width]; pooled [n, width] or None."""
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def __getitem__(self, index) -> Conditioning:
+        return Conditioning(self.context[index], None if self.pooled is None else self.pooled[index])
+
+    @staticmethod
+    def cat(parts: list[Conditioning]) -> Conditioning:
+        pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts])
+        return Conditioning(torch.cat([p.context for p in parts]), pooled)
+
+
+class Denoiser(Protocol):
+    """A frozen model with adaptable layers.
+
+    `predict` and `target` are in the model's native error units (noise, velocity ...), so that the training loss
+    is always the plain mean squared difference.
+    """
+
+    device: torch.device
+
+    def sites(self) -> list[Site]:
+        """The adaptable layers, in the order of the forward pass."""
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning: ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[n, height, width, 3] in 0..1 -> latents"""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents -> [n, height, width, 3] in 0..1"""
+
+    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        """Noise levels for training, [count]"""
+
+    def even_sigmas(self, count: int) -> Tensor:
+        """Noise levels evenly spread over the same range, [count]: for statistics and evaluation"""
+
+    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
+
+    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def sample(self, conditioning: Conditioning, seed: int, steps: int, guidance: float, size: tuple[int, int]) -> Tensor:
+        """Latents drawn for each prompt; the i-th from seed + i.  size: height and width in pixels."""
+
+    def fingerprint(self) -> str:
+        """Names the base model: a library belongs to one."""
+
+
+def loss(denoiser: Denoiser, latents: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    """Mean squared error of the prediction in native units; scalar."""
+    prediction = denoiser.predict(denoiser.noised(latents, noise, sigma), sigma, conditioning)
+    return (prediction - denoiser.target(latents, noise, sigma)).square().mean()
+
+
+def fingerprint(sites: list[Site]) -> str:
+    """Names a base model by its adapted layers' shapes and the first one's weight."""
+    shapes = [(s.in_features, s.out_features) for s in sites]
+    weight = torch.cat([m.weight.detach() for m in sites[0].modules]).cpu().half().contiguous()
+    return hashlib.sha256(repr(shapes).encode() + weight.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,114 @@
+"""The evaluation protocol: losses on held-out pictures with fixed noise, and what stacking leaves of each concept.
+
+`kept` = (base - stack) / (base - best ordinary LoRA alone), one common denominator for every row.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, concatenate
+from .attach import Attachment, attached
+from .denoiser import Conditioning, Denoiser, loss
+
+LEVELS = 12  # noise levels, evenly spread
+REPEATS = 2  # noise samples at each level
+
+
+@dataclass
+class HeldOut:
+    """Pictures and prompts that no training saw, with their noise drawn once."""
+
+    latents: Tensor
+    conditioning: Conditioning
+    noise: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, latents: Tensor, captions: list[str], seed: int = 1234, levels: int = LEVELS) -> HeldOut:
+        count = len(latents) * levels * REPEATS
+        index = torch.arange(len(latents)).repeat_interleave(levels * REPEATS)
+        generator = torch.Generator().manual_seed(seed)
+        x = latents[index].to(denoiser.device)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        sigma = denoiser.even_sigmas(levels).repeat(len(latents) * REPEATS)[:count]
+        return cls(x, denoiser.encode_prompts(captions)[index], noise, sigma)
+
+
+@torch.no_grad()
+def held_out_loss(denoiser: Denoiser, held_out: HeldOut, adapter: Adapter | None = None, batch: int = 96) -> float:
+    """Mean loss with the adapter on (or the bare model)."""
+    attachment = Attachment()
+    attachment.set_frozen(adapter, denoiser.device)
+    total = 0.0
+    with attached(denoiser.sites(), attachment):
+        for part in torch.arange(len(held_out.latents)).split(batch):
+            h = held_out
+            total += loss(denoiser, h.latents[part], h.noise[part], h.sigma[part], h.conditioning[part]).item() * len(part)
+    return total / len(held_out.latents)
+
+
+@dataclass
+class Losses:
+    """One method's losses: per concept alone, in the full stack, in random subsets; on generic prompts and pairs."""
+
+    alone: list[float]
+    stack: list[float]
+    subset: list[list[float]]
+    generic: float
+    pairs: float | None
+
+
+def measure(
+    denoiser: Denoiser, adapters: list[Adapter], concepts: list[HeldOut], generic: HeldOut,
+    pairs: list[tuple[int, int, HeldOut]] = (), alone: list[Adapter] | None = None, others: int = 2, seed: int = 0,
+) -> Losses:  # fmt: skip
+    """Losses of a stack of adapters (as they are when stacked; `alone` as they are by themselves).
+
+    pairs: (i, j, pictures of both): evaluated with only those two on.
+    """
+    alone = alone or adapters
+    everything = concatenate(adapters)
+    rng = random.Random(seed)
+    subset = []
+    for i in range(len(concepts)):
+        rest = [j for j in range(len(concepts)) if j != i]
+        draws = [rng.sample(rest, min(others, len(rest))) for _ in range(3)]
+        subset.append(
+            [held_out_loss(denoiser, concepts[i], concatenate([adapters[k] for k in sorted([i, *d])])) for d in draws]
+        )
+    both = [held_out_loss(denoiser, h, concatenate([adapters[i], adapters[j]])) for i, j, h in pairs]
+    return Losses(
+        [held_out_loss(denoiser, h, a) for h, a in zip(concepts, alone)],
+        [held_out_loss(denoiser, h, everything) for h in concepts],
+        subset,
+        held_out_loss(denoiser, generic, everything),
+        sum(both) / len(both) if both else None,
+    )
+
+
+def row(name: str, losses: Losses, base: list[float], best_alone: list[float], base_generic: float) -> dict:
+    """One row of a table: the protocol's columns, fractions rather than percent."""
+    gain = [b - o for b, o in zip(base, best_alone)]
+    kept = [(b - s) / g for b, s, g in zip(base, losses.stack, gain)]
+    subset = [(b - s) / g for b, values, g in zip(base, losses.subset, gain) for s in values]
+    return {
+        "row": name,
+        "n": len(base),
+        "alone": mean(losses.alone),
+        "stack": mean(losses.stack),
+        "alone_gain": sum(b - a for b, a in zip(base, losses.alone)) / sum(gain),
+        "kept_mean": mean(kept),
+        "kept_worst": min(kept),
+        "kept_subset": mean(subset),
+        "generic_drift": losses.generic / base_generic - 1,
+        "pairs": losses.pairs,
+    }
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,94 @@
+"""Small dense linear algebra on batches of matrices: bases, projections, the Stiefel manifold.
+
+Conventions: a basis is a matrix with orthonormal columns, `[..., d, r]`.  All functions are pure, keep the
+dtype and device of their input, and accept leading batch dimensions.
+Formulas: Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds" (2008), sections 3.6 and 4.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sym(matrix: Tensor) -> Tensor:
+    """Symmetric part of `[..., n, n]`."""
+    return 0.5 * (matrix + matrix.mT)
+
+
+def orthonormal_basis(matrix: Tensor) -> Tensor:
+    """Orthonormal basis of the column space of `[..., d, r]`, by QR with a positive diagonal of R.
+
+    The sign convention makes it continuous in its input (it is the identity on a basis).
+    """
+    q, r = torch.linalg.qr(matrix)
+    sign = torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    return q * sign.unsqueeze(-2)
+
+
+def project_out(matrix: Tensor, occupied: Tensor | None) -> Tensor:
+    """Component of the columns of `[..., d, r]` orthogonal to the basis `occupied` `[..., d, k]`.
+
+    Done twice ("twice is enough", Giraud and Langou 2005), so that the result is orthogonal to machine precision.
+    """
+    if occupied is None or occupied.shape[-1] == 0:
+        return matrix
+    for _ in range(2):
+        matrix = matrix - occupied @ (occupied.mT @ matrix)
+    return matrix
+
+
+def tangent(basis: Tensor, gradient: Tensor, occupied: Tensor | None = None) -> Tensor:
+    """Riemannian gradient at `basis`: the Euclidean gradient projected to the tangent space of the Stiefel
+    manifold (embedded metric) and off the directions that are taken.
+
+    basis, gradient `[..., d, r]`; occupied `[..., d, k]`, orthogonal to basis.  The result T satisfies
+    B^T T + T^T B = 0 and occupied^T T = 0.
+    """
+    gradient = project_out(gradient, occupied)
+    return gradient - basis @ sym(basis.mT @ gradient)
+
+
+def retract(basis: Tensor, step: Tensor, occupied: Tensor | None = None, how: str = "qr") -> Tensor:
+    """Point of the Stiefel manifold reached from `basis` along `step` `[..., d, r]`, off `occupied`.
+
+    how: "qr" (first order) or "polar" (second order: the closest basis to B + step).
+    """
+    moved = project_out(basis + step, occupied)
+    if how == "qr":
+        return orthonormal_basis(moved)
+    if how == "polar":
+        u, _, vh = torch.linalg.svd(moved, full_matrices=False)
+        return u @ vh
+    raise ValueError(f"unknown retraction {how!r}: use 'qr' or 'polar'")
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Angles between the spaces of two bases `[..., d, r1]`, `[..., d, r2]`, ascending, radians, `[..., min(r1, r2)]`."""
+    return torch.acos(torch.linalg.svdvals(first.mT @ second).clamp(max=1.0))
+
+
+def ridge(moment: Tensor, eps: float) -> Tensor:
+    """`S + eps tr(S)/d I`: a second moment `[..., d, d]` made safely invertible, independent of its scale."""
+    d = moment.shape[-1]
+    mean = torch.diagonal(moment, dim1=-2, dim2=-1).mean(-1)
+    eye = torch.eye(d, dtype=moment.dtype, device=moment.device)
+    return moment + (eps * mean).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None] * eye
+
+
+def whitening(moment: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`W = ridge(S)^(-1/2)` and its inverse, both symmetric `[..., d, d]`, computed in float64.
+
+    With y = W x and E[x x^T] = ridge(S), E[y y^T] = I: lengths and angles in y are those the layer sees.
+    """
+    values, vectors = torch.linalg.eigh(ridge(moment.double(), eps))
+    root = values.sqrt().unsqueeze(-2)
+    return ((vectors / root) @ vectors.mT).to(moment.dtype), ((vectors * root) @ vectors.mT).to(moment.dtype)
+
+
+def top_eigenvectors(matrix: Tensor, count: int) -> Tensor:
+    """Orthonormal eigenvectors `[..., d, count]` of the largest eigenvalues of a symmetric matrix, in float64."""
+    vectors = torch.linalg.eigh(sym(matrix.double()))[1][..., -count:].flip(-1)
+    # eigenvectors have no sign of their own: fix it, so that two runs start from the same point
+    peak = vectors.abs().argmax(-2, keepdim=True)
+    return (vectors * vectors.gather(-2, peak).sign()).to(matrix.dtype)

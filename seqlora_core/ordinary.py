@@ -1,0 +1,41 @@
+"""An ordinary LoRA, as everyone trains it: the yardstick of every comparison here, not weakened."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .adapter import Adapter, LayerDelta
+from .attach import Attachment, attached
+from .denoiser import Denoiser, loss
+from .trainer import References
+
+
+def train_ordinary(
+    denoiser: Denoiser, references: References, rank: int = 4, steps: int = 200, rate: float = 2e-3, batch: int = 8, seed: int = 0
+) -> Adapter:
+    """AdamW on both factors; lora_down Kaiming-uniform and lora_up zero as in kohya and PEFT, alpha = rank.
+
+    Same layers, data, noise and number of steps as trainer.fit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for site in denoiser.sites():
+        bound = 1 / math.sqrt(site.in_features)
+        down = (torch.rand(rank, site.in_features, generator=generator) * 2 - 1) * bound
+        up = torch.zeros(site.out_features, rank)
+        factors[site.name] = tuple(t.to(denoiser.device).requires_grad_() for t in (down, up))
+    optimiser = torch.optim.AdamW([t for pair in factors.values() for t in pair], rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    prompts, latents = denoiser.encode_prompts(references.captions), references.latents.to(denoiser.device)
+    attachment = Attachment()
+    attachment.live = factors
+    with attached(denoiser.sites(), attachment):
+        for _ in range(steps):
+            pick = torch.randint(0, len(latents), (batch,), generator=generator)
+            sigma = denoiser.draw_sigmas(batch, generator)
+            noise = torch.randn(latents[pick].shape, generator=generator).to(latents)
+            optimiser.zero_grad()
+            loss(denoiser, latents[pick], noise, sigma, prompts[pick]).backward()
+            optimiser.step()
+    return Adapter({n: LayerDelta(d.detach().cpu(), u.detach().cpu()) for n, (d, u) in factors.items()})

@@ -1,0 +1,68 @@
+"""Reference pictures from a folder: images, and a caption for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TEMPLATE = "a {trigger} {class}"
+
+
+def caption_from(template: str, trigger: str, class_noun: str) -> str:
+    return template.replace("{trigger}", trigger).replace("{class}", class_noun).strip()
+
+
+def load_pictures(folder: Path | str, size: int) -> tuple[Tensor, list[str | None]]:
+    """Pictures of a folder, in the order of their names, and the captions in `.txt` files beside them.
+
+    Returns [n, size, size, 3] in 0..1 (shorter side scaled to `size`, centre crop; transparency on white) and a
+    caption or None for each.  Raises UserError for a missing or empty folder and for files that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: check the path of the reference images")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"no images in {folder}: put PNG, JPEG or WebP files there")
+    captions = [_caption(p.with_suffix(".txt")) for p in files]
+    return torch.stack([load_picture(p, size) for p in files]), captions
+
+
+def load_picture(path: Path, size: int) -> Tensor:
+    """[size, size, 3] in 0..1"""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except Exception as error:  # Pillow raises whatever its plug-ins raise
+        raise UserError(f"cannot read the image {path}: it is damaged or empty; replace or remove it") from error
+    if min(picture.size) < 8:
+        raise UserError(f"the image {path} is {picture.size[0]} x {picture.size[1]} pixels: too small to learn from, remove it")
+    white = Image.new("RGBA", picture.size, "white")
+    fitted = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
+
+
+def _caption(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    try:
+        return path.read_text(encoding="utf-8-sig").strip() or None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the caption {path} is not UTF-8 text: save it again as UTF-8") from error
+
+
+def complete_captions(captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE) -> list[str]:
+    """Captions with the template in place of missing ones; UserError if one lacks the trigger."""
+    done = [c if c else caption_from(template, trigger, class_noun) for c in captions]
+    without = [c for c in done if trigger.lower() not in c.lower()]
+    if without:
+        raise UserError(f"the caption {without[0]!r} lacks the trigger {trigger!r}: add it, or leave the caption out to use the template")
+    return done

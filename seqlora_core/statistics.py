@@ -1,0 +1,101 @@
+"""Second moments of layer inputs: what a layer sees while something is drawn.
+
+`S = E[x x^T]` over all tokens, pictures and timesteps.  Layers that read one and the same tensor (q, k, v of an
+attention) share one moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Iterable
+
+import torch
+from torch import Tensor
+
+from .attach import Attachment, flat
+
+
+@dataclass
+class Moments:
+    """Layer name -> E[x x^T] [in, in] in float32; layers of one group hold the same tensor object."""
+
+    layers: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.layers[name]
+
+    def plus(self, other: Moments, weight: float = 1.0) -> Moments:
+        return Moments({n: s + weight * other.layers[n] if n in other.layers else s for n, s in self.layers.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a file: `moment.<layer>`; a shared moment is written once, under its first layer's name."""
+        seen, out = {}, {}
+        for name, moment in self.layers.items():
+            if id(moment) not in seen:
+                seen[id(moment)] = name
+                out[f"moment.{name}"] = moment
+        return out
+
+    def shared(self) -> dict[str, str]:
+        """Layer -> the layer under whose name its moment is written, for those that share one."""
+        first: dict[int, str] = {}
+        return {n: first[id(m)] for n, m in self.layers.items() if first.setdefault(id(m), n) != n}
+
+
+def moments_from_tensors(tensors: dict[str, Tensor], shared: dict[str, str]) -> Moments:
+    layers = {k.removeprefix("moment."): v for k, v in tensors.items() if k.startswith("moment.")}
+    layers.update({name: layers[owner] for name, owner in shared.items() if owner in layers})
+    return Moments(layers)
+
+
+def average(moments: Iterable[Moments]) -> Moments | None:
+    """Plain mean of several moments over the same layers; None of none."""
+    moments = list(moments)
+    if not moments:
+        return None
+    names = moments[0].layers
+    return Moments({n: sum(m.layers[n] for m in moments) / len(moments) for n in names})
+
+
+class Recorder:
+    """Accumulates second moments during forward passes, one per distinct input tensor.
+
+    Each tensor's sum is formed in float32 by one matrix product and added up in float64.
+    """
+
+    def __init__(self, attachment: Attachment):
+        self.attachment = attachment
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.owner: dict[str, str] = {}
+        self._this_pass: list[tuple[Tensor, str]] = []
+
+    def __enter__(self) -> Recorder:
+        self.attachment.record = self._record
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.attachment.record = None
+        self._this_pass.clear()
+
+    def next_pass(self) -> None:
+        """Call before each forward pass: inputs are compared by identity within one pass only."""
+        self._this_pass.clear()
+
+    def _record(self, name: str, x: Tensor) -> None:
+        owner = self.owner.get(name)
+        if owner is None:
+            # the tensors of this pass are kept alive, so an equal address is the same tensor
+            owner = next((n for seen, n in self._this_pass if seen is x), name)
+            self.owner[name] = owner
+        self._this_pass.append((x, owner))
+        if owner != name:
+            return
+        rows = flat(x.detach()).float()
+        product = (rows.mT @ rows).double()
+        self.sums[name] = self.sums[name] + product if name in self.sums else product
+        self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
+
+    def moments(self) -> Moments:
+        own = {n: (s / self.counts[n]).float() for n, s in self.sums.items()}
+        return Moments({name: own[owner] for name, owner in self.owner.items()})

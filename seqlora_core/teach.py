@@ -1,0 +1,54 @@
+"""Teach a library one more concept: the whole way from pictures to files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Callable
+
+from torch import Tensor
+
+from .calibration import calibrate
+from .denoiser import Denoiser
+from .errors import UserError
+from .library import Library
+from .names import safe_name
+from .references import complete_captions
+from .trainer import Concept, Fit, References, Step, TrainingConfig, fit, settings
+
+
+def train_concept(
+    denoiser: Denoiser, library: Library, images: Tensor, name: str, trigger: str, class_noun: str = "",
+    captions: list[str | None] | None = None, config: TrainingConfig | None = None,
+    on_step: Callable[[Step], None] | None = None, replace_existing: bool = False,
+) -> tuple[Concept, Fit]:  # fmt: skip
+    """Train a concept on top of all that the library holds, and add it.
+
+    images [n, height, width, 3] in 0..1.  captions: one for each image, None for the template.  An exception that
+    `on_step` raises ends training: the concept is saved as it is then, and `Fit.stopped` holds the exception.
+    With `replace_existing` a concept of this name is trained anew beside all others, and replaced only then.
+    Raises UserError before any work for a name that is taken, a missing trigger and the like.
+    """
+    name, trigger = safe_name(name, "concept name"), trigger.strip()
+    if not trigger:
+        raise UserError("the trigger is empty: choose a rare word that calls the concept, such as 'ohwx'")
+    library.check_free(name, replace_existing)
+    if images.ndim != 4 or len(images) == 0:
+        raise UserError("no reference images: give at least one, eight or more are better")
+    texts = complete_captions(captions or [None] * len(images), trigger, class_noun.strip())
+    config = replace(config or TrainingConfig(), planned=library.planned)
+    config.validate()
+    size = (images.shape[1], images.shape[2])
+    calibration = library.calibration()
+    if calibration is None:
+        calibration = calibrate(denoiser, size)
+        library.keep_calibration(calibration)
+    latents = denoiser.encode_images(images).cpu()
+    others = [c for c in library.concepts() if c.name != name]
+    result = fit(denoiser, References(latents, texts, size), trigger, others, calibration, config, on_step)
+    kept = slice(0, config.keep_latents)
+    result.adapter.metadata = settings(config) | {"seqlora.steps_done": str(len(result.losses))}
+    concept = Concept(
+        name, trigger, class_noun.strip(), result.adapter, result.moments, result.bases, latents[kept], texts[kept]
+    )  # fmt: skip
+    library.add(concept, replace_existing)
+    return concept, result

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from seqlora_core.demo import load_subject
+from seqlora_core.demo_model import DemoModel
+from seqlora_core.library import Library
+from seqlora_core.teach import train_concept
+from seqlora_core.trainer import TrainingConfig
+
+NAMES = ("octopus", "penguin", "fox")
+
+
+@pytest.fixture(scope="session")
+def model():
+    torch.manual_seed(0)
+    return DemoModel()
+
+
+@pytest.fixture(scope="session")
+def subjects(model):
+    return {name: load_subject(model, name) for name in NAMES}
+
+
+def teach(model, library, subject, steps=12, **options):
+    config = TrainingConfig(steps=steps, **{k: v for k, v in options.items() if k != "on_step"})
+    return train_concept(
+        model, library, subject.images, subject.name, subject.trigger, subject.class_noun,
+        subject.references.captions, config, options.get("on_step"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def library(model, subjects, tmp_path_factory):
+    """Three concepts, trained a little, one after another.  Read only."""
+    library = Library(tmp_path_factory.mktemp("libraries") / "trio", model.fingerprint(), create=True)
+    for subject in subjects.values():
+        teach(model, library, subject)
+    return library

@@ -1,0 +1,276 @@
+"""Every formula of subspaces, energies and projections against its plain definition, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from seqlora_core import subspace
+from seqlora_core.adapter import Adapter, LayerDelta, concatenate
+from seqlora_core.bilevel import Group, UpperLevel, mean_energy, whitened_energies
+from seqlora_core.composition import closed_form, compose, gram_schmidt, norm_controlled
+from seqlora_core.errors import UserError
+from seqlora_core.interference import (
+    cross_energy,
+    interference_report,
+    residual_energy,
+    sub_gaussian_bound,
+    subspace_overlap,
+    whitened_energy,
+)
+from seqlora_core.linalg import orthonormal_basis, ridge
+from seqlora_core.statistics import Moments
+
+IN, OUT, R = 16, 12, 3
+
+
+def randn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moment_of(x):
+    return x.mT @ x / len(x)
+
+
+def anisotropic(seed, count=400):
+    """Inputs with most of their energy in few directions, as layers see them"""
+    return randn(seed, count, IN) @ (torch.diag(torch.logspace(0.5, -1.5, IN, dtype=torch.float64)) @ randn(99, IN, IN))
+
+
+def delta(seed):
+    return LayerDelta(randn(seed, R, IN), randn(seed + 50, OUT, R))
+
+
+def test_residual_energy_is_the_mean_square_of_the_output():
+    x, d = anisotropic(1), delta(1)
+    plain = (x @ d.down.mT @ d.up.mT).square().sum(1).mean()
+    assert torch.allclose(residual_energy(d.up, d.down, moment_of(x)), plain)
+
+
+def test_cross_energy_is_the_mean_inner_product():
+    x, a, b = anisotropic(2), delta(1), delta(2)
+    plain = ((x @ a.down.mT @ a.up.mT) * (x @ b.down.mT @ b.up.mT)).sum(1).mean()
+    assert torch.allclose(cross_energy(a, b, moment_of(x)), plain)
+
+
+def test_energy_in_whitened_coordinates_is_the_same_and_plain_weight_decay_on_generic_input():
+    g = moment_of(anisotropic(3))
+    metric = subspace.Metric.of(g)
+    basis, up, other = orthonormal_basis(randn(4, IN, R)), randn(5, OUT, R), moment_of(anisotropic(6))
+    down = metric.down(basis)
+    assert torch.allclose(whitened_energy(up, basis, metric.white @ other @ metric.white), residual_energy(up, down, other))
+    # on inputs of the metric itself, the penalty is |A|^2
+    assert torch.allclose(residual_energy(up, down, ridge(g, subspace.EPS)), up.square().sum())
+
+
+def test_metric_makes_disjoint_bases_disjoint_in_what_the_layer_sees():
+    g = moment_of(anisotropic(3))
+    metric = subspace.Metric.of(g)
+    both = orthonormal_basis(randn(4, IN, 2 * R))
+    first, second = metric.down(both[:, :R]), metric.down(both[:, R:])
+    assert (first @ ridge(g, subspace.EPS) @ second.mT).abs().max() < 1e-12
+    assert (first @ second.mT).abs().max() > 1e-3  # and not in the plain sense
+    assert torch.allclose(metric.basis(first), both[:, :R])
+
+
+def test_data_driven_basis_maximises_the_generalised_quotient_in_the_free_space():
+    g, s = moment_of(anisotropic(3)), moment_of(anisotropic(7))
+    metric = subspace.Metric.of(g)
+    taken = orthonormal_basis(randn(8, IN, 4))
+    basis = subspace.data_driven_basis(s, metric, R, taken)
+    assert (taken.mT @ basis).abs().max() < 1e-10
+    seen = metric.white @ s @ metric.white
+    best = torch.trace(basis.mT @ seen @ basis)
+    for seed in range(20):
+        rival = orthonormal_basis(randn(100 + seed, IN, R) - taken @ (taken.mT @ randn(100 + seed, IN, R)))
+        assert torch.trace(rival.mT @ seen @ rival) <= best + 1e-9
+
+
+def test_rank_limit():
+    assert subspace.rank_limit(320, 101, 4) == 3
+    assert subspace.rank_limit(192, 32, 4) == 4
+    assert subspace.rank_limit(64, 101, 4) == 1
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 8])
+def test_occupied_basis_always_leaves_room(count):
+    bases = [orthonormal_basis(randn(i, IN, R)) for i in range(count)]
+    taken, shared = subspace.occupied_basis(bases, R)
+    assert taken.shape[1] + R <= IN
+    assert torch.allclose(taken.mT @ taken, torch.eye(taken.shape[1], dtype=torch.float64), atol=1e-10)
+    if count * R + R <= IN:
+        assert shared == 0
+        for basis in bases:
+            assert torch.allclose(taken @ (taken.mT @ basis), basis, atol=1e-10)
+    else:
+        assert shared > 0
+
+
+def test_sum_is_concatenation():
+    a, b = Adapter({"l": delta(1)}), Adapter({"l": delta(2), "m": delta(3)})
+    total = compose([a, b], [0.5, -2.0])
+    dense = 0.5 * a.layers["l"].dense() - 2 * b.layers["l"].dense()
+    assert torch.allclose(total.layers["l"].dense(), dense)
+    assert torch.allclose(total.layers["m"].dense(), -2 * b.layers["m"].dense())
+    assert total.layers["l"].rank == 2 * R
+
+
+def test_delta_energy_is_the_frobenius_norm():
+    assert torch.allclose(delta(1).energy(), delta(1).dense().square().sum())
+
+
+def test_closed_form_minimises_its_objective():
+    """Perturbing the projected lora_down in any direction raises the stated objective."""
+    adapters = [Adapter({"l": delta(i)}) for i in range(3)]
+    moments = [Moments({"l": moment_of(anisotropic(10 + i))}) for i in range(3)]
+    projected = closed_form(adapters, moments, beta=0.7)[1].layers["l"]
+    own, others = moments[1]["l"], moments[0]["l"] + moments[2]["l"]
+    system = own + 0.7 * others
+    extra = ridge(system, 1e-2) - system
+
+    def objective(down):
+        change = down - adapters[1].layers["l"].down
+        up = adapters[1].layers["l"].up
+        return residual_energy(up, change, own) + 0.7 * residual_energy(up, down, others) + residual_energy(up, down, extra)
+
+    best = objective(projected.down)
+    for seed in range(10):
+        assert objective(projected.down + 1e-3 * randn(seed, R, IN)) > best
+
+
+def test_closed_form_does_not_depend_on_the_order():
+    adapters = [Adapter({"l": delta(i)}) for i in range(3)]
+    moments = [Moments({"l": moment_of(anisotropic(10 + i))}) for i in range(3)]
+    forward = closed_form(adapters, moments)
+    backward = closed_form(adapters[::-1], moments[::-1])
+    assert torch.allclose(forward[0].layers["l"].down, backward[2].layers["l"].down)
+
+
+def test_gram_schmidt_leaves_the_first_whole_and_rows_orthogonal():
+    adapters = [Adapter({"l": delta(i)}) for i in range(3)]
+    out = gram_schmidt(adapters)
+    assert torch.equal(out[0].layers["l"].down, adapters[0].layers["l"].down)
+    for i in range(3):
+        for j in range(i):
+            assert (out[i].layers["l"].down @ out[j].layers["l"].down.mT).abs().max() < 1e-10
+
+
+def test_gram_schmidt_beyond_the_layers_width_goes_to_zero():
+    out = gram_schmidt([Adapter({"l": delta(i)}) for i in range(8)])
+    assert out[7].layers["l"].down.abs().max() < 1e-9
+
+
+def test_amount_goes_from_sum_to_projection():
+    adapters = [Adapter({"l": delta(i)}) for i in range(2)]
+    none, full = compose(adapters, mode="weights", amount=0.0), compose(adapters, mode="weights")
+    half = compose(adapters, mode="weights", amount=0.5)
+    assert torch.allclose(none.layers["l"].dense(), concatenate(adapters).layers["l"].dense())
+    assert torch.allclose(half.layers["l"].dense(), 0.5 * (none.layers["l"].dense() + full.layers["l"].dense()))
+
+
+def test_norm_control_keeps_the_energy_of_unrelated_adapters():
+    adapters = norm_controlled([Adapter({"l": delta(i)}) for i in range(4)])
+    assert torch.allclose(adapters[0].layers["l"].up, delta(0).up / 2)
+
+
+def test_compose_refuses_nonsense():
+    with pytest.raises(UserError, match="unknown mode"):
+        compose([Adapter({"l": delta(1)})], mode="magic")
+    with pytest.raises(UserError, match="nothing to stack"):
+        compose([])
+    with pytest.raises(UserError, match="statistics"):
+        compose([Adapter({"l": delta(1)})], mode="data")
+
+
+def test_crosstalk_has_a_unit_diagonal_and_is_zero_for_disjoint_concepts():
+    g = moment_of(anisotropic(3))
+    metric = subspace.Metric.of(g, eps=1e-12)
+    both = orthonormal_basis(randn(4, IN, 2 * R))
+    adapters = {
+        n: Adapter({"l": LayerDelta(metric.down(b), randn(i, OUT, R))}) for i, (n, b) in enumerate(zip("ab", (both[:, :R], both[:, R:])))
+    }
+    # inputs of concept "a" lie along its own whitened basis only
+    x = randn(5, 100, R) @ both[:, :R].mT @ metric.unwhite
+    moments = {"a": Moments({"l": moment_of(x)}), "b": Moments({"l": moment_of(anisotropic(8))})}
+    report = interference_report(adapters, moments)
+    assert report.crosstalk[0][0] == report.crosstalk[1][1] == 1
+    assert report.crosstalk[1][0] < 1e-10
+    assert report.worst[0]["source"] == "a"
+
+
+def test_shared_triggers_are_told():
+    adapters = {n: Adapter({"l": delta(1)}, {"seqlora.trigger": "ohwx"}) for n in "ab"}
+    assert any("share the trigger 'ohwx'" in line for line in interference_report(adapters).advice)
+
+
+def test_overlap_is_a_multiple_of_chance():
+    values = [subspace_overlap(randn(i, R, 200), randn(i + 500, R, 200)) for i in range(40)]
+    assert 0.7 < sum(values) / len(values) < 1.3
+    same = randn(1, R, 200)
+    assert math.isclose(subspace_overlap(same, same), 200 / R, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("delta_", [0.5, 0.1, 0.01])
+def test_bound_holds_with_the_promised_frequency_on_gaussian_inputs(delta_):
+    d = delta(1)
+    g = moment_of(anisotropic(3))
+    root = torch.linalg.cholesky(ridge(g, 1e-9))
+    x = randn(77, 20_000, IN) @ root.mT
+    norms = (x @ d.down.mT @ d.up.mT).norm(dim=1)
+    bound = sub_gaussian_bound(residual_energy(d.up, d.down, root @ root.mT).item(), R, delta_)
+    assert (norms > bound).double().mean() <= delta_
+
+
+def make_group(seed=0, layers=3, taken_columns=4):
+    taken = orthonormal_basis(randn(seed, layers, IN, taken_columns))
+    basis = orthonormal_basis(randn(seed + 1, layers, IN, R) - taken @ (taken.mT @ randn(seed + 1, layers, IN, R)))
+    metrics = [subspace.Metric.of(moment_of(anisotropic(seed + i))) for i in range(layers)]
+    white = torch.stack([m.white for m in metrics])
+    moment = torch.stack([m.white @ moment_of(anisotropic(30 + i)) @ m.white for i, m in enumerate(metrics)])
+    up = randn(seed + 2, layers, OUT, R).requires_grad_()
+    scale = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    return Group([f"l{i}" for i in range(layers)], up, basis.requires_grad_(), white, moment, scale, taken)
+
+
+def test_stacked_energies_equal_layer_by_layer_ones():
+    group = make_group()
+    plain = [whitened_energy(u, b, m) for u, b, m in zip(group.up, group.basis, group.moment)]
+    assert torch.allclose(whitened_energies(group), torch.stack(plain))
+    assert torch.allclose(mean_energy([group]), sum(e * s for e, s in zip(plain, group.scale)) / 3)
+
+
+@pytest.mark.parametrize("how", ["qr", "polar"])
+def test_a_thousand_upper_steps_stay_orthonormal_and_disjoint(how):
+    group = make_group()
+    level = UpperLevel([group], 2e-2, how)
+    target = randn(9, 3, IN, R)
+    first = None
+    for _ in range(1000):
+        group.basis.grad = None
+        objective = (group.basis - target).square().sum()
+        first = first if first is not None else objective.item()
+        objective.backward()
+        level.step()
+    b = group.basis.detach()
+    assert (b.mT @ b - torch.eye(R, dtype=torch.float64)).abs().max() < 1e-6
+    assert (group.occupied.mT @ b).abs().max() < 1e-6
+    assert objective.item() < first
+
+
+def test_the_upper_level_finds_the_minimum_on_the_manifold():
+    """max tr(B^T M B): the optimum is the top eigenvectors of M within the free space."""
+    group = make_group(layers=3)
+    level = UpperLevel([group], 1e-2)
+    m = randn(11, 3, IN, IN)
+    m = m @ m.mT
+    for step in range(1500):
+        level.rate = 1e-2 * (1 - step / 1500)
+        group.basis.grad = None
+        objective = -(group.basis * (m @ group.basis)).sum()
+        objective.backward()
+        level.step()
+    free = torch.eye(IN, dtype=torch.float64) - group.occupied @ group.occupied.mT
+    best = -torch.linalg.eigvalsh(free @ m @ free)[:, -R:].sum()
+    assert torch.allclose(objective, best, rtol=1e-4)
+    level.gradient_norm()
+    assert level.gradient_norm() < 1e-2 * m.norm()

@@ -1,0 +1,69 @@
+"""What the tree promises: one-way imports, no host inside the core, nothing unsafe."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
+# a module may import modules of earlier lines only
+LAYERS = [
+    {"errors", "linalg", "prompts"},
+    {"names", "adapter", "references"},
+    {"attach"},
+    {"denoiser", "statistics", "subspace"},
+    {"interference", "composition", "calibration", "demo_model", "evaluation", "judge"},
+    {"bilevel", "plots"},
+    {"trainer"},
+    {"library", "ordinary"},
+    {"teach", "preview"},
+    {"demo"},
+    {"cli"},
+]
+
+
+def own_imports(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [a.name for a in node.names]
+
+
+def test_every_module_has_its_layer():
+    assert {p.stem for p in CORE if not p.stem.startswith("__")} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("path", [p for p in CORE if not p.stem.startswith("__")], ids=lambda p: p.stem)
+def test_imports_go_one_way(path):
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    for imported in own_imports(path):
+        assert level[imported] < level[path.stem], f"{path.stem} imports {imported}"
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.stem)
+def test_the_core_knows_no_host_and_is_light_to_import(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    everywhere = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    everywhere |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
+    assert not everywhere & {"comfy", "nodes", "folder_paths", "server", "comfy_api", "comfy_extras"}
+    top = {a.name.split(".")[0] for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+    top |= {n.module.split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 0}
+    assert not top & {"diffusers", "transformers", "matplotlib", "PIL", "tokenizers"}
+
+
+@pytest.mark.parametrize("path", [*CORE, *sorted((ROOT / "nodes").glob("*.py")), ROOT / "__init__.py"], ids=lambda p: f"{p.parent.name}.{p.stem}")
+def test_the_pack_runs_no_code_from_files_and_no_programs(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\b(pickle|eval\(|exec\(|torch\.load|urllib|requests|socket)\b", text.replace(".eval()", ""))
+    if path.stem != "demo":  # asks git for the commit that a results file names
+        assert "subprocess" not in text
+
+
+def test_only_one_file_touches_comfyuis_internals():
+    for path in (ROOT / "nodes").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        used = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name.startswith("comfy.")}
+        allowed = {"comfy.model_management", "comfy.utils"}
+        assert path.stem == "comfy_denoiser" or used <= allowed, f"{path.name}: {used - allowed}"

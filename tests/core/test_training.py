@@ -1,0 +1,228 @@
+"""Training on the real demo model: what the files hold, what survives a cancel, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from seqlora_core import subspace
+from seqlora_core.adapter import load_adapter, read_safetensors
+from seqlora_core.attach import Attachment, attached
+from seqlora_core.calibration import record_moments
+from seqlora_core.denoiser import loss
+from seqlora_core.errors import UserError
+from seqlora_core.evaluation import held_out_loss
+from seqlora_core.interference import adapter_energy
+from seqlora_core.library import Library
+from seqlora_core.linalg import ridge
+from seqlora_core.statistics import Recorder
+from seqlora_core.teach import train_concept
+from seqlora_core.trainer import TrainingConfig
+
+from .conftest import teach
+
+
+def test_stored_bases_are_orthonormal_and_disjoint_in_the_metric(library):
+    concepts, g = library.concepts(), library.calibration().moments
+    for name, basis in concepts[0].bases.items():
+        metric = subspace.Metric.of(g[name].double())
+        for i, first in enumerate(concepts):
+            gram = first.bases[name].double().mT @ first.bases[name].double()
+            assert (gram - torch.eye(gram.shape[0])).abs().max() < 1e-5
+            for second in concepts[:i]:
+                assert (first.bases[name].double().mT @ second.bases[name].double()).abs().max() < 1e-5
+                # and the same from the LoRA files alone: D_i ridge(G) D_j^T = 0
+                a, b = first.adapter.layers[name].down.double(), second.adapter.layers[name].down.double()
+                assert (a @ ridge(g[name].double(), subspace.EPS) @ b.mT).abs().max() < 1e-5
+        assert torch.allclose(metric.basis(concepts[0].adapter.layers[name].down.double()), basis.double(), atol=1e-4)
+
+
+def test_moments_equal_a_float64_recomputation(model, subjects):
+    """Inputs captured by a hook of our own, summed with numpy in float64."""
+    subject, site = subjects["octopus"], model.sites()[4]
+    captured = []
+    handle = site.modules[0].register_forward_hook(lambda m, a, o: captured.append(a[0].detach().numpy().astype(np.float64)))
+    try:
+        prompts = model.encode_prompts(subject.references.captions)
+        moments = record_moments(model, subject.references.latents, prompts)
+    finally:
+        handle.remove()
+    rows = np.concatenate([c.reshape(-1, c.shape[-1]) for c in captured])
+    plain = rows.T @ rows / len(rows)
+    assert np.abs(moments[site.name].numpy() - plain).max() < 1e-5 * np.abs(plain).max()
+
+
+def test_energy_from_stored_files_equals_what_the_layers_put_out(model, library, subjects):
+    """adapter_energy from files = mean |A D x|^2 over the recorded inputs, in float64."""
+    subject, concept = subjects["octopus"], library.load("octopus")
+    prompts = model.encode_prompts(subject.references.captions)
+    other = library.load("penguin").adapter
+    total, counts = {}, {}
+    attachment = Attachment()
+    attachment.set_frozen(concept.adapter)
+
+    def add(name, x):
+        d = other.layers[name]
+        out = x.reshape(-1, x.shape[-1]).double() @ d.down.double().mT @ d.up.double().mT
+        total[name] = total.get(name, 0) + out.square().sum().item()
+        counts[name] = counts.get(name, 0) + len(out)
+
+    # the same pass as record_moments makes, with a recorder of our own in its place
+    real, Recorder._record = Recorder._record, lambda self, name, x: add(name, x) or real(self, name, x)
+    try:
+        record_moments(model, subject.references.latents, prompts, attachment)
+    finally:
+        Recorder._record = real
+    plain = sum(total[n] / counts[n] for n in total)
+    assert adapter_energy(other, concept.moments) == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_trained_concept_is_an_ordinary_lora_file(library):
+    path, stats = library.paths("octopus")
+    tensors, metadata = read_safetensors(path)
+    assert {k.rsplit(".", 2)[-2] if k.endswith("weight") else "alpha" for k in tensors} == {"lora_down", "lora_up", "alpha"}
+    assert all(k.startswith("diffusion_model.joint_blocks.") for k in tensors)
+    assert metadata["modelspec.trigger_phrase"] == "octzu" and "octzu" in metadata["ss_tag_frequency"]
+    assert stats.exists()
+
+
+def test_training_lowers_the_held_out_loss(model, subjects, tmp_path):
+    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+    concept, fit = teach(model, library, subjects["octopus"], steps=60)
+    base = held_out_loss(model, subjects["octopus"].held_out)
+    assert held_out_loss(model, subjects["octopus"].held_out, concept.adapter) < base - 0.005
+    assert all(d.up.abs().max() > 0 for d in concept.adapter.layers.values())
+    assert len(fit.losses) == 60 and np.isfinite(fit.losses).all()
+
+
+def test_one_seed_gives_one_file(model, subjects, tmp_path):
+    files = []
+    for name in ("a", "b"):
+        library = Library(tmp_path / name, model.fingerprint(), create=True)
+        teach(model, library, subjects["octopus"], steps=4)
+        files.append(library.paths("octopus")[0].read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, RuntimeError])
+def test_cancel_keeps_what_was_trained(model, subjects, tmp_path, exception):
+    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+
+    def cancel(step):
+        if step.number == 5:
+            raise exception("enough")
+
+    _, fit = teach(model, library, subjects["octopus"], steps=50, on_step=cancel)
+    assert isinstance(fit.stopped, exception)
+    assert len(fit.losses) == 5
+    kept = load_adapter(library.paths("octopus")[0])
+    assert kept.metadata["seqlora.steps_done"] == "5"
+    assert Library(tmp_path / "l").names == ["octopus"]
+
+
+def test_no_hook_and_no_changed_weight_is_left(model, subjects, tmp_path):
+    before = {k: v.clone() for k, v in model.mmdit.state_dict().items()}
+    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+
+    def fail(step):
+        raise RuntimeError("boom")
+
+    teach(model, library, subjects["octopus"], steps=3, on_step=fail)
+    assert sum(len(m._forward_hooks) for m in model.mmdit.modules()) == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.mmdit.state_dict().items())
+
+
+def test_ablation_switches_all_train(model, subjects, tmp_path):
+    switches = (
+        {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
+        {"replay_weight": 0.0}, {"lower_steps": 2}, {"earlier_active": False}, {"concept_dropout": False}, {"retraction": "polar"},
+    )  # fmt: skip
+    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+    teach(model, library, subjects["penguin"], steps=2)
+    for number, switch in enumerate(switches):
+        config = TrainingConfig(steps=3, **switch)
+        s = subjects["octopus"]
+        _, fit = train_concept(model, library, s.images, f"c{number}", s.trigger, s.class_noun, s.references.captions, config)
+        assert np.isfinite(fit.losses).all(), switch
+
+
+def test_a_full_layer_shares_and_says_so(model, subjects, tmp_path):
+    """Planned for 1 concept, rank as wide as the layers allow: the second one must share."""
+    library = Library(tmp_path / "l", model.fingerprint(), planned=1, create=True)
+    teach(model, library, subjects["octopus"], steps=2, rank=180)
+    _, fit = teach(model, library, subjects["penguin"], steps=2, rank=180)
+    assert any("is full" in note and "shared" in note for note in fit.notes)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": ""}, "name is empty"),
+        ({"name": "../x"}, "cannot be a file name"),
+        ({"name": "octopus"}, "already"),
+        ({"name": "OCTOPUS"}, "already"),
+        ({"trigger": " "}, "trigger is empty"),
+        ({"trigger": "absent"}, "lacks the trigger"),
+        ({"images": torch.zeros(0, 64, 64, 3)}, "no reference images"),
+        ({"config": TrainingConfig(rank=0)}, "rank is 0"),
+        ({"config": TrainingConfig(learning_rate=-1.0)}, "learning_rate is -1"),
+        ({"config": TrainingConfig(interference_weight=-1.0)}, "interference_weight is -1"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(model, library, subjects, change, message):
+    s = subjects["octopus"]
+    arguments = dict(
+        images=s.images, name="new", trigger=s.trigger, class_noun=s.class_noun, captions=s.references.captions,
+        config=TrainingConfig(steps=2),
+    ) | change  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        train_concept(model, library, **arguments)
+    assert library.names == ["octopus", "penguin", "fox"]
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_saves_nothing(model, subjects, tmp_path):
+    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+    s = subjects["octopus"]
+    broken = s.images.clone()
+    broken[0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        train_concept(model, library, broken, "x", s.trigger, s.class_noun, s.references.captions, TrainingConfig(steps=30))
+    assert library.names == []
+
+
+def test_a_replaced_concept_keeps_its_place(model, subjects, tmp_path):
+    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+    for name in ("octopus", "penguin"):
+        teach(model, library, subjects[name], steps=2)
+    s = subjects["octopus"]
+    before = library.paths("octopus")[0].read_bytes()
+    train_concept(
+        model, library, s.images, "octopus", s.trigger, s.class_noun, s.references.captions, TrainingConfig(steps=3),
+        replace_existing=True,
+    )  # fmt: skip
+    assert library.names == ["octopus", "penguin"]
+    assert library.paths("octopus")[0].read_bytes() != before
+
+
+def test_hooks_add_what_the_file_says(model, library):
+    """Prediction with the hooks on = prediction of a model whose weights were changed by up @ down."""
+    import copy
+
+    adapter = library.load("octopus").adapter
+    generator = torch.Generator().manual_seed(3)
+    x, noise = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 16, 8, 8, generator=generator)
+    sigma, prompts = torch.tensor([0.3, 0.8]), model.encode_prompts(["an octzu animal", "a castle"])
+    attachment = Attachment()
+    attachment.set_frozen(adapter)
+    with torch.no_grad(), attached(model.sites(), attachment):
+        hooked = loss(model, x, noise, sigma, prompts)
+    changed = copy.deepcopy(model)
+    changed._sites = None
+    for site in changed.sites():
+        rows = 0
+        for module in site.modules:
+            count = module.weight.shape[0]
+            module.weight.data += adapter.layers[site.name].dense()[rows : rows + count]
+            rows += count
+    with torch.no_grad():
+        merged = loss(changed, x, noise, sigma, prompts)
+    assert torch.allclose(hooked, merged, rtol=1e-5)
