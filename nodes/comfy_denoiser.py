@@ -143,7 +143,6 @@ class ComfyDenoiser:
         return self._sites
 
     def fingerprint(self) -> str:
-        """From the adapted layers' shapes and the first one's weight, in fp16: the same as on other hosts"""
         return fingerprint(self.sites())
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

@@ -33,7 +33,7 @@ from .teach import train_concept
 from .trainer import References, TrainingConfig
 
 CONCEPTS = ("octopus", "penguin", "fox", "ghost", "rocket")
-RATES = (1e-3, 3e-3, 1e-2)  # of the ordinary LoRA
+RATES = (3e-4, 1e-3, 3e-3)  # of the ordinary LoRA
 DRAWN = 6  # pictures of each concept for the judge
 COLOURS = "white gray blue yellow green pink".split()
 

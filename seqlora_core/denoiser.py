@@ -77,7 +77,8 @@ def loss(denoiser: Denoiser, latents: Tensor, noise: Tensor, sigma: Tensor, cond
 
 
 def fingerprint(sites: list[Site]) -> str:
-    """Names a base model by its adapted layers' shapes and the first one's weight."""
-    shapes = [(s.in_features, s.out_features) for s in sites]
-    weight = torch.cat([m.weight.detach() for m in sites[0].modules]).cpu().half().contiguous()
+    """Names a base model by its adapted layers and one of their weights, in fp16: the same on every host."""
+    shapes = sorted((s.name, s.in_features, s.out_features) for s in sites)
+    first = min(sites, key=lambda s: s.name)
+    weight = torch.cat([m.weight.detach() for m in first.modules]).cpu().half().contiguous()
     return hashlib.sha256(repr(shapes).encode() + weight.numpy().tobytes()).hexdigest()[:16]

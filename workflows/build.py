@@ -9,6 +9,7 @@ server's /object_info), so that building needs no server.
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,8 +27,8 @@ class Graph:
     def __init__(self, title: str):
         self.title, self.nodes, self.notes = title, {}, []
 
-    def add(self, name: str, kind: str, at: tuple[int, int], size: tuple[int, int] = (320, 120), title: str = "", **inputs):
-        self.nodes[name] = {"kind": kind, "at": at, "size": size, "title": title, "inputs": inputs}
+    def add(self, label: str, kind: str, at: tuple[int, int], size: tuple[int, int], title: str = "", /, **inputs):
+        self.nodes[label] = {"kind": kind, "at": at, "size": size, "title": title, "inputs": inputs}
 
     def note(self, text: str, at: tuple[int, int], size: tuple[int, int] = (320, 180)):
         self.notes.append((text, at, size))
@@ -87,7 +88,7 @@ class Graph:
                  "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [text], "color": "#432", "bgcolor": "#653"}
             )  # fmt: skip
         return {
-            "id": f"seqlora-{self.title}", "revision": 0, "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes,
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"seqlora/{self.title}")), "revision": 0, "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes,
             "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4,
         }  # fmt: skip
 

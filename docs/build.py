@@ -1,0 +1,73 @@
+"""Fills the tables of README.md and docs/*.md in from docs/results/*.json.
+
+    python docs/build.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from seqlora_core.demo import markdown  # noqa: E402
+
+RESULTS = ROOT / "docs" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "demo" / "model" / "MODEL_CARD.md"]
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def demo_table() -> str:
+    data = load("demo")
+    about = data["meta"]
+    return markdown(data["rows"]) + (
+        f"\n\nFrom `{about['command']}`, seeds {about['seeds']}, {about['device']}, torch {about['versions']['torch']}; "
+        f"ordinary LoRAs at learning rate {about['ordinary_rate']:g}, the best of three."
+    )
+
+
+def base_table() -> str:
+    r = load("base")
+    return "\n".join(
+        [
+            "| measured | value |",
+            "|---|---|",
+            f"| one subject ({r['prompts']} prompts, {r['subjects']} subjects): nearest neighbour is the right one | {r['single_right']:.0%} |",
+            f"| the same by raw 16 x 16 pixels, as a control | {r['single_right_by_pixels']:.0%} |",
+            f"| two subjects ({r['pairs']} prompts): both found on their sides | {r['pair_both_right']:.0%} |",
+            f"| two subjects: each found on its side | {r['pair_each_right']:.0%} |",
+        ]
+    )
+
+
+def study_table() -> str:
+    lines = ["| width x depth | parameters | samples | held-out loss |", "|---|---|---|---|"]
+    lines += [f"| {r['width']} x {r['depth']} | {r['parameters']:,} | {r['samples']:,} | {r['held_out']:.4f} |" for r in load("study")["rows"]]
+    return "\n".join(lines)
+
+
+TABLES = {"demo": demo_table, "base": base_table, "study": study_table}
+
+
+def filled(text: str) -> str:
+    def table(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.S)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

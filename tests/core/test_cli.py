@@ -1,0 +1,132 @@
+"""The command line as a user runs it."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from seqlora_core.adapter import load_adapter
+from seqlora_core.cli import main
+from seqlora_core.demo_model import DEMO_FOLDER
+
+OCTOPUS = str(DEMO_FOLDER / "concepts" / "octopus")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A library that the command line made: two concepts of three steps."""
+    library = tmp_path_factory.mktemp("cli") / "library"
+    for name, trigger in (("octopus", "octzu"), ("penguin", "pengvo")):
+        images = str(DEMO_FOLDER / "concepts" / name)
+        assert main(["train", "--library", str(library), "--images", images, "--trigger", trigger, "--class-noun", "animal", "--steps", "3"]) == 0
+    return library
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_train_in_json(capsys, tmp_path):
+    code, out, _ = run(capsys, "train", "--library", tmp_path / "l", "--images", OCTOPUS, "--trigger", "octzu", "--steps", 3, "--json")
+    result = json.loads(out)
+    assert code == 0 and len(result["losses"]) == 3 and load_adapter(result["path"]).triggers == ["octzu"]
+
+
+def test_library_commands(capsys, folder):
+    code, out, _ = run(capsys, "library", "list", folder)
+    assert code == 0 and out.split() == ["octopus", "octzu", "animal", "penguin", "pengvo", "animal"]
+    assert run(capsys, "library", "verify", folder)[0] == 0
+    assert run(capsys, "library", "repair", folder)[0] == 0
+    code, _, err = run(capsys, "library", "remove", folder, "nobody")
+    assert code == 2 and "no concept 'nobody'" in err
+
+
+def test_stack_and_report(capsys, folder, tmp_path):
+    output = tmp_path / "stack.safetensors"
+    code, *_ = run(capsys, "stack", "--library", folder, "--output", output)
+    assert code == 0
+    parts = [load_adapter(folder / f"{n}.safetensors") for n in ("octopus", "penguin")]
+    total = load_adapter(output)
+    assert total.triggers == ["octzu", "pengvo"]
+    for name, delta in total.layers.items():
+        assert (delta.dense() - sum(p.layers[name].dense() for p in parts)).abs().max() < 1e-6
+    one = tmp_path / "half.safetensors"
+    assert run(capsys, "stack", f"{folder / 'octopus.safetensors'}:0.5", "--output", one)[0] == 0
+    name = next(iter(parts[0].layers))
+    assert (load_adapter(one).layers[name].dense() - 0.5 * parts[0].layers[name].dense()).abs().max() < 1e-6
+    assert run(capsys, "stack", "--library", folder, "--mode", "data", "--output", tmp_path / "data.safetensors")[0] == 0
+    code, out, _ = run(capsys, "report", "--library", folder, "--output", tmp_path / "r.png", "--json")
+    assert code == 0 and json.loads(out)["names"] == ["octopus", "penguin"]
+    assert Image.open(tmp_path / "r.png").width > 300
+    assert run(capsys, "report", folder / "octopus.safetensors", "--output", tmp_path / "r.json")[0] == 0
+    assert json.loads((tmp_path / "r.json").read_text())["names"] == ["octopus"]
+
+
+def test_sample_draws_what_the_adapter_does(capsys, folder, tmp_path):
+    for name, extra in (("a", []), ("b", []), ("c", ["--library", folder])):
+        assert run(capsys, "sample", "an octzu animal", "a castle", *extra, "--seed", 3, "--output", tmp_path / f"{name}.png")[0] == 0
+    a, b, c = (Image.open(tmp_path / f"{n}.png").tobytes() for n in "abc")
+    assert a == b != c
+
+
+def test_calibrate_starts_a_library_and_spares_a_full_one(capsys, folder, tmp_path):
+    assert run(capsys, "calibrate", "--library", tmp_path / "new", "--pictures", 4)[0] == 0
+    code, _, err = run(capsys, "calibrate", "--library", folder)
+    assert code == 2 and "has concepts" in err
+
+
+def test_demo_writes_everything(capsys, tmp_path):
+    output = tmp_path / "demo"
+    code, *_ = run(capsys, "demo", "--output", output, "--concepts", "octopus", "penguin", "--steps", 3)
+    assert code == 0
+    data = json.loads((output / "table.json").read_text())
+    assert [r["row"] for r in data["rows"]] == [
+        "base", "ordinary_sum", "ordinary_norm", "ordinary_gram_schmidt", "closed_form", "seqlora",
+    ]  # fmt: skip
+    assert data["meta"]["seeds"] == [0] and data["meta"]["ordinary_rate"] in (3e-4, 1e-3, 3e-3)
+    ours = data["rows"][-1]
+    assert {"alone", "stack", "kept_mean", "kept_worst", "kept_subset", "generic_drift", "pairs", "seconds"} <= set(ours)
+    assert len(list(csv.DictReader(open(output / "table.csv")))) == 6
+    assert (output / "table.md").read_text().count("\n") == 8
+    for name in ("contact_sheet", "pairs"):
+        assert Image.open(output / f"{name}.png").width > 400
+    for name in ("octopus", "penguin"):
+        assert (output / "library" / f"{name}.safetensors").exists() and (output / "ordinary" / f"{name}.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--images", "/absent", "--trigger", "x", "--library", "l"], "no folder"),
+        (["train", "--images", OCTOPUS, "--trigger", "octzu"], "no library"),
+        (["train", "--images", OCTOPUS, "--trigger", "zzz", "--library", "{tmp}/l"], "lacks the trigger"),
+        (["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--rank", "0"], "rank is 0"),
+        (["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--name", "../x"], "cannot be a file name"),
+        (["stack", "--output", "x"], "one of the two"),
+        (["stack", "/absent.safetensors", "--output", "x"], "no file"),
+        (["stack", "--library", "{folder}", "--amount", "2", "--output", "x"], "amount is 2"),
+        (["report", "--library", "/absent"], "no library"),
+        (["sample", "x", "--adapter", "/absent.safetensors"], "no file"),
+        (["sample", "x", "--model", "/absent.safetensors"], "no file"),
+        (["demo", "--concepts", "octopus", "elephant"], "octopus.*choose from"),
+        (["library", "verify", "/absent"], "no library"),
+        (["library", "repair", "/absent"], "no folder"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys, folder, tmp_path, arguments, message):
+    filled = [a.replace("{tmp}", str(tmp_path)).replace("{folder}", str(folder)) for a in arguments]
+    code, out, err = run(capsys, *filled)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("seqlora: ")
+    import re
+
+    assert re.search(message, err)
+
+
+def test_unknown_options_exit_with_2_too():
+    done = subprocess.run([sys.executable, "-m", "seqlora_core", "train", "--nonsense"], capture_output=True, text=True, cwd=DEMO_FOLDER.parent)
+    assert done.returncode == 2 and "usage" in done.stderr

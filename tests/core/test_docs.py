@@ -1,0 +1,44 @@
+"""Figures in the docs come from docs/results/; pages say what the tree has."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_up_to_date(build):
+    for page in build.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- table:" in text
+        assert build.filled(text) == text, f"{page.name} is stale: run python docs/build.py"
+
+
+def test_links_inside_the_docs_lead_somewhere():
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_import_order_of_the_docs_is_the_tested_one():
+    from .test_structure import LAYERS
+
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    block = text.split("holds it):")[1].split("```")[1].strip().splitlines()
+    assert [set(line.split()) for line in block] == LAYERS
+
+
+def test_the_first_screen_names_both_commands():
+    first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40])
+    assert "make demo" in first and "make test" in first

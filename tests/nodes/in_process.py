@@ -1,0 +1,77 @@
+"""Run by ComfyUI's own python (not by pytest): what ComfyUI's denoiser and stock loader make of our files.
+
+argv: ComfyUI checkout, this pack, a library's folder, output file.  Writes predictions and weights as safetensors.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+comfy_root, pack, library, output = map(Path, sys.argv[1:5])
+sys.argv = [sys.argv[0], "--cpu"]
+sys.path.insert(0, str(comfy_root))
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("seqlora_pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
+module = importlib.util.module_from_spec(spec)
+sys.modules["seqlora_pack"] = module
+spec.loader.exec_module(module)
+
+from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, apply_adapter, load_demo_model  # noqa: E402
+from seqlora_pack.seqlora_core.composition import compose  # noqa: E402
+from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
+from seqlora_pack.seqlora_core.library import Library  # noqa: E402
+
+torch.set_num_threads(1)
+prompts = ["an octzu animal, red background", "a castle on the left and a fish on the right, blue background"]
+generator = torch.Generator().manual_seed(5)
+latents, noise = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 16, 8, 8, generator=generator)
+sigma = torch.tensor([0.25, 0.75])
+model, clip, vae = load_demo_model(DEMO_MODEL)
+adapters = [c.adapter for c in Library(library).concepts()]
+out = {}
+
+
+def predict(name, patched):
+    with torch.inference_mode(False), torch.no_grad(), ComfyDenoiser(patched, clip, vae) as d:
+        x = d.noised(latents, noise, sigma)
+        # native error = predicted x0 / scale; in velocity, v = (x - x0) / sigma
+        error = d.predict(x, sigma, d.encode_prompts(prompts))
+        x0 = error * d._error_scale(sigma, 4)
+        out[name] = ((x - x0) / sigma.view(-1, 1, 1, 1)).contiguous()
+        out["context"] = d.encode_prompts(prompts).context.contiguous()
+        out["fingerprint_" + d.fingerprint()] = torch.zeros(1)
+
+
+def weights(patched):
+    """Every patched weight as ComfyUI computes it"""
+    patched.patch_model()
+    found = {k: comfy.utils.get_attr(patched.model, k).detach().clone() for k in patched.patches}
+    patched.unpatch_model()
+    return found
+
+
+predict("plain", model)
+stacked, _, missing = apply_adapter(model, None, compose(adapters))
+assert not missing, missing
+predict("stack", stacked)
+chained = model
+for name in Library(library).names:
+    file = comfy.utils.load_torch_file(str(library / f"{name}.safetensors"), safe_load=True)
+    chained = comfy.sd.load_lora_for_models(chained, None, file, 1.0, 0.0)[0]
+for kind, patched in (("ours", stacked), ("stock", chained)):
+    for key, value in weights(patched).items():
+        out[f"{kind}.{key}"] = value.float().contiguous()
+images = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
+with torch.inference_mode():
+    out["encoded"] = vae.encode(images).float().clone().contiguous()
+out["encoded"] = model.model.process_latent_in(out["encoded"].clone()).contiguous()
+save_file(out, output)

@@ -1,0 +1,84 @@
+"""ComfyUI and diffusers agree on the demo model, and the stack is the sum of its parts."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seqlora_core.adapter import concatenate
+from seqlora_core.attach import Attachment, attached
+from seqlora_core.demo import load_subject
+from seqlora_core.demo_model import DemoModel
+from seqlora_core.library import Library
+from seqlora_core.teach import train_concept
+from seqlora_core.trainer import TrainingConfig
+
+from .comfy_server import PACK, find_comfyui
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DemoModel()
+
+
+@pytest.fixture(scope="module")
+def library(model, tmp_path_factory):
+    library = Library(tmp_path_factory.mktemp("agree") / "l", model.fingerprint(), create=True)
+    for name in ("octopus", "penguin"):
+        s = load_subject(model, name)
+        train_concept(model, library, s.images, name, s.trigger, s.class_noun, s.references.captions, TrainingConfig(steps=12))
+    return library
+
+
+@pytest.fixture(scope="module")
+def comfy(library, tmp_path_factory):
+    found = find_comfyui()
+    if isinstance(found, str):
+        pytest.skip(found)
+    root, python = found
+    output = tmp_path_factory.mktemp("agree") / "out.safetensors"
+    script = Path(__file__).with_name("in_process.py")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([python, str(script), str(root), str(PACK), str(library.folder), str(output)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(output)
+
+
+@torch.no_grad()
+def predict(model, adapter):
+    prompts = ["an octzu animal, red background", "a castle on the left and a fish on the right, blue background"]
+    generator = torch.Generator().manual_seed(5)
+    latents, noise = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 16, 8, 8, generator=generator)
+    sigma, attachment = torch.tensor([0.25, 0.75]), Attachment()
+    attachment.set_frozen(adapter)
+    with attached(model.sites(), attachment):
+        return model.predict(model.noised(latents, noise, sigma), sigma, model.encode_prompts(prompts))
+
+
+@pytest.mark.parametrize("name", ["plain", "stack"])
+def test_denoisers_agree(model, library, comfy, name):
+    adapter = concatenate([c.adapter for c in library.concepts()]) if name == "stack" else None
+    assert (predict(model, adapter) - comfy[name]).abs().max() < 1e-3
+
+
+def test_text_encoders_and_autoencoders_agree(model, comfy):
+    prompts = ["an octzu animal, red background", "a castle on the left and a fish on the right, blue background"]
+    ours = model.encode_prompts(prompts).context
+    assert (comfy["context"][..., :64] - ours).abs().max() < 1e-3 and comfy["context"][..., 64:].abs().max() == 0
+    images = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
+    assert (model.encode_images(images) - comfy["encoded"]).abs().max() < 2e-3
+
+
+def test_both_hosts_name_the_base_model_alike(model, comfy):
+    assert f"fingerprint_{model.fingerprint()}" in comfy
+
+
+def test_the_stack_is_the_sum_of_its_parts_through_the_stock_loader(comfy):
+    keys = [k.removeprefix("ours.") for k in comfy if k.startswith("ours.")]
+    assert len(keys) == len([k for k in comfy if k.startswith("stock.")]) == 11
+    for key in keys:
+        ours, stock = comfy[f"ours.{key}"], comfy[f"stock.{key}"]
+        assert (ours - stock).abs().max() <= 1e-5 * stock.abs().max()

@@ -1,0 +1,236 @@
+"""Training inside a real ComfyUI server: progress, cancel, files, errors."""
+
+import io
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .comfy_server import Failed
+
+BASE = {"1": {"class_type": "SeqLoRADemoModel", "inputs": {}}}
+
+
+def images(folder="demo/octopus", **change):
+    return {"class_type": "SeqLoRAConceptImages", "inputs": {"folder": folder, "resolution": 64, "captions": ""} | change}
+
+
+def train(library, name="octopus", trigger="octzu", **change):
+    inputs = {
+        "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "library": library, "name": name,
+        "trigger": trigger, "class_noun": "animal", "rank": 4, "steps": 30, "learning_rate": 0.005,
+        "interference_weight": 1.0, "seed": 0, "preview_every": 10,
+    }  # fmt: skip
+    return {**BASE, "2": images(), "3": {"class_type": "SeqLoRATrainConcept", "inputs": inputs | change}}
+
+
+def draw(graph, model, clip, text="an octzu animal, blue background", node=20):
+    """Adds nodes that draw one picture with this model; its SaveImage is node+5"""
+    n = [str(node + i) for i in range(6)]
+    return graph | {
+        n[0]: {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": text}},
+        n[1]: {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": ""}},
+        n[2]: {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        n[3]: {"class_type": "KSampler", "inputs": {"model": model, "positive": [n[0], 0], "negative": [n[1], 0], "latent_image": [n[2], 0], "seed": 5, "steps": 10, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}},
+        n[4]: {"class_type": "VAEDecode", "inputs": {"samples": [n[3], 0], "vae": ["1", 2]}},
+        n[5]: {"class_type": "SaveImage", "inputs": {"images": [n[4], 0], "filename_prefix": "t"}},
+    }  # fmt: skip
+
+
+def pixels(server, outputs, node="25"):
+    picture = server.picture(outputs[node]["images"][0])
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+
+
+def free(server):
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1.5)
+
+
+@pytest.fixture(scope="module")
+def trained(server):
+    """A library `base` with one concept, trained for 30 steps."""
+    outputs = server.run(train("base"))
+    return outputs
+
+
+def test_thirty_steps_write_a_whole_concept(server, trained):
+    folder = server.base / "models" / "loras" / "seqlora" / "base"
+    assert json.loads((folder / "library.json").read_text())["concepts"][0]["name"] == "octopus"
+    assert (folder / "octopus.safetensors").exists() and (folder / "octopus.stats.safetensors").exists()
+    sheet = Image.open(io.BytesIO(server.picture(trained["3"]["images"][0])))
+    assert sheet.size == (4 * 64, 3 * 64)
+
+
+def test_the_stock_loader_draws_the_same_as_apply_stack(server, trained):
+    stack = {"4": {"class_type": "SeqLoRAConcept", "inputs": {"library": "base", "name": "octopus", "strength": 1.0}},
+             "5": {"class_type": "SeqLoRAApplyStack", "inputs": {"model": ["1", 0], "clip": ["1", 1], "stack": ["4", 0], "mode": "sum", "amount": 1.0}}}  # fmt: skip
+    ours = pixels(server, server.run(draw(BASE | stack, ["5", 0], ["5", 1])))
+    stock = {"5": {"class_type": "LoraLoader", "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": "seqlora/base/octopus.safetensors", "strength_model": 1.0, "strength_clip": 1.0}}}  # fmt: skip
+    theirs = pixels(server, server.run(draw(BASE | stock, ["5", 0], ["5", 1])))
+    plain = pixels(server, server.run(draw(dict(BASE), ["1", 0], ["1", 1])))
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert np.abs(ours.astype(int) - plain).max() > 10
+    log = server.log_path.read_text()
+    assert "lora key not loaded" not in log and "NOT LOADED" not in log
+
+
+def test_the_same_picture_before_training_and_after_everything_is_unloaded(server, trained):
+    before = pixels(server, server.run(draw(dict(BASE), ["1", 0], ["1", 1])))
+    server.run(train("unload", steps=3))
+    free(server)
+    after = pixels(server, server.run(draw(dict(BASE), ["1", 0], ["1", 1])))
+    assert np.array_equal(before, after)
+
+
+def test_cancel_keeps_what_was_trained(server, trained):
+    prompt_id = server.submit(train("cancelled", steps=20000))
+    folder = server.base / "models" / "loras" / "seqlora" / "cancelled"
+    for _ in range(600):
+        time.sleep(0.1)
+        if (folder / "calibration.safetensors").exists():
+            break
+    time.sleep(4)
+    start = time.time()
+    server.post("/interrupt")
+    entry = server.wait(prompt_id, 60)
+    assert time.time() - start < 20
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    assert (folder / "octopus.safetensors").exists()
+    outputs = server.run(train("cancelled", steps=20000))  # "use it": nothing is trained again
+    assert outputs["3"]["images"]
+
+
+def test_a_second_concept_stands_beside_the_first(server, trained):
+    graph = train("base", "penguin", "pengvo", steps=5)
+    graph["2"] = images("demo/penguin")
+    graph["4"] = {"class_type": "SeqLoRALibrary", "inputs": {"library": "base", "concepts": "", "strength": 1.0}}
+    graph["6"] = {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["3", 0]}}
+    graph["7"] = {"class_type": "SeqLoRASaveStack", "inputs": {"stack": ["3", 0], "name": "both", "mode": "sum", "amount": 1.0, "overwrite": True}}
+    outputs = server.run(graph)
+    assert outputs["6"]["images"]
+    assert (server.base / "models" / "loras" / "both.safetensors").exists()
+    manifest = json.loads((server.base / "models" / "loras" / "seqlora" / "base" / "library.json").read_text())
+    assert [c["name"] for c in manifest["concepts"]] == ["octopus", "penguin"]
+
+
+def test_progress_arrives_with_a_preview(server, trained):
+    """Over the websocket: progress events, our text, and preview pictures."""
+    websocket = pytest.importorskip("websocket", reason="websocket-client is not installed")
+    socket = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId={server.client}", timeout=60)
+    seen = {"progress": 0, "binary": 0}
+    done = threading.Event()
+
+    def listen():
+        while not done.is_set():
+            try:
+                message = socket.recv()
+            except Exception:
+                return
+            if isinstance(message, bytes):
+                seen["binary"] += 1
+            elif json.loads(message)["type"] in ("progress", "progress_state"):
+                seen["progress"] += 1
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    server.run(train("progress", steps=30))
+    time.sleep(0.5)
+    done.set()
+    socket.close()
+    assert seen["progress"] >= 1 and seen["binary"] >= 2, seen
+
+
+BAD = [
+    (dict(name=""), "concept name is empty"),
+    (dict(name="a/b"), "cannot be a file name"),
+    (dict(library="../x"), "cannot be a file name"),
+    (dict(library=""), "library name is empty"),
+    (dict(trigger=""), "trigger is empty"),
+    (dict(trigger="nowhere"), "lacks the trigger 'nowhere'"),
+    (dict(rank=0), "smaller than min"),
+    (dict(steps=0), "smaller than min"),
+    (dict(learning_rate=0.9), "bigger than max"),
+    (dict(interference_weight=-1.0), "smaller than min"),
+    (dict(batch_size=0), "smaller than min"),
+    (dict(preview_every=-1), "smaller than min"),
+    (dict(planned_concepts=0), "smaller than min"),
+    (dict(seed=-1), "smaller than min"),
+    (dict(if_trained="maybe"), "not in list"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=lambda v: str(v)[:30])
+def test_bad_input_of_the_trainer_gets_one_clear_sentence(server, change, message):
+    with pytest.raises(Failed, match=message):
+        server.run(train("bad", **change))
+
+
+def test_links_of_the_wrong_kind_are_refused(server):
+    for name in ("model", "clip", "vae", "images", "after"):
+        with pytest.raises(Failed, match="return_type_mismatch|mismatch"):
+            server.run(train("bad", **{name: ["1", 2] if name != "vae" else ["1", 0]}))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"folder": "absent"}, "no folder .*absent"),
+        ({"folder": "../../etc"}, "cannot be a file name"),
+        ({"folder": "/etc"}, "no folder"),
+        ({"folder": ""}, "no folder given"),
+        ({"folder": "demo/unknown"}, "no folder"),
+        ({"captions": "one octzu\ntwo octzu"}, "2 captions for 10 pictures"),
+        ({"resolution": 1}, "smaller than min"),
+    ],
+)
+def test_bad_pictures_get_one_clear_sentence(server, change, message):
+    graph = train("bad")
+    graph["2"] = images(**change)
+    with pytest.raises(Failed, match=message):
+        server.run(graph)
+
+
+@pytest.mark.parametrize(
+    "kind, inputs, message",
+    [
+        ("SeqLoRAConcept", {"library": "absent", "name": "x", "strength": 1.0}, "no library"),
+        ("SeqLoRAConcept", {"library": "base", "name": "x", "strength": 1.0}, "no concept 'x'.*octopus"),
+        ("SeqLoRAConcept", {"library": "base", "name": "octopus", "strength": 9.0}, "bigger than max"),
+        ("SeqLoRALibrary", {"library": "base", "concepts": "octopus: much", "strength": 1.0}, "no number after the colon"),
+        ("SeqLoRALibrary", {"library": "base", "concepts": "cat", "strength": 1.0}, "no concept 'cat'"),
+        ("SeqLoRALibrary", {"library": "C:\\\\x", "concepts": "", "strength": 1.0}, "cannot be a file name"),
+    ],
+)
+def test_bad_names_of_loaders_get_one_clear_sentence(server, trained, kind, inputs, message):
+    graph = {"4": {"class_type": kind, "inputs": inputs}, "6": {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["4", 0]}}}
+    with pytest.raises(Failed, match=message):
+        server.run(graph)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"mode": "magic"}, "not in list"), ({"amount": 2.0}, "bigger than max"), ({"name": "../x"}, "cannot be a file name"), ({"overwrite": False}, "exists in models/loras")],
+)  # fmt: skip
+def test_bad_input_of_save_stack(server, trained, change, message):
+    inputs = {"stack": ["4", 0], "name": "once", "mode": "sum", "amount": 1.0, "overwrite": True}
+    graph = {
+        "4": {"class_type": "SeqLoRAConcept", "inputs": {"library": "base", "name": "octopus", "strength": 1.0}},
+        "7": {"class_type": "SeqLoRASaveStack", "inputs": inputs},
+    }
+    server.run(graph)
+    graph["7"] = {"class_type": "SeqLoRASaveStack", "inputs": inputs | change}
+    with pytest.raises(Failed, match=message):
+        server.run(graph)
+
+
+def test_a_library_of_another_model_is_refused(server, trained):
+    folder = server.base / "models" / "loras" / "seqlora" / "foreign"
+    folder.mkdir(parents=True)
+    manifest = {"format": 1, "base": "0123456789abcdef", "planned": 32, "concepts": []}
+    (folder / "library.json").write_text(json.dumps(manifest))
+    with pytest.raises(Failed, match="another base model"):
+        server.run(train("foreign"))
