@@ -12,9 +12,7 @@ def stock_denoiser(weights: dict[str, torch.Tensor], depth: int) -> dict[str, to
         "pos_embed": weights["pos_embed.pos_embed"],
         "context_embedder.weight": torch.nn.functional.pad(weights["context_embedder.weight"], (0, 4096 - 64)),
         "context_embedder.bias": weights["context_embedder.bias"],
-        "y_embedder.mlp.0.weight": torch.nn.functional.pad(
-            weights["time_text_embed.text_embedder.linear_1.weight"], (0, 1280)
-        ),
+        "y_embedder.mlp.0.weight": torch.nn.functional.pad(weights["time_text_embed.text_embedder.linear_1.weight"], (0, 1280)),
         "y_embedder.mlp.0.bias": weights["time_text_embed.text_embedder.linear_1.bias"],
     }
     plain = {

@@ -92,7 +92,11 @@ def make_pairs(cache: Path, target: Path) -> None:
             items = [(held_out_pose(n, cache, rng), "") for n in (first, second)]
             colour = str(rng.choice(list(scenes.BACKGROUNDS)))
             words = [f"{CONCEPTS[n][2]} {CONCEPTS[n][3]}" for n in (first, second)]
-            save(scenes.compose(rng, items, colour, "sides"), scenes.caption(words, colour, "", "sides"), target / f"{first}+{second}")
+            save(
+                scenes.compose(rng, items, colour, "sides"),
+                scenes.caption(words, colour, "", "sides"),
+                target / f"{first}+{second}",
+            )
 
 
 def make_generic(cache: Path, target: Path, count: int = 48) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from demo import autoencoder, emoji, scenes
 from demo.layout import stock_denoiser
-from seqlora_core.demo_model import DEMO_MODEL, CONTEXT_LENGTH, END_OF_TEXT, clip_config, encode_text, tokenizer
+from seqlora_core.demo_model import CONTEXT_LENGTH, DEMO_MODEL, END_OF_TEXT, clip_config, encode_text, tokenizer
 
 HERE = Path(__file__).parent
 SEED = 20260522
@@ -130,7 +130,9 @@ def train(cache: Path, depth: int, minutes: float, batch: int = 128, rate: float
             saved = time.time()
     _save(path, state_path, model, mean, optimiser, step, time.time() - start)
     loss = held_out_loss(mean, latents[held_out].float(), tokens[held_out].long())
-    print(json.dumps({"depth": depth, "minutes": minutes, "steps": step, "samples": step * batch, "held_out": loss}), flush=True)
+    print(
+        json.dumps({"depth": depth, "minutes": minutes, "steps": step, "samples": step * batch, "held_out": loss}), flush=True
+    )
     return loss
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from seqlora_core.demo import markdown  # noqa: E402
+from seqlora_core.tables import markdown  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "demo" / "model" / "MODEL_CARD.md"]
@@ -50,7 +50,10 @@ def base_table() -> str:
 
 def study_table() -> str:
     lines = ["| width x depth | parameters | samples | held-out loss |", "|---|---|---|---|"]
-    lines += [f"| {r['width']} x {r['depth']} | {r['parameters']:,} | {r['samples']:,} | {r['held_out']:.4f} |" for r in load("study")["rows"]]
+    lines += [
+        f"| {r['width']} x {r['depth']} | {r['parameters']:,} | {r['samples']:,} | {r['held_out']:.4f} |"
+        for r in load("study")["rows"]
+    ]
     return "\n".join(lines)
 
 

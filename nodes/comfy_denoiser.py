@@ -224,7 +224,9 @@ class ComfyDenoiser:
         if size not in self._shapes:
             self.encode_images(torch.zeros(1, *size, 3))
         shape = self._shapes[size]
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(conditioning))])
+        noise = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(conditioning))]
+        )
         with torch.inference_mode():
             latents = comfy.sample.sample(
                 self.patcher, noise, steps, guidance, "euler", "simple", _conditions(conditioning), _conditions(empty),

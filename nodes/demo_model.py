@@ -17,7 +17,11 @@ class SeqLoRADemoModel(io.ComfyNode):
             category=CATEGORY,
             description="A tiny SD3 that draws 64 px emoji. Swap it for Load Checkpoint to use your own model.",
             inputs=[],
-            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip"), io.Vae.Output(display_name="vae")],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.Vae.Output(display_name="vae"),
+            ],
         )
 
     @classmethod

@@ -76,7 +76,12 @@ class SeqLoRATrainConcept(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         name = safe_name(name, "concept name")
         config = TrainingConfig(
-            rank=rank, steps=steps, learning_rate=learning_rate, interference_weight=interference_weight, seed=seed, batch=batch_size
+            rank=rank,
+            steps=steps,
+            learning_rate=learning_rate,
+            interference_weight=interference_weight,
+            seed=seed,
+            batch=batch_size,
         )
         config.validate()
         with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae) as denoiser:

@@ -7,10 +7,9 @@ output (diffusers' separate q, k, v under a file's fused qkv).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
-import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter

@@ -26,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the base model")
     common.add_argument("--json", action="store_true", help="machine-readable result on stdout")
 
-    parser = argparse.ArgumentParser(prog="seqlora", description="Concepts that stack: train them one after another, add them up.")
+    parser = argparse.ArgumentParser(
+        prog="seqlora", description="Concepts that stack: train them one after another, add them up."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -45,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--concepts", nargs="+", metavar="NAME", help="sample concepts (default: five)")
 
     train = commands.add_parser("train", help="teach a library one more concept", parents=[common, training])
-    train.add_argument("--images", type=Path, required=True, help="folder of reference pictures, captions in .txt files beside them")
+    train.add_argument(
+        "--images", type=Path, required=True, help="folder of reference pictures, captions in .txt files beside them"
+    )
     train.add_argument("--trigger", required=True, help="rare word that calls the concept")
     train.add_argument("--class-noun", default="", help="what it is: animal, person ...")
     train.add_argument("--name", help="name in the library (default: the folder's)")
@@ -254,7 +258,9 @@ def _calibrate(args):
     model = _open_model(args)
     library = Library(args.library, model.fingerprint(), create=True)
     if len(library):
-        raise UserError(f"the library {library.folder.name!r} has concepts, whose bases rest on its calibration: start a new one")
+        raise UserError(
+            f"the library {library.folder.name!r} has concepts, whose bases rest on its calibration: start a new one"
+        )
     calibration = calibrate(model, (SIZE, SIZE), args.pictures or PICTURES, seed=args.seed)
     library.keep_calibration(calibration)
     _say(args)(f"{len(calibration.prompts)} pictures seen; written to {library.folder}")
@@ -284,7 +290,9 @@ def _library(args):
     for problem in problems:
         say(problem)
     if problems:
-        raise UserError(f"{len(problems)} problems in {args.folder}: 'seqlora library repair' rebuilds the manifest from whole files")
+        raise UserError(
+            f"{len(problems)} problems in {args.folder}: 'seqlora library repair' rebuilds the manifest from whole files"
+        )
     say(f"{len(library)} concepts, all well")
     return {"problems": problems}
 

@@ -33,7 +33,9 @@ def compose(
         projected = gram_schmidt(adapters)
     elif mode == "data":
         if moments is None:
-            raise UserError("mode 'data' needs each concept's statistics file (NAME.stats.safetensors) beside it; use 'sum' or 'weights'")
+            raise UserError(
+                "mode 'data' needs each concept's statistics file (NAME.stats.safetensors) beside it; use 'sum' or 'weights'"
+            )
         projected = closed_form(adapters, moments, general, beta)
     else:
         projected = adapters
@@ -87,7 +89,5 @@ def norm_controlled(adapters: list[Adapter]) -> list[Adapter]:
 def _mix(plain: Adapter, projected: Adapter, amount: float) -> Adapter:
     if amount == 1.0 or plain is projected:
         return projected
-    layers = {
-        n: LayerDelta(torch.lerp(d.down, projected.layers[n].down, amount), d.up) for n, d in plain.layers.items()
-    }
+    layers = {n: LayerDelta(torch.lerp(d.down, projected.layers[n].down, amount), d.up) for n, d in plain.layers.items()}
     return Adapter(layers, plain.metadata)

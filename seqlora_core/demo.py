@@ -6,11 +6,7 @@ is measured, except the ordinary LoRA's learning rate, which gets the best of th
 
 from __future__ import annotations
 
-import csv
-import json
-import platform
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +25,14 @@ from .library import Library
 from .ordinary import train_ordinary
 from .preview import draw_with
 from .references import load_pictures
+from .sheets import COLOURS, contact_sheet, pair_sheet
+from .tables import markdown, meta, save_table
 from .teach import train_concept
 from .trainer import References, TrainingConfig
 
 CONCEPTS = ("octopus", "penguin", "fox", "ghost", "rocket")
 RATES = (3e-4, 1e-3, 3e-3)  # of the ordinary LoRA
 DRAWN = 6  # pictures of each concept for the judge
-COLOURS = "white gray blue yellow green pink".split()
 
 
 @dataclass
@@ -66,7 +63,9 @@ def load_subject(model: DemoModel, name: str, folder: Path | None = None) -> Sub
     # "an octzu animal, red background"
     trigger, class_noun = captions[0].split(",")[0].split()[-2:]
     references = References(model.encode_images(images), captions, (SIZE, SIZE))
-    return Subject(name, trigger, class_noun, images, references, held, HeldOut.of(model, model.encode_images(held), held_captions))
+    return Subject(
+        name, trigger, class_noun, images, references, held, HeldOut.of(model, model.encode_images(held), held_captions)
+    )
 
 
 def load_generic(model: DemoModel) -> HeldOut:
@@ -177,7 +176,9 @@ def add_identity(rows: list[dict], model, subjects, stacks: dict[str, tuple[list
     for name, (alone, stack) in stacks.items():
         target = next(r for r in rows if r["row"] == name)
         for where, adapters in (("alone", alone), ("stack", [stack] * len(subjects))):
-            drawn = [draw_with(model, a, [s.prompt(c) for c in COLOURS[:DRAWN]], (SIZE, SIZE)) for s, a in zip(subjects, adapters)]
+            drawn = [
+                draw_with(model, a, [s.prompt(c) for c in COLOURS[:DRAWN]], (SIZE, SIZE)) for s, a in zip(subjects, adapters)
+            ]
             for kind, features in kinds.items():
                 scores = [similarity(features(d), r, centres[kind]) for d, r in zip(drawn, references[kind])]
                 target[f"{kind}_{where}"] = evaluation.mean(scores)
@@ -187,85 +188,16 @@ def add_identity(rows: list[dict], model, subjects, stacks: dict[str, tuple[list
             target[f"one_nn_{where}"] = sum(a == b for a, b in zip(found, truth)) / len(truth)
 
 
-def contact_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], path: Path, columns: int = 3) -> None:
-    """Rows: subjects.  Columns: references | base | ours alone | all of ours | all ordinary ones."""
-    both = {"ours": concatenate(ours), "ordinary": concatenate(ordinary)}
-    rows = []
-    for subject, own in zip(subjects, ours):
-        prompts = [subject.prompt(c) for c in COLOURS[:columns]]
-        parts = [subject.images[:columns]]
-        for adapter in (None, own, both["ours"], both["ordinary"]):
-            parts.append(draw_with(model, adapter, prompts, (SIZE, SIZE)))
-        rows.append(parts)
-    heads = ["references", "base model", "one concept", f"all {len(ours)} stacked", f"{len(ours)} ordinary LoRAs\nstacked"]
-    _sheet(rows, [s.name for s in subjects], heads, path)
-
-
-def pair_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], path: Path, columns: int = 3) -> None:
-    """Two concepts in one prompt, everything stacked: ours, and ordinary LoRAs."""
-    rows, names = [], []
-    for first, second in zip(subjects, [*subjects[1:], subjects[0]]):
-        prompts = [f"{first.prompt('x').split(',')[0]} on the left and {second.prompt('x').split(',')[0]} on the right, {c} background" for c in COLOURS[:columns]]
-        parts = [torch.cat([first.images[:1], second.images[:1]])]
-        for adapters in (ours, ordinary):
-            parts.append(draw_with(model, concatenate(adapters), prompts, (SIZE, SIZE)))
-        rows.append(parts)
-        names.append(f"{first.name}\n{second.name}")
-    _sheet(rows, names, ["references", f"all {len(ours)} stacked", f"{len(ours)} ordinary LoRAs stacked"], path)
-
-
-def _sheet(rows: list[list[Tensor]], names: list[str], heads: list[str], path: Path, zoom: int = 2) -> None:
-    from PIL import Image, ImageDraw, ImageFont
-
-    from .plots import to_pil
-
-    tile, gap, left, top = SIZE * zoom, 18, 110, 56
-    widths = [len(part) * tile for part in rows[0]]
-    sheet = Image.new("RGB", (left + sum(widths) + gap * len(widths), top + len(rows) * (tile + 6)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    x = left
-    for column, head in enumerate(heads):
-        draw.multiline_text((x + widths[column] / 2, top / 2), head, "black", font, anchor="mm", align="center")
-        for index, parts in enumerate(rows):
-            y = top + index * (tile + 6)
-            strip = to_pil(torch.cat(list(parts[column]), 1)).resize((widths[column], tile), Image.Resampling.LANCZOS)
-            sheet.paste(strip, (x, y))
-            if column == 0:
-                draw.multiline_text((left - 12, y + tile / 2), names[index], "black", font, anchor="rm", align="right")
-        x += widths[column] + gap
-    sheet.save(path)
-
-
-COLUMNS = {
-    "row": "row", "alone": "alone", "stack": "stack", "alone_gain": "gain alone", "kept_mean": "kept",
-    "kept_worst": "worst", "kept_subset": "subsets", "generic_drift": "generic drift", "pairs": "pairs",
-    "identity_alone": "identity alone", "identity_stack": "identity stack", "pixel_control_stack": "pixel control",
-}  # fmt: skip
-
-
-def markdown(rows: list[dict]) -> str:
-    """The rows as a table; missing cells are '-'"""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
-    for r in rows:
-        cells = []
-        for key in COLUMNS:
-            value = r.get(key)
-            percent = key == "generic_drift" and isinstance(value, float)
-            cells.append(f"{value:+.1%}" if percent else f"{value:.4f}" if key in ("alone", "stack", "pairs") and value is not None else f"{value:.2f}" if isinstance(value, float) else str(value) if value is not None else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def meta(command: str, model: DemoModel, seeds: list[int]) -> dict:
-    """How a results file was made"""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"command": command, "commit": commit, "seeds": seeds, "device": str(model.device), "versions": versions}
+def _fresh_library(folder: Path, model: DemoModel) -> Library:
+    """An empty library; one that an earlier demo made there is made anew, anyone else's is left alone."""
+    marker = folder / ".made_by_demo"
+    if folder.exists():
+        if not marker.exists():
+            raise UserError(f"{folder} exists and was not made by the demo: choose another --output")
+        shutil.rmtree(folder)
+    library = Library(folder, model.fingerprint(), create=True)
+    marker.touch()
+    return library
 
 
 def run_demo(model: DemoModel, output: Path, names: list[str], config: TrainingConfig, say=print, bar=None) -> list[dict]:
@@ -273,17 +205,16 @@ def run_demo(model: DemoModel, output: Path, names: list[str], config: TrainingC
     known = sorted(p.name for p in (DEMO_FOLDER / "concepts").iterdir() if p.is_dir())
     unknown = [n for n in names if n not in known]
     if unknown or len(names) < 2:
-        raise UserError(f"the demo needs two or more of its sample concepts, not {', '.join(names) or 'none'}: choose from {', '.join(known)}")
+        raise UserError(
+            f"the demo needs two or more of its sample concepts, not {', '.join(names) or 'none'}: choose from {', '.join(known)}"
+        )
     output.mkdir(parents=True, exist_ok=True)
+    library = _fresh_library(output / "library", model)
     start = time.perf_counter()
     subjects = [load_subject(model, n) for n in names]
     say(f"{len(subjects)} concepts: {', '.join(names)}")
     ordinary, rate = train_ordinary_best(model, subjects, config, say)
     say(f"ordinary LoRAs: learning rate {rate:g} is the best of {', '.join(f'{r:g}' for r in RATES)} and is used")
-    folder = output / "library"
-    if folder.exists():
-        shutil.rmtree(folder)  # of an earlier demo: it is made anew from the sample concepts
-    library = Library(folder, model.fingerprint(), create=True)
     clock = time.perf_counter()
     ours = train_series(model, subjects, library, config, say, bar)
     seconds = (time.perf_counter() - clock) / len(subjects)
@@ -298,13 +229,8 @@ def run_demo(model: DemoModel, output: Path, names: list[str], config: TrainingC
     next(r for r in rows if r["row"] == "seqlora")["seconds"] = seconds
     contact_sheet(model, subjects, ours, ordinary, output / "contact_sheet.png")
     pair_sheet(model, subjects, ours, ordinary, output / "pairs.png")
-    about = meta("python -m seqlora_core demo", model, [config.seed]) | {"ordinary_rate": rate}
-    (output / "table.json").write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    (output / "table.md").write_text(markdown(rows) + "\n", encoding="utf-8")
-    with open(output / "table.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
-        writer.writeheader()
-        writer.writerows(rows)
+    about = meta("python -m seqlora_core demo", model.device, [config.seed]) | {"ordinary_rate": rate}
+    save_table(output, about, rows)
     say(markdown(rows))
     say(f"written to {output} in {time.perf_counter() - start:.0f} s")
     return rows

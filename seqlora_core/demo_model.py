@@ -114,7 +114,9 @@ class DemoModel:
         for prefix in ("model.diffusion_model.", "first_stage_model.", "text_encoders.clip_l.transformer."):
             parts[prefix] = {k.removeprefix(prefix): v.to(dtype) for k, v in tensors.items() if k.startswith(prefix)}
             if not parts[prefix]:
-                raise UserError(f"{path} has no '{prefix}*' tensors: the command line takes the demo model's layout; use the ComfyUI nodes for other models")
+                raise UserError(
+                    f"{path} has no '{prefix}*' tensors: the command line takes the demo model's layout; use the ComfyUI nodes for other models"
+                )
         mmdit, vae, text = parts.values()
         self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device)
         self.vae = _load_autoencoder(vae).eval().requires_grad_(False).to(self.device)
@@ -176,7 +178,12 @@ class DemoModel:
 
     @torch.no_grad()
     def sample(
-        self, conditioning: Conditioning, seed: int, steps: int = 20, guidance: float = 4.0, size: tuple[int, int] = (SIZE, SIZE)
+        self,
+        conditioning: Conditioning,
+        seed: int,
+        steps: int = 20,
+        guidance: float = 4.0,
+        size: tuple[int, int] = (SIZE, SIZE),
     ) -> Tensor:
         from diffusers import FlowMatchEulerDiscreteScheduler
 

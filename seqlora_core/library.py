@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
@@ -131,7 +131,9 @@ class Library:
         """UserError if the name is taken (in any case: file systems differ)."""
         taken = next((n for n in self.names if n.lower() == name.lower()), None)
         if taken is not None and not (replace_existing and taken == name):
-            raise UserError(f"the library {self.folder.name!r} has a concept {taken!r} already: remove it first, or use another name")
+            raise UserError(
+                f"the library {self.folder.name!r} has a concept {taken!r} already: remove it first, or use another name"
+            )
 
     def add(self, concept: Concept, replace_existing: bool = False) -> None:
         """Write a concept and append it to the order, or put it in the place of the one it replaces."""

@@ -13,7 +13,13 @@ from .trainer import References
 
 
 def train_ordinary(
-    denoiser: Denoiser, references: References, rank: int = 4, steps: int = 200, rate: float = 2e-3, batch: int = 8, seed: int = 0
+    denoiser: Denoiser,
+    references: References,
+    rank: int = 4,
+    steps: int = 200,
+    rate: float = 2e-3,
+    batch: int = 8,
+    seed: int = 0,
 ) -> Adapter:
     """AdamW on both factors; lora_down Kaiming-uniform and lora_up zero as in kohya and PEFT, alpha = rank.
 

@@ -21,7 +21,9 @@ def preview_prompts(trigger: str, class_noun: str) -> list[str]:
 
 
 @torch.no_grad()
-def draw_with(denoiser: Denoiser, adapter: Adapter | None, prompts: list[str], size: tuple[int, int], seed: int = SEED) -> Tensor:
+def draw_with(
+    denoiser: Denoiser, adapter: Adapter | None, prompts: list[str], size: tuple[int, int], seed: int = SEED
+) -> Tensor:
     """[n, height, width, 3] in 0..1: each prompt drawn with the adapter on, the i-th from seed + i."""
     attachment = Attachment()
     attachment.set_frozen(adapter, denoiser.device)

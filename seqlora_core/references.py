@@ -64,5 +64,7 @@ def complete_captions(captions: list[str | None], trigger: str, class_noun: str,
     done = [c if c else caption_from(template, trigger, class_noun) for c in captions]
     without = [c for c in done if trigger.lower() not in c.lower()]
     if without:
-        raise UserError(f"the caption {without[0]!r} lacks the trigger {trigger!r}: add it, or leave the caption out to use the template")
+        raise UserError(
+            f"the caption {without[0]!r} lacks the trigger {trigger!r}: add it, or leave the caption out to use the template"
+        )
     return done

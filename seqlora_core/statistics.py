@@ -6,10 +6,9 @@ attention) share one moment.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Iterable
 
-import torch
 from torch import Tensor
 
 from .attach import Attachment, flat

@@ -93,8 +93,12 @@ class Graph:
         }  # fmt: skip
 
 
-def teach(graph: Graph, name: str, subject: str, trigger: str, noun: str, library: str, x: int, y: int, after: str | None = None):
-    graph.add(f"{name}_images", "SeqLoRAConceptImages", (x, y), (320, 170), folder=f"demo/{subject}", resolution=64, captions="")
+def teach(
+    graph: Graph, name: str, subject: str, trigger: str, noun: str, library: str, x: int, y: int, after: str | None = None
+):
+    graph.add(
+        f"{name}_images", "SeqLoRAConceptImages", (x, y), (320, 170), folder=f"demo/{subject}", resolution=64, captions=""
+    )
     graph.add(
         name, "SeqLoRATrainConcept", (x + 370, y), (360, 620), f"Teach {subject}",
         model=("base", 0), clip=("base", 1), vae=("base", 2), images=(f"{name}_images", 0), library=library,
@@ -109,7 +113,17 @@ LAMBDA = 1.0
 
 
 def draw(graph: Graph, stack: tuple[str, int], text: str, x: int, y: int, prefix: str, seed: int = 1):
-    graph.add("apply", "SeqLoRAApplyStack", (x, y), (320, 170), model=("base", 0), clip=("base", 1), stack=stack, mode="sum", amount=1.0)
+    graph.add(
+        "apply",
+        "SeqLoRAApplyStack",
+        (x, y),
+        (320, 170),
+        model=("base", 0),
+        clip=("base", 1),
+        stack=stack,
+        mode="sum",
+        amount=1.0,
+    )
     graph.add("positive", "CLIPTextEncode", (x + 370, y), (360, 130), "Prompt", clip=("apply", 1), text=text)
     graph.add("negative", "CLIPTextEncode", (x + 370, y + 180), (360, 100), "Negative prompt", clip=("apply", 1), text="")
     graph.add("latent", "EmptySD3LatentImage", (x + 370, y + 330), (360, 110), width=64, height=64, batch_size=4)
@@ -118,7 +132,17 @@ def draw(graph: Graph, stack: tuple[str, int], text: str, x: int, y: int, prefix
         latent_image=("latent", 0), seed=seed, steps=20, cfg=4.0, sampler_name="euler", scheduler="simple", denoise=1.0,
     )  # fmt: skip
     graph.add("decode", "VAEDecode", (x + 780, y + 320), (320, 60), samples=("sampler", 0), vae=("base", 2))
-    graph.add("bigger", "ImageScale", (x + 780, y + 430), (320, 150), image=("decode", 0), upscale_method="bicubic", width=256, height=256, crop="disabled")
+    graph.add(
+        "bigger",
+        "ImageScale",
+        (x + 780, y + 430),
+        (320, 150),
+        image=("decode", 0),
+        upscale_method="bicubic",
+        width=256,
+        height=256,
+        crop="disabled",
+    )
     graph.add("save", "SaveImage", (x + 1150, y), (420, 460), images=("bigger", 0), filename_prefix=prefix)
 
 
@@ -128,7 +152,12 @@ def teach_a_concept() -> Graph:
     teach(graph, "teach", "octopus", "octzu", "animal", "workflow_demo", 350, 40)
     graph.add("samples", "PreviewImage", (1140, 40), (420, 400), "References | alone | in the library", images=("teach", 3))
     graph.add("curves", "PreviewImage", (1140, 490), (420, 280), "Loss and interference", images=("teach", 2))
-    graph.note("Teaches one concept and adds it to a library.\nRun it again with other pictures, name and trigger to add the next.\n\n" + OWN_MODEL, (40, 170), (260, 330))
+    graph.note(
+        "Teaches one concept and adds it to a library.\nRun it again with other pictures, name and trigger to add the next.\n\n"
+        + OWN_MODEL,
+        (40, 170),
+        (260, 330),
+    )
     return graph
 
 
@@ -137,7 +166,9 @@ def teach_then_draw() -> Graph:
     graph.add("base", "SeqLoRADemoModel", (40, 40), (260, 80))
     teach(graph, "teach", "octopus", "octzu", "animal", "workflow_demo", 350, 40)
     draw(graph, ("teach", 0), "an octzu animal, blue background", 1140, 40, "seqlora/teach_then_draw")
-    graph.note("Teaches a concept (once: later runs use it), then draws with the whole library.\n\n" + OWN_MODEL, (40, 170), (260, 330))
+    graph.note(
+        "Teaches a concept (once: later runs use it), then draws with the whole library.\n\n" + OWN_MODEL, (40, 170), (260, 330)
+    )
     return graph
 
 
@@ -146,9 +177,21 @@ def stack_and_draw() -> Graph:
     graph.add("base", "SeqLoRADemoModel", (40, 40), (260, 80))
     teach(graph, "first", "octopus", "octzu", "animal", "workflow_demo", 350, 40)
     teach(graph, "second", "penguin", "pengvo", "animal", "workflow_demo", 350, 710, after="first")
-    draw(graph, ("second", 0), "an octzu animal on the left and a pengvo animal on the right, yellow background", 1140, 40, "seqlora/stack_and_draw", 3)
+    draw(
+        graph,
+        ("second", 0),
+        "an octzu animal on the left and a pengvo animal on the right, yellow background",
+        1140,
+        40,
+        "seqlora/stack_and_draw",
+        3,
+    )
     graph.add("report", "SeqLoRAInterferenceReport", (1140, 710), (420, 420), stack=("second", 0))
-    graph.note("Two concepts in one picture. Each is taught once; later runs use what is in the library.\n\n" + OWN_MODEL, (40, 170), (260, 330))
+    graph.note(
+        "Two concepts in one picture. Each is taught once; later runs use what is in the library.\n\n" + OWN_MODEL,
+        (40, 170),
+        (260, 330),
+    )
     return graph
 
 

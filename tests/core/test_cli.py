@@ -21,7 +21,24 @@ def folder(tmp_path_factory):
     library = tmp_path_factory.mktemp("cli") / "library"
     for name, trigger in (("octopus", "octzu"), ("penguin", "pengvo")):
         images = str(DEMO_FOLDER / "concepts" / name)
-        assert main(["train", "--library", str(library), "--images", images, "--trigger", trigger, "--class-noun", "animal", "--steps", "3"]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    "--library",
+                    str(library),
+                    "--images",
+                    images,
+                    "--trigger",
+                    trigger,
+                    "--class-noun",
+                    "animal",
+                    "--steps",
+                    "3",
+                ]
+            )
+            == 0
+        )
     return library
 
 
@@ -32,7 +49,9 @@ def run(capsys, *arguments):
 
 
 def test_train_in_json(capsys, tmp_path):
-    code, out, _ = run(capsys, "train", "--library", tmp_path / "l", "--images", OCTOPUS, "--trigger", "octzu", "--steps", 3, "--json")
+    code, out, _ = run(
+        capsys, "train", "--library", tmp_path / "l", "--images", OCTOPUS, "--trigger", "octzu", "--steps", 3, "--json"
+    )
     result = json.loads(out)
     assert code == 0 and len(result["losses"]) == 3 and load_adapter(result["path"]).triggers == ["octzu"]
 
@@ -69,7 +88,10 @@ def test_stack_and_report(capsys, folder, tmp_path):
 
 def test_sample_draws_what_the_adapter_does(capsys, folder, tmp_path):
     for name, extra in (("a", []), ("b", []), ("c", ["--library", folder])):
-        assert run(capsys, "sample", "an octzu animal", "a castle", *extra, "--seed", 3, "--output", tmp_path / f"{name}.png")[0] == 0
+        assert (
+            run(capsys, "sample", "an octzu animal", "a castle", *extra, "--seed", 3, "--output", tmp_path / f"{name}.png")[0]
+            == 0
+        )
     a, b, c = (Image.open(tmp_path / f"{n}.png").tobytes() for n in "abc")
     assert a == b != c
 
@@ -99,6 +121,14 @@ def test_demo_writes_everything(capsys, tmp_path):
         assert (output / "library" / f"{name}.safetensors").exists() and (output / "ordinary" / f"{name}.safetensors").exists()
 
 
+def test_demo_leaves_a_library_that_is_not_its_own(capsys, folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "library")
+    code, _, err = run(capsys, "demo", "--output", tmp_path, "--concepts", "octopus", "penguin", "--steps", 1)
+    assert code == 2 and "not made by the demo" in err and (tmp_path / "library" / "octopus.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -106,7 +136,10 @@ def test_demo_writes_everything(capsys, tmp_path):
         (["train", "--images", OCTOPUS, "--trigger", "octzu"], "no library"),
         (["train", "--images", OCTOPUS, "--trigger", "zzz", "--library", "{tmp}/l"], "lacks the trigger"),
         (["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--rank", "0"], "rank is 0"),
-        (["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--name", "../x"], "cannot be a file name"),
+        (
+            ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--name", "../x"],
+            "cannot be a file name",
+        ),
         (["stack", "--output", "x"], "one of the two"),
         (["stack", "/absent.safetensors", "--output", "x"], "no file"),
         (["stack", "--library", "{folder}", "--amount", "2", "--output", "x"], "amount is 2"),
@@ -128,5 +161,7 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys, folder, tmp_pat
 
 
 def test_unknown_options_exit_with_2_too():
-    done = subprocess.run([sys.executable, "-m", "seqlora_core", "train", "--nonsense"], capture_output=True, text=True, cwd=DEMO_FOLDER.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "seqlora_core", "train", "--nonsense"], capture_output=True, text=True, cwd=DEMO_FOLDER.parent
+    )
     assert done.returncode == 2 and "usage" in done.stderr

@@ -45,11 +45,15 @@ def test_round_trip_with_alpha(tmp_path):
     path = tmp_path / "x.safetensors"
     save_adapter(path, adapter())
     assert torch.equal(load_adapter(path).layers["diffusion_model.a"].dense(), adapter().layers["diffusion_model.a"].dense())
-    write_safetensors(path, {"l.lora_down.weight": torch.ones(4, 8), "l.lora_up.weight": torch.ones(6, 4), "l.alpha": torch.tensor(2.0)}, {})
+    write_safetensors(
+        path, {"l.lora_down.weight": torch.ones(4, 8), "l.lora_up.weight": torch.ones(6, 4), "l.alpha": torch.tensor(2.0)}, {}
+    )
     assert torch.equal(load_adapter(path).layers["l"].dense(), torch.full((6, 8), 2.0))
 
 
-@pytest.mark.parametrize("value, message", [(0.0, "every lora_up is zero"), (float("nan"), "not finite"), (float("inf"), "not finite")])
+@pytest.mark.parametrize(
+    "value, message", [(0.0, "every lora_up is zero"), (float("nan"), "not finite"), (float("inf"), "not finite")]
+)
 def test_useless_adapters_are_not_saved(tmp_path, value, message):
     with pytest.raises(UserError, match=message):
         save_adapter(tmp_path / "x.safetensors", adapter(value))

@@ -187,7 +187,8 @@ def test_crosstalk_has_a_unit_diagonal_and_is_zero_for_disjoint_concepts():
     metric = subspace.Metric.of(g, eps=1e-12)
     both = orthonormal_basis(randn(4, IN, 2 * R))
     adapters = {
-        n: Adapter({"l": LayerDelta(metric.down(b), randn(i, OUT, R))}) for i, (n, b) in enumerate(zip("ab", (both[:, :R], both[:, R:])))
+        n: Adapter({"l": LayerDelta(metric.down(b), randn(i, OUT, R))})
+        for i, (n, b) in enumerate(zip("ab", (both[:, :R], both[:, R:])))
     }
     # inputs of concept "a" lie along its own whitened basis only
     x = randn(5, 100, R) @ both[:, :R].mT @ metric.unwhite

@@ -18,7 +18,9 @@ def randn(rng, *shape):
 
 
 def orthonormal(basis):
-    return torch.allclose(basis.mT @ basis, torch.eye(basis.shape[-1], dtype=basis.dtype).expand(*basis.shape[:-2], -1, -1), atol=1e-12)
+    return torch.allclose(
+        basis.mT @ basis, torch.eye(basis.shape[-1], dtype=basis.dtype).expand(*basis.shape[:-2], -1, -1), atol=1e-12
+    )
 
 
 def test_orthonormal_basis_spans_and_is_identity_on_bases(rng):

@@ -42,7 +42,12 @@ def comfy(library, tmp_path_factory):
     output = tmp_path_factory.mktemp("agree") / "out.safetensors"
     script = Path(__file__).with_name("in_process.py")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([python, str(script), str(root), str(PACK), str(library.folder), str(output)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [python, str(script), str(root), str(PACK), str(library.folder), str(output)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(output)
 

@@ -27,5 +27,7 @@ def test_every_widget_has_a_tooltip_or_speaks_for_itself(server):
             assert info["description"] and info["category"] == "SeqLoRA"
             for part in info["input"].values():
                 for name, spec in part.items():
-                    link = isinstance(spec[0], str) and spec[0].isupper() and spec[0] not in ("INT", "FLOAT", "STRING", "BOOLEAN")
+                    link = (
+                        isinstance(spec[0], str) and spec[0].isupper() and spec[0] not in ("INT", "FLOAT", "STRING", "BOOLEAN")
+                    )
                     assert link or name in silent or spec[1].get("tooltip"), f"{node}.{name}"

@@ -109,7 +109,10 @@ def test_a_second_concept_stands_beside_the_first(server, trained):
     graph["2"] = images("demo/penguin")
     graph["4"] = {"class_type": "SeqLoRALibrary", "inputs": {"library": "base", "concepts": "", "strength": 1.0}}
     graph["6"] = {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["3", 0]}}
-    graph["7"] = {"class_type": "SeqLoRASaveStack", "inputs": {"stack": ["3", 0], "name": "both", "mode": "sum", "amount": 1.0, "overwrite": True}}
+    graph["7"] = {
+        "class_type": "SeqLoRASaveStack",
+        "inputs": {"stack": ["3", 0], "name": "both", "mode": "sum", "amount": 1.0, "overwrite": True},
+    }
     outputs = server.run(graph)
     assert outputs["6"]["images"]
     assert (server.base / "models" / "loras" / "both.safetensors").exists()
@@ -206,7 +209,10 @@ def test_bad_pictures_get_one_clear_sentence(server, change, message):
     ],
 )
 def test_bad_names_of_loaders_get_one_clear_sentence(server, trained, kind, inputs, message):
-    graph = {"4": {"class_type": kind, "inputs": inputs}, "6": {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["4", 0]}}}
+    graph = {
+        "4": {"class_type": kind, "inputs": inputs},
+        "6": {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["4", 0]}},
+    }
     with pytest.raises(Failed, match=message):
         server.run(graph)
 

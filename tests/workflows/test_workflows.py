@@ -25,7 +25,9 @@ def test_committed_files_are_what_the_script_writes(builder, tmp_path):
     builder.build(tmp_path)
     for path in sorted(tmp_path.rglob("*.json")):
         committed = FOLDER / path.relative_to(tmp_path)
-        assert committed.read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), f"{committed.name} is stale: run make workflows"
+        assert committed.read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), (
+            f"{committed.name} is stale: run make workflows"
+        )
     assert {p.stem for p in FOLDER.glob("*.json")} == {p.stem for p in (FOLDER / "api").glob("*.json")} == set(NAMES)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from .comfy_server import Server, find_comfyui
+from .nodes.comfy_server import Server, find_comfyui
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,66 @@
+"""Contact sheets: rows of subjects, columns of what was drawn of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, concatenate
+from .demo_model import SIZE
+from .plots import to_pil
+from .preview import draw_with
+
+COLOURS = ("white", "gray", "blue", "yellow", "green", "pink")
+
+
+def contact_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], path: Path, columns: int = 3) -> None:
+    """Rows: subjects.  Columns: references | base | ours alone | all of ours | all ordinary ones."""
+    both = {"ours": concatenate(ours), "ordinary": concatenate(ordinary)}
+    rows = []
+    for subject, own in zip(subjects, ours):
+        prompts = [subject.prompt(c) for c in COLOURS[:columns]]
+        parts = [subject.images[:columns]]
+        for adapter in (None, own, both["ours"], both["ordinary"]):
+            parts.append(draw_with(model, adapter, prompts, (SIZE, SIZE)))
+        rows.append(parts)
+    heads = ["references", "base model", "one concept", f"all {len(ours)} stacked", f"{len(ours)} ordinary LoRAs\nstacked"]
+    save_sheet(rows, [s.name for s in subjects], heads, path)
+
+
+def pair_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], path: Path, columns: int = 3) -> None:
+    """Two concepts in one prompt, everything stacked: ours, and ordinary LoRAs."""
+    rows, names = [], []
+    for first, second in zip(subjects, [*subjects[1:], subjects[0]]):
+        prompts = [
+            f"{first.prompt('x').split(',')[0]} on the left and {second.prompt('x').split(',')[0]} on the right, {c} background"
+            for c in COLOURS[:columns]
+        ]
+        parts = [torch.cat([first.images[:1], second.images[:1]])]
+        for adapters in (ours, ordinary):
+            parts.append(draw_with(model, concatenate(adapters), prompts, (SIZE, SIZE)))
+        rows.append(parts)
+        names.append(f"{first.name}\n{second.name}")
+    save_sheet(rows, names, ["references", f"all {len(ours)} stacked", f"{len(ours)} ordinary LoRAs stacked"], path)
+
+
+def save_sheet(rows: list[list[Tensor]], names: list[str], heads: list[str], path: Path, zoom: int = 2) -> None:
+    """rows[i][j]: pictures [n, height, width, 3] of subject names[i] under heads[j]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    tile, gap, left, top = SIZE * zoom, 18, 110, 56
+    widths = [len(part) * tile for part in rows[0]]
+    sheet = Image.new("RGB", (left + sum(widths) + gap * len(widths), top + len(rows) * (tile + 6)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    x = left
+    for column, head in enumerate(heads):
+        draw.multiline_text((x + widths[column] / 2, top / 2), head, "black", font, anchor="mm", align="center")
+        for index, parts in enumerate(rows):
+            y = top + index * (tile + 6)
+            strip = to_pil(torch.cat(list(parts[column]), 1)).resize((widths[column], tile), Image.Resampling.LANCZOS)
+            sheet.paste(strip, (x, y))
+            if column == 0:
+                draw.multiline_text((left - 12, y + tile / 2), names[index], "black", font, anchor="rm", align="right")
+        x += widths[column] + gap
+    sheet.save(path)
