@@ -147,17 +147,14 @@ class ComfyDenoiser:
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         self._restore()
-        contexts, pooled = [], []
+        parts = []
         with torch.inference_mode():
             for prompt in prompts:
-                encoded = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)
-                contexts.append(encoded[0])
-                pooled.append(encoded[1])
-        longest = max(c.shape[1] for c in contexts)
-        # long prompts come in several chunks: shorter ones are repeated, as ComfyUI does when it batches
-        contexts = [c.repeat(1, -(-longest // c.shape[1]), 1)[:, :longest] for c in contexts]
-        context = torch.cat(contexts).float().clone().to(self.device)
-        return Conditioning(context, None if pooled[0] is None else torch.cat(pooled).float().clone().to(self.device))
+                parts.append(self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True))
+        # inference tensors cannot be saved for backward: clone
+        return Conditioning.cat(
+            [Conditioning(*(None if t is None else t.float().clone().to(self.device) for t in p)) for p in parts]
+        )
 
     def encode_images(self, images: Tensor) -> Tensor:
         self._restore()

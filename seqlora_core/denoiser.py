@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +28,11 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
-        pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts])
-        return Conditioning(torch.cat([p.context for p in parts]), pooled)
+        """One batch of several.  Contexts of unequal lengths are repeated to a common one, as ComfyUI does: attention
+        over repeated tokens is attention over the tokens."""
+        length = math.lcm(*(p.context.shape[1] for p in parts))
+        context = torch.cat([p.context.repeat(1, length // p.context.shape[1], 1) for p in parts])
+        return Conditioning(context, None if parts[0].pooled is None else torch.cat([p.pooled for p in parts]))
 
 
 class Denoiser(Protocol):

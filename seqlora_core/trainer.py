@@ -14,7 +14,7 @@ from .adapter import Adapter, concatenate
 from .attach import Attachment, attached
 from .bilevel import Group, LowerLevel, UpperLevel, live_layers, mean_energy, to_adapter
 from .calibration import Calibration, draw, record_moments
-from .denoiser import Conditioning, Denoiser, loss
+from .denoiser import Conditioning, Denoiser
 from .errors import UserError
 from .linalg import orthonormal_basis, project_out
 from .prompts import decoys
@@ -145,12 +145,13 @@ def fit(
             pick = torch.randint(0, len(latents), (config.batch,), generator=generator)
             sigma = denoiser.draw_sigmas(config.batch, generator)
             noise = torch.randn(latents[pick].shape, generator=generator).to(latents)
-            error = loss(denoiser, latents[pick], noise, sigma, prompts[pick])
+            batch = Batch(
+                denoiser.noised(latents[pick], noise, sigma), sigma, prompts[pick], denoiser.target(latents[pick], noise, sigma)
+            )
+            again = replay.batch(attachment, generator) if number % config.replay_every == 0 else None
+            error, drift = _errors(denoiser, batch, again)
             energy = mean_energy(groups)
-            objective = error + config.interference_weight * energy
-            if config.replay_weight and number % config.replay_every == 0:
-                weight = config.replay_weight * config.replay_every
-                objective = objective + weight * replay.drift(attachment, generator)
+            objective = error + config.interference_weight * energy + config.replay_weight * config.replay_every * drift
             if not torch.isfinite(objective):
                 raise UserError(f"the loss is not finite at step {number}; lower the learning rate or check the images")
             for group in groups:
@@ -282,8 +283,10 @@ class _Replay:
     def _add(self, latents: Tensor, prompts: list[str]) -> None:
         self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts)))
 
-    def drift(self, attachment: Attachment, generator: torch.Generator) -> Tensor:
-        """Mean squared change of the prediction that the concept makes on a batch of the pool."""
+    def batch(self, attachment: Attachment, generator: torch.Generator) -> Batch | None:
+        """What the concept must not change: inputs of the pool with the prediction that is made without it."""
+        if not self.pools:
+            return None
         d, share = self.denoiser, max(1, self.config.replay_batch // len(self.pools))
         latents, prompts = [], []
         for pool, conditioning in self.pools:
@@ -297,4 +300,24 @@ class _Replay:
         with torch.no_grad():
             before = d.predict(noised, sigma, conditioning)
         attachment.live = live
-        return (d.predict(noised, sigma, conditioning) - before).square().mean()
+        return Batch(noised, sigma, conditioning, before)
+
+
+@dataclass
+class Batch:
+    """Inputs of the denoiser and what it should predict."""
+
+    noised: Tensor
+    sigma: Tensor
+    conditioning: Conditioning
+    target: Tensor
+
+
+def _errors(denoiser: Denoiser, batch: Batch, again: Batch | None) -> tuple[Tensor, Tensor | float]:
+    """Mean squared errors of a batch and of a replay batch (0.0 without one), from one forward pass."""
+    if again is None:
+        return (denoiser.predict(batch.noised, batch.sigma, batch.conditioning) - batch.target).square().mean(), 0.0
+    noised, sigma = torch.cat([batch.noised, again.noised]), torch.cat([batch.sigma, again.sigma])
+    prediction = denoiser.predict(noised, sigma, Conditioning.cat([batch.conditioning, again.conditioning]))
+    count = len(batch.noised)
+    return (prediction[:count] - batch.target).square().mean(), (prediction[count:] - again.target).square().mean()
