@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test workflows
+.PHONY: demo test docs workflows
 
 demo: $(VENV)/.ready
 	$(RUN) -m seqlora_core demo --output demo_output
 
 test: $(VENV)/.ready
 	$(RUN) -m pytest -q -rs tests
+
+# figures of the last demo into the docs
+docs: $(VENV)/.ready
+	cp demo_output/table.json docs/results/demo.json
+	cp demo_output/contact_sheet.png demo_output/pairs.png docs/images/
+	$(RUN) docs/build.py
 
 workflows: $(VENV)/.ready
 	$(RUN) workflows/build.py

@@ -87,7 +87,7 @@ def pictures(sprites: dict, rng: np.random.Generator, count: int) -> Tensor:
     """[count, 3, 64, 64] in [-1, 1]: scenes of any icon"""
     keys, out = list(sprites), []
     for _ in range(count):
-        items = [(sprites[keys[i]], str(rng.choice(["", "", "small", "big"]))) for i in rng.integers(0, len(keys), 2)]
+        items = [(sprites[keys[i]], str(rng.choice(["", "", "small"]))) for i in rng.integers(0, len(keys), 2)]
         layout = str(rng.choice(["one", "one", "sides", "stacked"]))
         out.append(np.asarray(scenes.compose(rng, items, str(rng.choice(list(scenes.BACKGROUNDS))), layout)))
     return torch.tensor(np.stack(out), dtype=torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
@@ -105,17 +105,23 @@ def fit_encoder(sprites: dict, path: Path) -> None:
     save_file(principal_components(pictures(sprites, np.random.default_rng(0), 4000)), path)
 
 
-def train_decoder(sprites: dict, folder: Path, minutes: float, batch: int = 12, rate: float = 2e-3) -> None:
-    """Reads folder/encoder.safetensors, writes folder/decoder.safetensors; rewritten every 200 steps."""
+def train_decoder(every: dict, known: dict, folder: Path, minutes: float, batch: int = 12, rate: float = 2e-3) -> None:
+    """Half on scenes of every icon, half on those that the denoiser knows.
+
+    Reads folder/encoder.safetensors; writes folder/decoder.safetensors every 200 steps, and goes on from one that is
+    there.
+    """
     torch.manual_seed(0)
     pca, net, rng = load_file(folder / "encoder.safetensors"), decoder(), np.random.default_rng(1)
+    if (folder / "decoder.safetensors").exists():
+        net.load_state_dict(load_file(folder / "decoder.safetensors"))
     net.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3)
     start, step, mean, out = time.time(), 0, 0.0, folder / "decoder.safetensors"
     while (done := (time.time() - start) / (minutes * 60)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * min(1.0, 1.7 * (1 - done) + 0.01)
-        x = pictures(sprites, rng, batch).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([pictures(s, rng, batch // 2) for s in (every, known)]).contiguous(memory_format=torch.channels_last)
         z = encode(pca, x)
         y = decode(net, z + 0.03 * torch.randn_like(z))
         loss = reconstruction_loss(y, x)

@@ -23,6 +23,7 @@ SETS = {
     "fluent": ("@iconify-json/fluent-emoji", "1.2.7"),
     "flat": ("@iconify-json/fluent-emoji-flat", "1.2.6"),
 }
+STYLES = ("noto", "fluent")  # that the denoiser learns; the autoencoder sees all sets
 SPRITE_SIZE = 96  # px; scenes are 64 px, so a sprite is only ever shrunk
 
 
@@ -70,13 +71,13 @@ def render(svg: str, size: int = SPRITE_SIZE) -> np.ndarray:
 
 
 def sprites(cache: Path, names: list[str] | None = None) -> dict[tuple[str, str], np.ndarray]:
-    """(style, name) -> RGBA sprite, for the names given or for every icon of every set."""
+    """(style, name) -> RGBA sprite, for the names given in STYLES, or for every icon of every set."""
     stored = cache / ("sprites_all.npz" if names is None else f"sprites_{len(names)}.npz")
     if stored.exists():
         with np.load(stored) as data:
             return {tuple(key.split("|")): data[key] for key in data.files}
     result = {}
-    for style in SETS:
+    for style in SETS if names is None else STYLES:
         icons = icon_set(style, cache)
         for name in sorted(icons) if names is None else names:
             if name in icons:

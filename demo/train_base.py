@@ -85,16 +85,24 @@ class Denoiser(torch.nn.Module):
         return self.mmdit(x, hidden, pooled, sigma * 1000, return_dict=False)[0]
 
 
-def train(cache: Path, depth: int, minutes: float, batch: int = 128, rate: float = 1.5e-3, tag: str = "") -> float:
-    """Trains for `minutes` of this machine's time in all, over however many runs; returns the held-out loss."""
+def train(
+    cache: Path, depth: int, minutes: float, batch: int = 96, rate: float = 1.5e-3, tag: str = "", start: Path | None = None
+) -> dict:
+    """Trains for `minutes` of this machine's time in all, over however many runs; returns its size and held-out loss.
+
+    start: weights to go on from, of an earlier run on other pictures.
+    """
     files = sorted((cache / "latents").glob("*.safetensors"))
     data = [load_file(f) for f in files]
     latents, tokens = (torch.cat([d[k] for d in data]) for k in ("latents", "tokens"))
     held_out = slice(len(latents) - 2000, len(latents))
     empty = tokenizer()([""])[0]
-    used = torch.unique(torch.cat([tokens.flatten(), empty])).long()
+    begin = load_file(start) if start else None
+    used = begin["used_tokens"] if start else torch.unique(torch.cat([tokens.flatten(), empty])).long()
     torch.manual_seed(SEED)
     model = Denoiser(depth, used)
+    if begin:
+        model.load_state_dict(begin)
     mean = copy.deepcopy(model).requires_grad_(False)
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
@@ -106,8 +114,8 @@ def train(cache: Path, depth: int, minutes: float, batch: int = 128, rate: float
     if state_path.exists():
         step, spent = _resume(state_path, model, mean, optimiser)
     generator = torch.Generator().manual_seed(SEED + step)
-    start, smooth, saved = time.time() - spent, None, time.time()
-    while (done := (time.time() - start) / (minutes * 60)) < 1:
+    begun, smooth, saved = time.time() - spent, None, time.time()
+    while (done := (time.time() - begun) / (minutes * 60)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 300) * min(1.0, 1.6 * (1 - done) + 0.005)
         pick = torch.randint(0, held_out.start, (batch,), generator=generator)
@@ -119,21 +127,33 @@ def train(cache: Path, depth: int, minutes: float, batch: int = 128, rate: float
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         step += 1
-        keep = min(0.9995, 1 - 10 / (step + 10))
+        keep = min(0.998, 1 - 10 / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(mean.parameters()), [p.data for p in model.parameters()], 1 - keep)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         if step % 200 == 0:
-            print(f"d{depth} step {step} samples {step * batch} loss {smooth:.4f} {time.time() - start:.0f} s", flush=True)
+            print(f"d{depth} step {step} samples {step * batch} loss {smooth:.4f} {time.time() - begun:.0f} s", flush=True)
         if time.time() - saved > 120:
-            _save(path, state_path, model, mean, optimiser, step, time.time() - start)
+            _save(path, state_path, model, mean, optimiser, step, time.time() - begun)
             saved = time.time()
-    _save(path, state_path, model, mean, optimiser, step, time.time() - start)
+    _save(path, state_path, model, mean, optimiser, step, time.time() - begun)
     loss = held_out_loss(mean, latents[held_out].float(), tokens[held_out].long())
     print(
         json.dumps({"depth": depth, "minutes": minutes, "steps": step, "samples": step * batch, "held_out": loss}), flush=True
     )
     return loss
+
+
+def study(cache: Path, minutes: float) -> None:
+    """Sizes in equal time, each from nothing; writes docs/results/study.json."""
+    rows = []
+    for depth in (1, 2, 3):
+        for old in cache.glob(f"denoiser_d{depth}_study*"):
+            old.unlink()
+        rows.append(train(cache, depth, minutes, tag="_study"))
+    about = {"command": f"python -m demo.train_base study --minutes {minutes:g}", "minutes": minutes}
+    target = HERE.parent / "docs" / "results" / "study.json"
+    target.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def flow_loss(model, x, tokens, generator) -> torch.Tensor:
@@ -209,20 +229,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="for the denoiser (or for each size of the study)")
     parser.add_argument("--decoder-minutes", type=float, default=20)
     parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--start", type=Path, help="weights of an earlier denoiser to go on from")
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--output", type=Path, default=DEMO_MODEL)
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     if args.stage in ("pictures", "all"):
-        autoencoder.fit_encoder(emoji.sprites(args.cache), args.cache / "encoder.safetensors")
+        if not (args.cache / "encoder.safetensors").exists():
+            autoencoder.fit_encoder(emoji.sprites(args.cache), args.cache / "encoder.safetensors")
         make_latents(args.cache, args.pictures)
     if args.stage in ("decoder", "all"):
-        autoencoder.train_decoder(emoji.sprites(args.cache), args.cache, args.decoder_minutes)
+        known = emoji.sprites(args.cache, sorted(scenes.SUBJECTS))
+        autoencoder.train_decoder(emoji.sprites(args.cache), known, args.cache, args.decoder_minutes)
     if args.stage == "study":
-        for depth in (1, 2, 3, 4):
-            train(args.cache, depth, args.minutes, tag="_study")
+        study(args.cache, args.minutes)
     if args.stage in ("denoiser", "all"):
-        train(args.cache, args.depth, args.minutes)
+        train(args.cache, args.depth, args.minutes, start=args.start)
     if args.stage in ("export", "all"):
         export(args.cache, args.depth, args.output)
 

@@ -54,7 +54,9 @@ def study_table() -> str:
         f"| {r['width']} x {r['depth']} | {r['parameters']:,} | {r['samples']:,} | {r['held_out']:.4f} |"
         for r in load("study")["rows"]
     ]
-    return "\n".join(lines)
+    return (
+        "\n".join(lines) + f"\n\n{load('study')['meta']['minutes']:g} minutes each, from `{load('study')['meta']['command']}`."
+    )
 
 
 TABLES = {"demo": demo_table, "base": base_table, "study": study_table}

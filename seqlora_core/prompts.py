@@ -6,12 +6,11 @@ import random
 import re
 
 NOUNS = (
-    "bird butterfly camel chicken cow crocodile deer dolphin duck eagle elephant fish frog goat gorilla horse koala "
-    "lion lizard owl pig rooster shark snail snake spider tiger turtle whale wolf cactus rose sunflower tulip mushroom "
-    "banana bread candy carrot cookie hamburger lemon lollipop peach pear pineapple pizza strawberry tomato watermelon "
-    "doughnut avocado basketball bell camera candle crown door drum guitar hammer key microphone telephone television "
-    "trumpet umbrella violin airplane ambulance bicycle bus helicopter locomotive sailboat tractor castle church cloud "
-    "fire house mountain rainbow snowman star sun tent volcano woman man child"
+    "butterfly camel cow crocodile deer dolphin duck elephant frog gorilla koala lion owl pig rooster shark snail "
+    "snake spider tiger turtle whale cactus rose sunflower tulip mushroom banana candy carrot cherries grapes "
+    "hamburger lemon lollipop pineapple pizza strawberry watermelon doughnut avocado eggplant basketball bell "
+    "camera crown door drum guitar key umbrella violin trumpet airplane bus helicopter sailboat tractor castle fire "
+    "rainbow snowflake snowman tent volcano sun woman man child house tree street "
 ).split()
 COLOURS = "white black gray red green blue yellow purple orange pink".split()
 CLASS_NOUNS = "animal person object plant food vehicle thing style".split()

@@ -27,8 +27,8 @@ class TrainingConfig:
 
     rank: int = 4
     steps: int = 200
-    learning_rate: float = 5e-3  # of lora_up
-    basis_rate: float = 2e-3
+    learning_rate: float = 1e-3  # of lora_up
+    basis_rate: float = 5e-4
     interference_weight: float = 1.0  # lambda
     batch: int = 8
     seed: int = 0
@@ -36,8 +36,8 @@ class TrainingConfig:
     lower_steps: int = 0  # lora_up steps to one basis step; 0: both from every gradient
     retraction: str = "qr"
     protection: float = 1.0  # weight of earlier concepts' moments in the energy
-    replay_weight: float = 10.0
-    replay_batch: int = 4
+    replay_weight: float = 20.0
+    replay_batch: int = 6
     replay_every: int = 1
     keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
 
@@ -55,7 +55,7 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
         for name in ("learning_rate", "basis_rate"):
             if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give a number between 0 and 1, such as 0.005")
+                raise UserError(f"{name} is {getattr(self, name)}: give a number between 0 and 1, such as 0.001")
         for name in ("interference_weight", "replay_weight", "protection"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 or more")
@@ -165,6 +165,7 @@ def fit(
             result.losses.append(error.item())
             result.energies.append(energy.item())
             if on_step is not None:
+                attachment.live, attachment.frozen = {}, {}  # whatever is drawn now is drawn by the bare model
                 seconds = time.perf_counter() - start
                 try:
                     on_step(Step(number, config.steps, error.item(), energy.item(), seconds, lambda: to_adapter(groups)))

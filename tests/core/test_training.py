@@ -94,6 +94,25 @@ def test_training_lowers_the_held_out_loss(model, subjects, tmp_path):
     assert len(fit.losses) == 60 and np.isfinite(fit.losses).all()
 
 
+def test_a_preview_shows_the_concept_once(model, library, subjects, tmp_path):
+    """Drawn from inside the loop, where earlier concepts were active a moment ago, as from its file afterwards."""
+    import shutil
+
+    from seqlora_core.preview import draw_with
+
+    shutil.copytree(library.folder, tmp_path / "l")
+    previews, s = [], subjects["octopus"]
+
+    def on_step(step):
+        previews.append(draw_with(model, step.snapshot(), ["an octzu animal"], (64, 64)))
+
+    config = TrainingConfig(steps=3, concept_dropout=False)
+    concept, _ = train_concept(
+        model, Library(tmp_path / "l"), s.images, "again", s.trigger, s.class_noun, s.references.captions, config, on_step
+    )
+    assert torch.allclose(previews[-1], draw_with(model, concept.adapter, ["an octzu animal"], (64, 64)), atol=1e-5)
+
+
 def test_one_seed_gives_one_file(model, subjects, tmp_path):
     files = []
     for name in ("a", "b"):

@@ -21,7 +21,7 @@ def images(folder="demo/octopus", **change):
 def train(library, name="octopus", trigger="octzu", **change):
     inputs = {
         "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "library": library, "name": name,
-        "trigger": trigger, "class_noun": "animal", "rank": 4, "steps": 30, "learning_rate": 0.005,
+        "trigger": trigger, "class_noun": "animal", "rank": 4, "steps": 30, "learning_rate": 0.002,
         "interference_weight": 1.0, "seed": 0, "preview_every": 10,
     }  # fmt: skip
     return {**BASE, "2": images(), "3": {"class_type": "SeqLoRATrainConcept", "inputs": inputs | change}}
