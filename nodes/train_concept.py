@@ -75,6 +75,8 @@ class SeqLoRATrainConcept(io.ComfyNode):
         interference_weight, seed, if_trained=USE, batch_size=8, preview_every=50, planned_concepts=32, after=None,
     ) -> io.NodeOutput:  # fmt: skip
         name = safe_name(name, "concept name")
+        if if_trained not in (USE, AGAIN):  # not every server checks a combo of a prompt sent by POST
+            raise UserError(f"if_trained is {if_trained!r}: choose '{USE}' or '{AGAIN}'")
         config = TrainingConfig(
             rank=rank,
             steps=steps,
