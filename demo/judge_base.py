@@ -58,9 +58,13 @@ def main() -> None:
 
     names = list(scenes.SUBJECTS)
     subjects = [names[i % len(names)] for i in range(args.prompts)]
-    prompts = [scenes.caption([s], str(rng.choice(list(scenes.BACKGROUNDS))), "") for s in subjects]
+    # a third of the prompts name no style, a third each of the two
+    styles = [("", *emoji.STYLES)[i // len(names) % 3] for i in range(args.prompts)]
+    prompts = [scenes.caption([s], str(rng.choice(list(scenes.BACKGROUNDS))), style) for s, style in zip(subjects, styles)]
     single = drawn(prompts, 1000)
     found = nearest(judge.features(single), features, labels, centre)
+    right = np.array([a == b for a, b in zip(found, subjects)])
+    by_style = {style or "none": float(right[np.array(styles) == style].mean()) for style in ("", *emoji.STYLES)}
     by_pixels = nearest(pixels(single), control, labels, control.mean(0))
     pairs = [tuple(str(n) for n in rng.choice(names, 2, replace=False)) for _ in range(args.prompts // 2)]
     pair_prompts = [scenes.caption(list(p), str(rng.choice(list(scenes.BACKGROUNDS))), "", "sides") for p in pairs]
@@ -72,7 +76,7 @@ def main() -> None:
     each = [a == pair[0] for pair, a in zip(pairs, sides[0])] + [b == pair[1] for pair, b in zip(pairs, sides[1])]
     result = {
         "prompts": args.prompts, "subjects": len(names),
-        "single_right": float(np.mean([a == b for a, b in zip(found, subjects)])),
+        "single_right": float(right.mean()), "single_right_by_style": by_style,
         "single_right_by_pixels": float(np.mean([a == b for a, b in zip(by_pixels, subjects)])),
         "pairs": len(pairs), "pair_both_right": float(np.mean(both)), "pair_each_right": float(np.mean(each)),
         "sampler": f"Euler, {STEPS} steps, guidance {GUIDANCE}",

@@ -41,6 +41,10 @@ def base_table() -> str:
             "| measured | value |",
             "|---|---|",
             f"| one subject ({r['prompts']} prompts, {r['subjects']} subjects): nearest neighbour is the right one | {r['single_right']:.0%} |",
+            *(
+                f"| of those whose prompt names {'no style' if k == 'none' else k + ' style'} | {v:.0%} |"
+                for k, v in r["single_right_by_style"].items()
+            ),
             f"| the same by raw 16 x 16 pixels, as a control | {r['single_right_by_pixels']:.0%} |",
             f"| two subjects ({r['pairs']} prompts): both found on their sides | {r['pair_both_right']:.0%} |",
             f"| two subjects: each found on its side | {r['pair_each_right']:.0%} |",

@@ -13,6 +13,7 @@ NOUNS = (
     "rainbow snowflake snowman tent volcano sun woman man child house tree street "
 ).split()
 COLOURS = "white black gray red green blue yellow purple orange pink".split()
+STYLES = "noto fluent watercolor cartoon pixel".split()  # the first two are the demo model's
 CLASS_NOUNS = "animal person object plant food vehicle thing style".split()
 RARE_WORDS = "sks ohwx zwx krp vbl qzt hfj wmb pdx jqv xgn tfr".split()
 
@@ -22,7 +23,7 @@ def _article(words: str) -> str:
 
 
 def generic_prompts(count: int, seed: int = 0) -> list[str]:
-    """`count` prompts about common things: one or two subjects, most on a coloured background."""
+    """`count` prompts about common things: one or two subjects, most on a coloured background, half in a style."""
     rng = random.Random(seed)
     prompts = []
     for _ in range(count):
@@ -31,7 +32,8 @@ def generic_prompts(count: int, seed: int = 0) -> list[str]:
         if rng.random() < 0.35:
             where = rng.choice([("on the left", "on the right"), ("at the top", "at the bottom")])
             text = f"{_article(first)} {where[0]} and {_article(second)} {where[1]}"
-        prompts.append(text + (f", {rng.choice(COLOURS)} background" if rng.random() < 0.9 else ""))
+        text += f", {rng.choice(COLOURS)} background" if rng.random() < 0.9 else ""
+        prompts.append(text + (f", {rng.choice(STYLES)} style" if rng.random() < 0.5 else ""))
     return prompts
 
 
