@@ -52,18 +52,7 @@ def base_table() -> str:
     )
 
 
-def study_table() -> str:
-    lines = ["| width x depth | parameters | samples | held-out loss |", "|---|---|---|---|"]
-    lines += [
-        f"| {r['width']} x {r['depth']} | {r['parameters']:,} | {r['samples']:,} | {r['held_out']:.4f} |"
-        for r in load("study")["rows"]
-    ]
-    return (
-        "\n".join(lines) + f"\n\n{load('study')['meta']['minutes']:g} minutes each, from `{load('study')['meta']['command']}`."
-    )
-
-
-TABLES = {"demo": demo_table, "base": base_table, "study": study_table}
+TABLES = {"demo": demo_table, "base": base_table}
 
 
 def filled(text: str) -> str:

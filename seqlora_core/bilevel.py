@@ -72,10 +72,12 @@ class LowerLevel:
     """Adam on lora_up."""
 
     def __init__(self, groups: list[Group], rate: float):
+        self.rate = rate
         self.optimiser = torch.optim.Adam([g.up for g in groups], rate, betas=(0.9, 0.99))
 
-    def step(self) -> None:
-        """One step from the gradients that a backward pass left on the groups' `up`."""
+    def step(self, scale: float = 1.0) -> None:
+        """One step, at `scale` times the rate, from the gradients that a backward pass left on the groups' `up`."""
+        self.optimiser.param_groups[0]["lr"] = scale * self.rate
         self.optimiser.step()
 
 
@@ -92,8 +94,8 @@ class UpperLevel:
         self.second = [torch.zeros_like(g.basis) for g in groups]
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One step from the gradients that a backward pass left on the groups' `basis`."""
+    def step(self, scale: float = 1.0) -> None:
+        """One step, at `scale` times the rate, from the gradients that a backward pass left on the groups' `basis`."""
         self.count += 1
         b1, b2 = self.betas
         for group, first, second in zip(self.groups, self.first, self.second):
@@ -102,7 +104,7 @@ class UpperLevel:
             second.mul_(b2).addcmul_(direction, direction, value=1 - b2)
             step = first / (1 - b1**self.count) / ((second / (1 - b2**self.count)).sqrt() + 1e-8)
             step = tangent(group.basis, step, group.occupied)
-            group.basis.copy_(retract(group.basis, -self.rate * step, group.occupied, self.retraction))
+            group.basis.copy_(retract(group.basis, -scale * self.rate * step, group.occupied, self.retraction))
             first.copy_(tangent(group.basis, first, group.occupied))
 
     @torch.no_grad()

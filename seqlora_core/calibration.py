@@ -18,8 +18,8 @@ from .denoiser import Conditioning, Denoiser
 from .prompts import generic_decoys, generic_prompts
 from .statistics import Moments, Recorder, moments_from_tensors
 
-PICTURES = 96  # drawn for a calibration; a quarter of them decoys
-DRAW_STEPS = 10
+PICTURES = 288  # drawn for a calibration; a quarter of them decoys
+DRAW_STEPS, DRAW_GUIDANCE = 16, 2.5
 PASSES = 4  # noise levels at which each picture is seen
 
 
@@ -75,7 +75,7 @@ def draw(denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int
     parts = []
     for start in range(0, len(prompts), batch):
         conditioning = denoiser.encode_prompts(prompts[start : start + batch])
-        parts.append(denoiser.sample(conditioning, seed + start, DRAW_STEPS, 4.0, size))
+        parts.append(denoiser.sample(conditioning, seed + start, DRAW_STEPS, DRAW_GUIDANCE, size))
     return torch.cat(parts).cpu()
 
 

@@ -9,7 +9,7 @@ import torch
 from .adapter import Adapter, LayerDelta
 from .attach import Attachment, attached
 from .denoiser import Denoiser, loss
-from .trainer import References
+from .trainer import References, schedule
 
 
 def train_ordinary(
@@ -23,7 +23,7 @@ def train_ordinary(
 ) -> Adapter:
     """AdamW on both factors; lora_down Kaiming-uniform and lora_up zero as in kohya and PEFT, alpha = rank.
 
-    Same layers, data, noise and number of steps as trainer.fit.
+    Same layers, data, noise, schedule and number of steps as trainer.fit.
     """
     generator = torch.Generator().manual_seed(seed)
     factors = {}
@@ -37,7 +37,8 @@ def train_ordinary(
     attachment = Attachment()
     attachment.live = factors
     with attached(denoiser.sites(), attachment):
-        for _ in range(steps):
+        for number in range(1, steps + 1):
+            optimiser.param_groups[0]["lr"] = rate * schedule(number, steps)
             pick = torch.randint(0, len(latents), (batch,), generator=generator)
             sigma = denoiser.draw_sigmas(batch, generator)
             noise = torch.randn(latents[pick].shape, generator=generator).to(latents)

@@ -26,7 +26,7 @@ class TrainingConfig:
     """Options of a fit.  The last block switches parts of the method off, for ablations."""
 
     rank: int = 4
-    steps: int = 200
+    steps: int = 320
     learning_rate: float = 1e-3  # of lora_up
     basis_rate: float = 5e-4
     interference_weight: float = 1.0  # lambda
@@ -36,8 +36,8 @@ class TrainingConfig:
     lower_steps: int = 0  # lora_up steps to one basis step; 0: both from every gradient
     retraction: str = "qr"
     protection: float = 1.0  # weight of earlier concepts' moments in the energy
-    replay_weight: float = 20.0
-    replay_batch: int = 6
+    replay_weight: float = 60.0
+    replay_batch: int = 12
     replay_every: int = 1
     keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
 
@@ -157,11 +157,12 @@ def fit(
             for group in groups:
                 group.up.grad = group.basis.grad = None
             objective.backward()
+            pace = schedule(number, config.steps)
             upper_turn = config.lower_steps and number % (config.lower_steps + 1) == 0
             if not upper_turn:
-                lower.step()
+                lower.step(pace)
             if config.learn_basis and (upper_turn or not config.lower_steps):
-                upper.step()
+                upper.step(pace)
             result.losses.append(error.item())
             result.energies.append(energy.item())
             if on_step is not None:
@@ -178,6 +179,11 @@ def fit(
     attachment.live = {n: (d.down.to(device), d.up.to(device)) for n, d in result.adapter.layers.items()}
     result.moments = record_moments(denoiser, references.latents, prompts, attachment, seed=config.seed)
     return result
+
+
+def schedule(number: int, total: int) -> float:
+    """Share of the learning rate at step `number` (from 1): whole for the first half, then linearly to zero."""
+    return min(1.0, 2 * (1 - (number - 1) / total))
 
 
 def settings(config: TrainingConfig) -> dict[str, str]:
