@@ -18,7 +18,6 @@ from .denoiser import Conditioning, Denoiser
 from .prompts import generic_decoys, generic_prompts
 from .statistics import Moments, Recorder, moments_from_tensors
 
-PICTURES = 288  # drawn for a calibration; a quarter of them decoys
 DRAW_STEPS, DRAW_GUIDANCE = 16, 2.5
 PASSES = 4  # noise levels at which each picture is seen
 
@@ -79,10 +78,16 @@ def draw(denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int
     return torch.cat(parts).cpu()
 
 
+def picture_count(size: tuple[int, int]) -> int:
+    """Pictures to draw for a calibration: more keep unrelated prompts better, where they are cheap."""
+    return 288 if max(size) <= 128 else 48
+
+
 def calibrate(
-    denoiser: Denoiser, size: tuple[int, int], pictures: int = PICTURES, prompts: list[str] | None = None, seed: int = 0
+    denoiser: Denoiser, size: tuple[int, int], pictures: int | None = None, prompts: list[str] | None = None, seed: int = 0
 ) -> Calibration:
-    """Draw `pictures` generic and decoy prompts with the bare model and record what its layers see."""
+    """Draw `pictures` prompts, a quarter of them decoys, with the bare model and record what its layers see."""
+    pictures = pictures or picture_count(size)
     if prompts is None:
         prompts = generic_prompts(pictures - pictures // 4, seed) + generic_decoys(pictures // 4, seed)
     latents = draw(denoiser, prompts, seed, size)

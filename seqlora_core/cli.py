@@ -249,7 +249,7 @@ def _sample(args):
 
 
 def _calibrate(args):
-    from .calibration import PICTURES, calibrate
+    from .calibration import calibrate
     from .demo_model import SIZE
     from .library import Library
 
@@ -261,7 +261,7 @@ def _calibrate(args):
         raise UserError(
             f"the library {library.folder.name!r} has concepts, whose bases rest on its calibration: start a new one"
         )
-    calibration = calibrate(model, (SIZE, SIZE), args.pictures or PICTURES, seed=args.seed)
+    calibration = calibrate(model, (SIZE, SIZE), args.pictures, seed=args.seed)
     library.keep_calibration(calibration)
     _say(args)(f"{len(calibration.prompts)} pictures seen; written to {library.folder}")
     return {"pictures": len(calibration.prompts)}

@@ -1,14 +1,37 @@
 import pytest
 
+from seqlora_core.calibration import Calibration, calibrate
+from seqlora_core.demo_model import DemoModel
+
 from .nodes.comfy_server import Server, find_comfyui
+
+# libraries that node and workflow tests train into
+LIBRARIES = (
+    "base", "unload", "cancelled", "progress", "bad",
+    "workflow_teach_a_concept", "workflow_stack_and_draw", "workflow_teach_then_draw",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def model():
+    return DemoModel()
+
+
+@pytest.fixture(scope="session")
+def calibration(model) -> Calibration:
+    """A small one: the full one draws 288 pictures."""
+    return calibrate(model, (64, 64), 16)
+
+
+@pytest.fixture(scope="session")
+def server(model, calibration, tmp_path_factory):
     """One real ComfyUI server for all node and workflow tests; skipped with the reason if there is no ComfyUI."""
     found = find_comfyui()
     if isinstance(found, str):
         pytest.skip(found)
-    server = Server(*found, tmp_path_factory.mktemp("comfy"))
+    base = tmp_path_factory.mktemp("comfy")
+    for name in LIBRARIES:
+        calibration.save(base / "models" / "loras" / "seqlora" / name / "calibration.safetensors", model.fingerprint())
+    server = Server(*found, base)
     yield server
     server.stop()

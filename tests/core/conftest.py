@@ -1,19 +1,11 @@
 import pytest
-import torch
 
 from seqlora_core.demo import load_subject
-from seqlora_core.demo_model import DemoModel
 from seqlora_core.library import Library
 from seqlora_core.teach import train_concept
 from seqlora_core.trainer import TrainingConfig
 
 NAMES = ("octopus", "penguin", "fox")
-
-
-@pytest.fixture(scope="session")
-def model():
-    torch.manual_seed(0)
-    return DemoModel()
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +22,21 @@ def teach(model, library, subject, steps=12, **options):
 
 
 @pytest.fixture(scope="session")
-def library(model, subjects, tmp_path_factory):
+def new_library(model, calibration):
+    """Function that starts a library in a folder, calibrated already."""
+
+    def make(folder, **options):
+        library = Library(folder, model.fingerprint(), create=True, **options)
+        library.keep_calibration(calibration)
+        return library
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def library(model, subjects, new_library, tmp_path_factory):
     """Three concepts, trained a little, one after another.  Read only."""
-    library = Library(tmp_path_factory.mktemp("libraries") / "trio", model.fingerprint(), create=True)
+    library = new_library(tmp_path_factory.mktemp("libraries") / "trio")
     for subject in subjects.values():
         teach(model, library, subject)
     return library

@@ -19,6 +19,7 @@ OCTOPUS = str(DEMO_FOLDER / "concepts" / "octopus")
 def folder(tmp_path_factory):
     """A library that the command line made: two concepts of three steps."""
     library = tmp_path_factory.mktemp("cli") / "library"
+    assert main(["calibrate", "--library", str(library), "--pictures", "8"]) == 0
     for name, trigger in (("octopus", "octzu"), ("penguin", "pengvo")):
         images = str(DEMO_FOLDER / "concepts" / name)
         assert (
@@ -49,6 +50,7 @@ def run(capsys, *arguments):
 
 
 def test_train_in_json(capsys, tmp_path):
+    run(capsys, "calibrate", "--library", tmp_path / "l", "--pictures", 8)
     code, out, _ = run(
         capsys, "train", "--library", tmp_path / "l", "--images", OCTOPUS, "--trigger", "octzu", "--steps", 3, "--json"
     )

@@ -85,9 +85,9 @@ def test_a_trained_concept_is_an_ordinary_lora_file(library):
     assert stats.exists()
 
 
-def test_training_lowers_the_held_out_loss(model, subjects, tmp_path):
-    library = Library(tmp_path / "l", model.fingerprint(), create=True)
-    concept, fit = teach(model, library, subjects["octopus"], steps=60)
+def test_training_lowers_the_held_out_loss(model, subjects, new_library, tmp_path):
+    library = new_library(tmp_path / "l")
+    concept, fit = teach(model, library, subjects["octopus"], steps=60, learning_rate=3e-3)
     base = held_out_loss(model, subjects["octopus"].held_out)
     assert held_out_loss(model, subjects["octopus"].held_out, concept.adapter) < base - 0.005
     assert all(d.up.abs().max() > 0 for d in concept.adapter.layers.values())
@@ -113,18 +113,18 @@ def test_a_preview_shows_the_concept_once(model, library, subjects, tmp_path):
     assert torch.allclose(previews[-1], draw_with(model, concept.adapter, ["an octzu animal"], (64, 64)), atol=1e-5)
 
 
-def test_one_seed_gives_one_file(model, subjects, tmp_path):
+def test_one_seed_gives_one_file(model, subjects, new_library, tmp_path):
     files = []
     for name in ("a", "b"):
-        library = Library(tmp_path / name, model.fingerprint(), create=True)
+        library = new_library(tmp_path / name)
         teach(model, library, subjects["octopus"], steps=4)
         files.append(library.paths("octopus")[0].read_bytes())
     assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, RuntimeError])
-def test_cancel_keeps_what_was_trained(model, subjects, tmp_path, exception):
-    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+def test_cancel_keeps_what_was_trained(model, subjects, new_library, tmp_path, exception):
+    library = new_library(tmp_path / "l")
 
     def cancel(step):
         if step.number == 5:
@@ -138,9 +138,9 @@ def test_cancel_keeps_what_was_trained(model, subjects, tmp_path, exception):
     assert Library(tmp_path / "l").names == ["octopus"]
 
 
-def test_no_hook_and_no_changed_weight_is_left(model, subjects, tmp_path):
+def test_no_hook_and_no_changed_weight_is_left(model, subjects, new_library, tmp_path):
     before = {k: v.clone() for k, v in model.mmdit.state_dict().items()}
-    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+    library = new_library(tmp_path / "l")
 
     def fail(step):
         raise RuntimeError("boom")
@@ -150,12 +150,12 @@ def test_no_hook_and_no_changed_weight_is_left(model, subjects, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in model.mmdit.state_dict().items())
 
 
-def test_ablation_switches_all_train(model, subjects, tmp_path):
+def test_ablation_switches_all_train(model, subjects, new_library, tmp_path):
     switches = (
         {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
         {"replay_weight": 0.0}, {"lower_steps": 2}, {"earlier_active": False}, {"concept_dropout": False}, {"retraction": "polar"},
     )  # fmt: skip
-    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+    library = new_library(tmp_path / "l")
     teach(model, library, subjects["penguin"], steps=2)
     for number, switch in enumerate(switches):
         config = TrainingConfig(steps=3, **switch)
@@ -164,9 +164,9 @@ def test_ablation_switches_all_train(model, subjects, tmp_path):
         assert np.isfinite(fit.losses).all(), switch
 
 
-def test_a_full_layer_shares_and_says_so(model, subjects, tmp_path):
+def test_a_full_layer_shares_and_says_so(model, subjects, new_library, tmp_path):
     """Planned for 1 concept, rank as wide as the layers allow: the second one must share."""
-    library = Library(tmp_path / "l", model.fingerprint(), planned=1, create=True)
+    library = new_library(tmp_path / "l", planned=1)
     teach(model, library, subjects["octopus"], steps=2, rank=180)
     _, fit = teach(model, library, subjects["penguin"], steps=2, rank=180)
     assert any("is full" in note and "shared" in note for note in fit.notes)
@@ -198,8 +198,8 @@ def test_bad_input_is_refused_before_any_work(model, library, subjects, change, 
     assert library.names == ["octopus", "penguin", "fox"]
 
 
-def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_saves_nothing(model, subjects, tmp_path):
-    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_saves_nothing(model, subjects, new_library, tmp_path):
+    library = new_library(tmp_path / "l")
     s = subjects["octopus"]
     broken = s.images.clone()
     broken[0] = float("nan")
@@ -208,8 +208,8 @@ def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_saves_nothing(model,
     assert library.names == []
 
 
-def test_a_replaced_concept_keeps_its_place(model, subjects, tmp_path):
-    library = Library(tmp_path / "l", model.fingerprint(), create=True)
+def test_a_replaced_concept_keeps_its_place(model, subjects, new_library, tmp_path):
+    library = new_library(tmp_path / "l")
     for name in ("octopus", "penguin"):
         teach(model, library, subjects[name], steps=2)
     s = subjects["octopus"]

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from seqlora_core.adapter import concatenate
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.demo import load_subject
-from seqlora_core.demo_model import DemoModel
 from seqlora_core.library import Library
 from seqlora_core.teach import train_concept
 from seqlora_core.trainer import TrainingConfig
@@ -20,13 +19,9 @@ from .comfy_server import PACK, find_comfyui
 
 
 @pytest.fixture(scope="module")
-def model():
-    return DemoModel()
-
-
-@pytest.fixture(scope="module")
-def library(model, tmp_path_factory):
+def library(model, calibration, tmp_path_factory):
     library = Library(tmp_path_factory.mktemp("agree") / "l", model.fingerprint(), create=True)
+    library.keep_calibration(calibration)
     for name in ("octopus", "penguin"):
         s = load_subject(model, name)
         train_concept(model, library, s.images, name, s.trigger, s.class_noun, s.references.captions, TrainingConfig(steps=12))

@@ -86,14 +86,41 @@ def test_the_same_picture_before_training_and_after_everything_is_unloaded(serve
     assert np.array_equal(before, after)
 
 
+class Listener:
+    """What arrives over the websocket: progress events and binary previews."""
+
+    def __init__(self, server):
+        import websocket
+
+        self.socket = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId={server.client}", timeout=120)
+        self.progress, self.binary, self.open = 0, 0, True
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        while self.open:
+            try:
+                message = self.socket.recv()
+            except Exception:
+                return
+            if isinstance(message, bytes):
+                self.binary += 1
+            elif message and json.loads(message)["type"] == "progress":
+                self.progress += 1
+
+    def close(self):
+        self.open = False
+        self.socket.close()
+
+
 def test_cancel_keeps_what_was_trained(server, trained):
+    listener = Listener(server)
     prompt_id = server.submit(train("cancelled", steps=20000))
     folder = server.base / "models" / "loras" / "seqlora" / "cancelled"
-    for _ in range(600):
+    for _ in range(1200):
         time.sleep(0.1)
-        if (folder / "calibration.safetensors").exists():
+        if listener.progress:
             break
-    time.sleep(4)
+    listener.close()
     start = time.time()
     server.post("/interrupt")
     entry = server.wait(prompt_id, 60)
@@ -122,29 +149,11 @@ def test_a_second_concept_stands_beside_the_first(server, trained):
 
 def test_progress_arrives_with_a_preview(server, trained):
     """Over the websocket: progress events, our text, and preview pictures."""
-    websocket = pytest.importorskip("websocket", reason="websocket-client is not installed")
-    socket = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId={server.client}", timeout=60)
-    seen = {"progress": 0, "binary": 0}
-    done = threading.Event()
-
-    def listen():
-        while not done.is_set():
-            try:
-                message = socket.recv()
-            except Exception:
-                return
-            if isinstance(message, bytes):
-                seen["binary"] += 1
-            elif json.loads(message)["type"] in ("progress", "progress_state"):
-                seen["progress"] += 1
-
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
+    listener = Listener(server)
     server.run(train("progress", steps=30))
     time.sleep(0.5)
-    done.set()
-    socket.close()
-    assert seen["progress"] >= 1 and seen["binary"] >= 2, seen
+    listener.close()
+    assert listener.progress >= 1 and listener.binary >= 2
 
 
 BAD = [
