@@ -36,7 +36,7 @@ class TrainingConfig:
     lower_steps: int = 0  # lora_up steps to one basis step; 0: both from every gradient
     retraction: str = "qr"
     protection: float = 1.0  # weight of earlier concepts' moments in the energy
-    replay_weight: float = 60.0
+    replay_weight: float = 85.0
     replay_batch: int = 12
     replay_every: int = 1
     keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
