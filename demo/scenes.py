@@ -56,7 +56,7 @@ def compose(rng: np.random.Generator, items: list[tuple[np.ndarray, str]], colou
 
 
 def caption(subjects: list[str], colour: str, style: str, layout: str = "one", size: str = "") -> str:
-    """ "a small fish, red background, noto style"; colour and style may be empty."""
+    """ "a small frog, red background, noto style"; colour and style may be empty."""
     if layout == "one":
         text = article(f"{size} {subjects[0]}".strip())
     else:
