@@ -115,15 +115,22 @@ def _config(args) -> TrainingConfig:
 
 @contextlib.contextmanager
 def _bar(name: str, steps: int):
+    """A progress bar that appears with the first step, so that an error before it stands alone"""
     from tqdm import tqdm
 
-    with tqdm(total=steps, desc=name, unit="step", leave=False) as bar:
+    bars = []
 
-        def on_step(step) -> None:
-            bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
-            bar.update()
+    def on_step(step) -> None:
+        if not bars:
+            bars.append(tqdm(total=steps, desc=name, unit="step", leave=False))
+        bars[0].set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+        bars[0].update()
 
+    try:
         yield on_step
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _demo(args):
