@@ -6,6 +6,7 @@ is measured, except the ordinary LoRA's learning rate, which gets the best of th
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from . import evaluation
 from .adapter import Adapter, concatenate, save_adapter
+from .attach import Attachment
 from .calibration import record_moments
 from .composition import closed_form, gram_schmidt, norm_controlled
 from .demo_model import DEMO_FOLDER, SIZE, DemoModel
@@ -24,7 +26,7 @@ from .evaluation import HeldOut, held_out_loss, measure, row
 from .library import Library
 from .ordinary import train_ordinary
 from .preview import draw_with
-from .references import load_pictures
+from .references import load_picture, load_pictures
 from .sheets import COLOURS, contact_sheet, pair_sheet
 from .tables import markdown, meta, save_table
 from .teach import train_concept
@@ -80,8 +82,6 @@ def load_pairs(model: DemoModel, names: list[str]) -> list[tuple[int, int, HeldO
     for path in sorted(folder.glob("*.png")):
         first, second = path.stem.split("+")
         if first in names and second in names:
-            from .references import load_picture
-
             caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
             latents = model.encode_images(load_picture(path, SIZE)[None])
             out.append((names.index(first), names.index(second), HeldOut.of(model, latents, [caption])))
@@ -106,21 +106,13 @@ def train_series(model, subjects: list[Subject], library: Library, config: Train
     """One concept after another into a library."""
     for subject in subjects:
         start = time.perf_counter()
-        with bar(subject.name, config.steps) if bar else _no_bar() as on_step:
+        with bar(subject.name, config.steps) if bar else contextlib.nullcontext() as on_step:
             concept, _ = train_concept(
                 model, library, subject.images, subject.name, subject.trigger, subject.class_noun,
                 subject.references.captions, config, on_step,
             )  # fmt: skip
         say(f"{subject.name}: taught in {time.perf_counter() - start:.0f} s")
     return [c.adapter for c in library.concepts()]
-
-
-class _no_bar:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return False
 
 
 def table(model, subjects, ours: list[Adapter], ordinary: list[Adapter], library: Library, seed: int) -> list[dict]:
@@ -154,8 +146,6 @@ def table(model, subjects, ours: list[Adapter], ordinary: list[Adapter], library
 
 
 def _moments(model, subject: Subject, adapter: Adapter, seed: int):
-    from .attach import Attachment
-
     attachment = Attachment()
     attachment.set_frozen(adapter, model.device)
     prompts = model.encode_prompts(subject.references.captions)

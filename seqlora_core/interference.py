@@ -50,7 +50,7 @@ def subspace_overlap(first: Tensor, second: Tensor) -> float:
     return float(cosines.square().mean() / chance)
 
 
-def sub_gaussian_bound(energy: float, rank: int, delta: float = 0.05) -> float:
+def sub_gaussian_bound(energy: float, delta: float = 0.05) -> float:
     """High-probability bound on `|A D x|`: with probability at least 1 - delta it is at most the value returned.
 
     energy: `tr(A D S D^T A^T)`.  For inputs whose whitened form is sub-Gaussian with unit parameter,

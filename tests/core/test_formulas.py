@@ -218,7 +218,7 @@ def test_bound_holds_with_the_promised_frequency_on_gaussian_inputs(delta_):
     root = torch.linalg.cholesky(ridge(g, 1e-9))
     x = randn(77, 20_000, IN) @ root.mT
     norms = (x @ d.down.mT @ d.up.mT).norm(dim=1)
-    bound = sub_gaussian_bound(residual_energy(d.up, d.down, root @ root.mT).item(), R, delta_)
+    bound = sub_gaussian_bound(residual_energy(d.up, d.down, root @ root.mT).item(), delta_)
     assert (norms > bound).double().mean() <= delta_
 
 
