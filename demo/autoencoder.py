@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from demo import scenes
+from demo.perceptual import PerceptualLoss
 
 CELL, CHANNELS, STOCK_WIDTH = 8, 16, 64
 WIDTHS = (64, 64, 32, 16)  # of the decoder at 1/8, 1/4, 1/2 and full size
+PERCEPTUAL = 0.3  # weight beside the pixels' error
 LIFT = 16.0  # added inside the encoder so that signed components pass its ReLUs, taken off at the end
 
 
@@ -106,7 +108,7 @@ def fit_encoder(sprites: dict, path: Path) -> None:
 
 
 def train_decoder(every: dict, known: dict, folder: Path, minutes: float, batch: int = 12, rate: float = 2e-3) -> None:
-    """Half on scenes of every icon, half on those that the denoiser knows.
+    """A third on scenes of every icon, the rest on those that the denoiser knows.
 
     Reads folder/encoder.safetensors; writes folder/decoder.safetensors every 200 steps, and goes on from one that is
     there.
@@ -116,15 +118,17 @@ def train_decoder(every: dict, known: dict, folder: Path, minutes: float, batch:
     if (folder / "decoder.safetensors").exists():
         net.load_state_dict(load_file(folder / "decoder.safetensors"))
     net.to(memory_format=torch.channels_last)
+    perceptual = PerceptualLoss()
     optimiser = torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3)
     start, step, mean, out = time.time(), 0, 0.0, folder / "decoder.safetensors"
     while (done := (time.time() - start) / (minutes * 60)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * min(1.0, 1.7 * (1 - done) + 0.01)
-        x = torch.cat([pictures(s, rng, batch // 2) for s in (every, known)]).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([pictures(every, rng, batch // 3), pictures(known, rng, batch - batch // 3)])
+        x = x.contiguous(memory_format=torch.channels_last)
         z = encode(pca, x)
         y = decode(net, z + 0.03 * torch.randn_like(z))
-        loss = reconstruction_loss(y, x)
+        loss = reconstruction_loss(y, x) + PERCEPTUAL * perceptual(y, x)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

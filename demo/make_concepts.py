@@ -50,30 +50,29 @@ def frames(path: Path, count: int) -> list[np.ndarray]:
     return out
 
 
-def poses(name: str, cache: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def poses(name: str, cache: Path, table: dict = CONCEPTS) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """A subject's poses, shuffled: for the references, and held out."""
-    package, code, _, _ = CONCEPTS[name]
+    package, code, _, _ = table[name]
     folder = emoji.npm_package(f"@lobehub/fluent-emoji-anim-{package}", VERSION, cache)
     every = frames(folder / "assets" / f"{code}.webp", REFERENCES + HELD_OUT)
     order = np.random.default_rng(list(code.encode())).permutation(len(every))
     return [every[i] for i in order[:REFERENCES]], [every[i] for i in order[REFERENCES:]]
 
 
-def held_out_pose(name: str, cache: Path, rng: np.random.Generator) -> np.ndarray:
-    held_out = poses(name, cache)[1]
-    return held_out[rng.integers(len(held_out))]
-
-
-def make(name: str, cache: Path, target: Path) -> None:
-    _, code, trigger, noun = CONCEPTS[name]
+def make(name: str, cache: Path, target: Path, table: dict = CONCEPTS) -> None:
+    _, code, trigger, noun = table[name]
     rng = np.random.default_rng([1, *code.encode()])
     colours = [str(c) for c in rng.permutation(list(scenes.BACKGROUNDS))] * 2
-    references, held_out = poses(name, cache)
+    references, held_out = poses(name, cache, table)
     for i, pose in enumerate(references + held_out):
         size = "small" if i % 5 == 4 else ""
-        folder, number = (target / name, i) if i < REFERENCES else (target / name / "held_out", i - REFERENCES)
         picture = scenes.compose(rng, [(pose, size)], colours[i])
-        save(picture, scenes.caption([f"{trigger} {noun}"], colours[i], "", size=size), folder / f"{number:02d}")
+        save(picture, scenes.caption([f"{trigger} {noun}"], colours[i], "", size=size), stem(target / name, i))
+
+
+def stem(folder: Path, number: int) -> Path:
+    """Where a concept's picture goes: the last ones are held out."""
+    return folder / f"{number:02d}" if number < REFERENCES else folder / "held_out" / f"{number - REFERENCES:02d}"
 
 
 def save(picture, caption: str, stem: Path) -> None:
@@ -82,16 +81,17 @@ def save(picture, caption: str, stem: Path) -> None:
     stem.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
 
 
-def make_pairs(cache: Path, target: Path) -> None:
-    """Every pair of neighbours in CONCEPTS at distances 1 to 4, in held-out poses."""
-    names = list(CONCEPTS)
-    for distance in range(1, 5):
+def make_pairs(cache: Path, target: Path, table: dict = CONCEPTS, distances: int = 4) -> None:
+    """Every pair of neighbours in the table at distances 1 to `distances`, in held-out poses."""
+    names = list(table)
+    held_out = {name: poses(name, cache, table)[1] for name in names}
+    for distance in range(1, distances + 1):
         for i, first in enumerate(names):
             second = names[(i + distance) % len(names)]
             rng = np.random.default_rng([i, distance])
-            items = [(held_out_pose(n, cache, rng), "") for n in (first, second)]
+            items = [(held_out[n][rng.integers(HELD_OUT)], "") for n in (first, second)]
             colour = str(rng.choice(list(scenes.BACKGROUNDS)))
-            words = [f"{CONCEPTS[n][2]} {CONCEPTS[n][3]}" for n in (first, second)]
+            words = [f"{table[n][2]} {table[n][3]}" for n in (first, second)]
             save(
                 scenes.compose(rng, items, colour, "sides"),
                 scenes.caption(words, colour, "", "sides"),

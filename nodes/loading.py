@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..seqlora_core.adapter import Adapter
 from ..seqlora_core.composition import compose
+from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
-from ..seqlora_core.trainer import Concept
 from .folders import library_folder
 from .types import Stack
 

@@ -5,13 +5,13 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from ..seqlora_core.config import TrainingConfig
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.names import safe_name
 from ..seqlora_core.plots import curves_picture, to_pil
 from ..seqlora_core.preview import draw_with, preview_prompts, sample_sheet
 from ..seqlora_core.teach import train_concept
-from ..seqlora_core.trainer import TrainingConfig
 from .comfy_denoiser import ComfyDenoiser
 from .folders import library_folder, open_library
 from .types import CATEGORY, Entry, ImagesType, Stack, StackType

@@ -4,10 +4,11 @@ The method of this package; it knows nothing of ComfyUI.  See docs/ARCHITECTURE.
 """
 
 from .composition import compose
+from .concept import Concept
+from .config import TrainingConfig
 from .errors import UserError
 from .interference import interference_report
 from .library import Library
 from .teach import train_concept
-from .trainer import Concept, TrainingConfig
 
 __all__ = ["Concept", "Library", "TrainingConfig", "UserError", "compose", "interference_report", "train_concept"]

@@ -4,13 +4,15 @@ Level  variable            objective
 lower  A = lora_up         L(A, B; support) + lambda E(A, B)
 upper  B = basis           L(A*(B), B; query)  + lambda E(A*(B), B)   on the Stiefel manifold, off earlier bases
 
-with lora_down `D = B^T W`, W the whitening of the layer's inputs (subspace.Metric).  The upper step is first
-order: it leaves out how A* follows B.  Layers of one shape are stacked, so a step costs a few batched products
-however many layers there are.
+with lora_down `D = B^T W`, W the whitening of the layer's inputs (subspace.Metric).  Both steps take gradients that
+are there already: of a plain backward pass (first order), or, for the upper level, of `hypergradient`, which counts in
+how A* follows B.  Layers of one shape are stacked, so a step costs a few batched products however many layers there
+are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,3 +114,25 @@ class UpperLevel:
         """Norm of the Riemannian gradient over all layers, from the gradients now on the bases."""
         squares = [tangent(g.basis, g.basis.grad, g.occupied).square().sum() for g in self.groups]
         return float(sum(squares).sqrt())
+
+
+@torch.no_grad()
+def descend(
+    objective: Callable[[Tensor], Tensor], basis: Tensor, gradient: Tensor, occupied: Tensor | None, rate: float,
+    retraction: str = "qr", halvings: int = 30,
+) -> tuple[Tensor, Tensor, float]:  # fmt: skip
+    """One upper step by line search: the objective never rises.
+
+    Moves `basis` [d, r] along minus the Riemannian gradient, halving `rate` until Armijo's condition holds (Absil,
+    Mahony, Sepulchre 2008, section 4.2).  Returns the new basis, its objective and the rate that held; the old ones
+    and rate 0 if none of the halvings does.
+    """
+    before, direction = objective(basis), tangent(basis, gradient, occupied)
+    slope = direction.square().sum()
+    for _ in range(halvings):
+        moved = retract(basis, -rate * direction, occupied, retraction)
+        value = objective(moved)
+        if value <= before - 1e-4 * rate * slope:
+            return moved, value, rate
+        rate /= 2
+    return basis, before, 0.0

@@ -12,8 +12,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from .config import TrainingConfig
 from .errors import UserError
-from .trainer import TrainingConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,10 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate = command("calibrate", "record what the base model sees, for a library")
     calibrate.add_argument("--pictures", type=int, default=None, help="to draw")
 
-    library = commands.add_parser("library", help="list, verify, repair or remove", parents=[common])
-    library.add_argument("action", choices=["list", "verify", "repair", "remove"])
+    library = command("library", "look after a library: list, verify, repair, remove NAME, reorder NAME..., rebase, merge DIR")
+    library.add_argument("action", choices=["list", "verify", "repair", "remove", "reorder", "rebase", "merge"])
     library.add_argument("folder", type=Path)
-    library.add_argument("name", nargs="?", help="concept to remove")
+    library.add_argument("rest", nargs="*", help="concepts to remove or in their new order; folders to merge")
+    library.add_argument("--output", type=Path, help="folder of the new library, for rebase and merge")
     return parser
 
 
@@ -288,11 +289,17 @@ def _library(args):
             say(f"{entry['name']}\t{entry['trigger']} {entry['class_noun']}".rstrip())
         return library.manifest
     if args.action == "remove":
-        if not args.name:
-            raise UserError("which concept? give its name after the folder")
-        message = library.remove(args.name)
+        if len(args.rest) != 1:
+            raise UserError("which concept? give one name after the folder")
+        message = library.remove(args.rest[0])
         say(message)
-        return {"removed": args.name, "message": message}
+        return {"removed": args.rest[0], "message": message}
+    if args.action == "reorder":
+        library.reorder(args.rest)
+        say(", ".join(library.names))
+        return {"names": library.names}
+    if args.action in ("rebase", "merge"):
+        return _refit(args, library, say)
     problems = library.verify()
     for problem in problems:
         say(problem)
@@ -302,6 +309,22 @@ def _library(args):
         )
     say(f"{len(library)} concepts, all well")
     return {"problems": problems}
+
+
+def _refit(args, library, say):
+    from dataclasses import asdict
+
+    from .editing import refit
+    from .library import Library
+
+    if bool(args.rest) != (args.action == "merge"):
+        raise UserError("merge takes the other libraries' folders after the first; rebase takes one folder")
+    if args.output is None:
+        raise UserError("no folder for the new library: name it with --output; the old ones stay as they are")
+    made, price = refit([library, *map(Library, args.rest)], args.output)
+    say(price.text())
+    say(f"written to {made.folder}")
+    return {"output": str(made.folder), **asdict(price)}
 
 
 COMMANDS = {

@@ -7,8 +7,10 @@ is measured, except the ordinary LoRA's learning rate, which gets the best of th
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +22,17 @@ from .adapter import Adapter, concatenate, save_adapter
 from .attach import Attachment
 from .calibration import record_moments
 from .composition import closed_form, gram_schmidt, norm_controlled
+from .concept import References
+from .config import TrainingConfig
 from .demo_model import DEMO_FOLDER, SIZE, DemoModel
 from .errors import UserError
-from .evaluation import HeldOut, held_out_loss, measure, row
+from .evaluation import HeldOut, held_out_loss, measure, row, summed
 from .library import Library
 from .ordinary import train_ordinary
-from .preview import draw_with
 from .references import load_picture, load_pictures
-from .sheets import COLOURS, contact_sheet, pair_sheet
+from .sheets import contact_sheet, pair_sheet
 from .tables import markdown, meta, save_table
 from .teach import train_concept
-from .trainer import References, TrainingConfig
 
 CONCEPTS = ("octopus", "penguin", "fox", "ghost", "rocket")
 RATES = (3e-4, 1e-3, 3e-3)  # of the ordinary LoRA
@@ -50,20 +52,28 @@ class Subject:
     held_out: HeldOut
 
     @property
-    def words(self) -> str:
-        return f"{self.trigger} {self.class_noun}"
+    def phrase(self) -> str:
+        """ "an octzu animal" """
+        return f"{'an' if self.trigger[0] in 'aeiou' else 'a'} {self.trigger} {self.class_noun}"
 
     def prompt(self, colour: str) -> str:
-        article = "an" if self.words[0] in "aeiou" else "a"
-        return f"{article} {self.words}, {colour} background"
+        if self.class_noun == "style":
+            return f"a castle, {colour} background, {self.trigger} style"
+        return f"{self.phrase}, {colour} background"
+
+
+def shared_words(captions: list[str]) -> tuple[str, str]:
+    """Trigger and class noun: the two words, beside the template's, that all captions share."""
+    texts = [re.findall(r"\w+", c) for c in captions]
+    trigger, class_noun = (w for w in texts[0] if w not in ("a", "an", "background") and all(w in t for t in texts))
+    return trigger, class_noun
 
 
 def load_subject(model: DemoModel, name: str, folder: Path | None = None) -> Subject:
     folder = folder or DEMO_FOLDER / "concepts" / name
     images, captions = load_pictures(folder, SIZE)
     held, held_captions = load_pictures(folder / "held_out", SIZE)
-    # "an octzu animal, red background"
-    trigger, class_noun = captions[0].split(",")[0].split()[-2:]
+    trigger, class_noun = shared_words(captions)
     references = References(model.encode_images(images), captions, (SIZE, SIZE))
     return Subject(
         name, trigger, class_noun, images, references, held, HeldOut.of(model, model.encode_images(held), held_captions)
@@ -75,10 +85,10 @@ def load_generic(model: DemoModel) -> HeldOut:
     return HeldOut.of(model, model.encode_images(images), captions, levels=6)
 
 
-def load_pairs(model: DemoModel, names: list[str]) -> list[tuple[int, int, HeldOut]]:
+def load_pairs(model: DemoModel, names: list[str], folder: Path | None = None) -> list[tuple[int, int, HeldOut]]:
     """Pictures of two of these concepts side by side: (index, index, picture)"""
     out = []
-    folder = DEMO_FOLDER / "evaluation" / "pairs"
+    folder = folder or DEMO_FOLDER / "evaluation" / "pairs"
     for path in sorted(folder.glob("*.png")):
         first, second = path.stem.split("+")
         if first in names and second in names:
@@ -123,12 +133,18 @@ def table(model, subjects, ours: list[Adapter], ordinary: list[Adapter], library
     base_generic = held_out_loss(model, generic)
     alone = [held_out_loss(model, h, a) for h, a in zip(held_outs, ordinary)]
     moments = [_moments(model, s, a, seed) for s, a in zip(subjects, ordinary)]
+    general = library.calibration().moments
+
+    def by(combine) -> Callable[[list[int]], Adapter]:
+        """Ordinary LoRAs combined anew for whoever stands together"""
+        return lambda members: concatenate(combine([ordinary[i] for i in members], [moments[i] for i in members]))
+
     stacks = {
-        "ordinary_sum": ordinary,
-        "ordinary_norm": norm_controlled(ordinary),
-        "ordinary_gram_schmidt": gram_schmidt(ordinary),
-        "closed_form": closed_form(ordinary, moments, library.calibration().moments),
-        "seqlora": ours,
+        "ordinary_sum": by(lambda a, m: a),
+        "ordinary_norm": by(lambda a, m: norm_controlled(a)),
+        "ordinary_gram_schmidt": by(lambda a, m: gram_schmidt(a)),
+        "closed_form": by(lambda a, m: closed_form(a, m, general)),
+        "seqlora": summed(ours),
     }
     pair_base = [held_out_loss(model, h) for _, _, h in pairs]
     rows = [
@@ -138,9 +154,8 @@ def table(model, subjects, ours: list[Adapter], ordinary: list[Adapter], library
             "pairs": evaluation.mean(pair_base) if pair_base else None,
         }
     ]  # fmt: skip
-    for name, adapters in stacks.items():
-        unstacked = ours if name == "seqlora" else ordinary
-        losses = measure(model, adapters, held_outs, generic, pairs, unstacked, seed=seed)
+    for name, stack in stacks.items():
+        losses = measure(model, ours if name == "seqlora" else ordinary, stack, held_outs, generic, pairs, seed=seed)
         rows.append(row(name, losses, base, alone, base_generic))
     return rows
 
@@ -152,40 +167,27 @@ def _moments(model, subject: Subject, adapter: Adapter, seed: int):
     return record_moments(model, subject.references.latents, prompts, attachment, seed=seed)
 
 
-def add_identity(rows: list[dict], model, subjects, stacks: dict[str, tuple[list[Adapter], Adapter]]) -> None:
+def add_identity(rows: list[dict], model, subjects, stacks: dict[str, list[Adapter]]) -> None:
     """Identity by the held-out judge, with the pixel control, into the rows that are drawn."""
-    from .judge import Judge, nearest, pixels, similarity
+    from .identity import Identity
 
-    judge = Judge()
-    held = [s.held_out_images for s in subjects]
-    bank = torch.cat([*(s.images for s in subjects), *held, load_pictures(DEMO_FOLDER / "evaluation" / "generic", SIZE)[0]])
-    kinds = {"identity": judge.features, "pixel_control": pixels}
-    centres = {k: f(bank).mean(0) for k, f in kinds.items()}
-    references = {k: [f(h) for h in held] for k, f in kinds.items()}
-    labels = [s.name for s in subjects for _ in range(len(s.held_out_images))]
-    for name, (alone, stack) in stacks.items():
+    pictures = [p for s in subjects for p in (s.images, s.held_out_images)]
+    generic, _ = load_pictures(DEMO_FOLDER / "evaluation" / "generic", SIZE)
+    identity = Identity(model, subjects, torch.cat([*pictures, generic]), DRAWN)
+    for name, adapters in stacks.items():
         target = next(r for r in rows if r["row"] == name)
-        for where, adapters in (("alone", alone), ("stack", [stack] * len(subjects))):
-            drawn = [
-                draw_with(model, a, [s.prompt(c) for c in COLOURS[:DRAWN]], (SIZE, SIZE)) for s, a in zip(subjects, adapters)
-            ]
-            for kind, features in kinds.items():
-                scores = [similarity(features(d), r, centres[kind]) for d, r in zip(drawn, references[kind])]
-                target[f"{kind}_{where}"] = evaluation.mean(scores)
-            features = judge.features(torch.cat(drawn))
-            found = nearest(features, torch.cat(references["identity"]), labels, centres["identity"])
-            truth = [s.name for s in subjects for _ in range(DRAWN)]
-            target[f"one_nn_{where}"] = sum(a == b for a, b in zip(found, truth)) / len(truth)
+        target |= identity.scores(adapters, "alone")
+        target |= identity.scores([concatenate(adapters)] * len(subjects), "stack")
 
 
-def _fresh_library(folder: Path, model: DemoModel) -> Library:
+def _fresh_library(folder: Path, model: DemoModel, planned: int) -> Library:
     """An empty library; one that an earlier demo made there is made anew, anyone else's is left alone."""
     marker = folder / ".made_by_demo"
     if folder.exists():
         if not marker.exists():
             raise UserError(f"{folder} exists and was not made by the demo: choose another --output")
         shutil.rmtree(folder)
-    library = Library(folder, model.fingerprint(), create=True)
+    library = Library(folder, model.fingerprint(), planned, create=True)
     marker.touch()
     return library
 
@@ -199,7 +201,7 @@ def run_demo(model: DemoModel, output: Path, names: list[str], config: TrainingC
             f"the demo needs two or more of its sample concepts, not {', '.join(names) or 'none'}: choose from {', '.join(known)}"
         )
     output.mkdir(parents=True, exist_ok=True)
-    library = _fresh_library(output / "library", model)
+    library = _fresh_library(output / "library", model, len(names))
     start = time.perf_counter()
     subjects = [load_subject(model, n) for n in names]
     say(f"{len(subjects)} concepts: {', '.join(names)}")
@@ -212,8 +214,7 @@ def run_demo(model: DemoModel, output: Path, names: list[str], config: TrainingC
         save_adapter(output / "ordinary" / f"{subject.name}.safetensors", adapter)
     rows = table(model, subjects, ours, ordinary, library, config.seed)
     try:
-        drawn = {"ordinary_sum": (ordinary, concatenate(ordinary)), "seqlora": (ours, concatenate(ours))}
-        add_identity(rows, model, subjects, drawn)
+        add_identity(rows, model, subjects, {"ordinary_sum": ordinary, "seqlora": ours})
     except ImportError as error:
         say(f"identity is not judged: {error.name} is not installed (requirements-dev.txt)")
     next(r for r in rows if r["row"] == "seqlora")["seconds"] = seconds

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,24 +65,21 @@ class Losses:
 
 
 def measure(
-    denoiser: Denoiser, adapters: list[Adapter], concepts: list[HeldOut], generic: HeldOut,
-    pairs: list[tuple[int, int, HeldOut]] = (), alone: list[Adapter] | None = None, others: int = 2, seed: int = 0,
+    denoiser: Denoiser, alone: list[Adapter], stack: Callable[[list[int]], Adapter], concepts: list[HeldOut], generic: HeldOut,
+    pairs: list[tuple[int, int, HeldOut]] = (), others: int = 2, seed: int = 0,
 ) -> Losses:  # fmt: skip
-    """Losses of a stack of adapters (as they are when stacked; `alone` as they are by themselves).
+    """Losses of adapters, alone and as they stand together.
 
-    pairs: (i, j, pictures of both): evaluated with only those two on.
+    stack: indices of concepts -> those together as one adapter.  others: how many stand beside a concept in the random
+    subsets, three of which are drawn for each.  pairs: (i, j, pictures of both), measured with only those two on.
     """
-    alone = alone or adapters
-    everything = concatenate(adapters)
-    rng = random.Random(seed)
-    subset = []
-    for i in range(len(concepts)):
-        rest = [j for j in range(len(concepts)) if j != i]
-        draws = [rng.sample(rest, min(others, len(rest))) for _ in range(3)]
-        subset.append(
-            [held_out_loss(denoiser, concepts[i], concatenate([adapters[k] for k in sorted([i, *d])])) for d in draws]
-        )
-    both = [held_out_loss(denoiser, h, concatenate([adapters[i], adapters[j]])) for i, j, h in pairs]
+    count, rng, subset = len(concepts), random.Random(seed), []
+    for i, held_out in enumerate(concepts):
+        rest = [j for j in range(count) if j != i]
+        draws = [sorted([i, *rng.sample(rest, min(others, len(rest)))]) for _ in range(3)]
+        subset.append([held_out_loss(denoiser, held_out, stack(members)) for members in draws])
+    both = [held_out_loss(denoiser, h, stack([i, j])) for i, j, h in pairs]
+    everything = stack(list(range(count)))
     return Losses(
         [held_out_loss(denoiser, h, a) for h, a in zip(concepts, alone)],
         [held_out_loss(denoiser, h, everything) for h in concepts],
@@ -89,6 +87,11 @@ def measure(
         held_out_loss(denoiser, generic, everything),
         sum(both) / len(both) if both else None,
     )
+
+
+def summed(adapters: list[Adapter]) -> Callable[[list[int]], Adapter]:
+    """The plain sum of those that are asked for, as `measure` takes it"""
+    return lambda members: concatenate([adapters[i] for i in members])
 
 
 def row(name: str, losses: Losses, base: list[float], best_alone: list[float], base_generic: float) -> dict:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .adapter import Adapter, LayerDelta
-from .linalg import orthonormal_basis, principal_angles
+from .linalg import orthonormal_basis, principal_angles, ridge
 from .statistics import Moments
 
 
@@ -50,16 +51,19 @@ def subspace_overlap(first: Tensor, second: Tensor) -> float:
     return float(cosines.square().mean() / chance)
 
 
-def sub_gaussian_bound(energy: float, delta: float = 0.05) -> float:
-    """High-probability bound on `|A D x|`: with probability at least 1 - delta it is at most the value returned.
+def sub_gaussian_bound(up: Tensor, down: Tensor, moment: Tensor, delta: float = 0.05) -> float:
+    """High-probability bound on `|A D x|`: at most this with probability at least 1 - delta.  METHOD.md has the proof.
 
-    energy: `tr(A D S D^T A^T)`.  For inputs whose whitened form is sub-Gaussian with unit parameter,
-    Hsu, Kakade, Zhang, "A tail inequality for quadratic forms of subgaussian random vectors" (2012), theorem 1:
-    |M z|^2 <= tr + 2 sqrt(tr(M^4) t) + 2 |M^2| t with t = log(1/delta).  Only the energy is kept here, so
-    tr(M^4) and |M^2| are bounded by energy^2 and energy: valid, and tight for rank 1.
+    up A [out, r], down D [r, in], moment S [in, in], for inputs `x = S^(1/2) z` whose z, with a random sign, is
+    sub-Gaussian with unit parameter.  Hsu, Kakade, Zhang, "A tail inequality for quadratic forms of subgaussian random
+    vectors" (2012), theorem 2.1, with t = log(1/delta):
+    |M^(1/2) z|^2 <= tr M + 2 sqrt(tr(M^2) t) + 2 |M| t, where M = S^(1/2) D^T A^T A D S^(1/2), whose nonzero
+    eigenvalues are those of the r x r matrix `(A^T A) (D S D^T)`.
     """
     t = math.log(1 / delta)
-    return math.sqrt(energy * (1 + 2 * math.sqrt(t) + 2 * t))
+    root = torch.linalg.cholesky(ridge((up.mT @ up).double(), 1e-12))
+    values = torch.linalg.eigvalsh(root.mT @ (down @ moment @ down.mT).double() @ root).clamp_min(0)
+    return math.sqrt(values.sum() + 2 * math.sqrt(values.square().sum() * t) + 2 * values.max() * t)
 
 
 @dataclass

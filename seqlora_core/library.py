@@ -21,10 +21,10 @@ import torch
 
 from .adapter import json_metadata, load_adapter, read_safetensors, save_adapter, write_safetensors
 from .calibration import Calibration
+from .concept import Concept
 from .errors import UserError
 from .names import safe_name
 from .statistics import moments_from_tensors
-from .trainer import Concept
 
 FORMAT = 1
 LOCK_SECONDS = 10
@@ -79,8 +79,9 @@ class Library:
             self.manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
             if self.manifest["format"] > FORMAT:
                 raise UserError(f"{self.manifest_path} was written by a newer SeqLoRA: update this pack")
-            for concept in self.manifest["concepts"]:
+            for index, concept in enumerate(self.manifest["concepts"]):
                 safe_name(concept["name"], "concept name")
+                concept.setdefault("order", index)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -142,7 +143,9 @@ class Library:
         with self.lock():
             self.reload()
             self.check_free(name, replace_existing)
-            order = self.names.index(name) if name in self.names else len(self)
+            entries = list(self.manifest["concepts"])
+            place = self.names.index(name) if name in self.names else len(entries)
+            order = entries[place]["order"] if place < len(entries) else 1 + max((e["order"] for e in entries), default=-1)
             concept.adapter.metadata.update(
                 json_metadata(
                     {
@@ -162,8 +165,9 @@ class Library:
             )
             write_safetensors(stats, _stats_tensors(concept), _stats_metadata(concept, order, self.manifest))
             save_adapter(lora, concept.adapter)
-            entries = self.manifest["concepts"]
-            entries = [*entries[:order], _entry(concept), *entries[order + 1 :]]
+            entries[place : place + 1] = [
+                {"name": name, "trigger": concept.trigger, "class_noun": concept.class_noun, "order": order}
+            ]
             self._write_manifest({**self.manifest, "concepts": entries})
 
     def load(self, name: str) -> Concept:
@@ -192,6 +196,15 @@ class Library:
                 path.unlink(missing_ok=True)
         trained_on_it = f"; {', '.join(later)} were trained beside it and stay valid" if later else ""
         return f"removed {name}; its directions are free for the next concept{trained_on_it}"
+
+    def reorder(self, names: list[str]) -> None:
+        """Put the concepts in this order, in which nodes and reports list them; the sum does not depend on it."""
+        with self.lock():
+            self.reload()
+            if sorted(names) != sorted(self.names):
+                raise UserError(f"give every concept once: {', '.join(self.names)}")
+            entries = {e["name"]: e for e in self.manifest["concepts"]}
+            self._write_manifest({**self.manifest, "concepts": [entries[n] for n in names]})
 
     def verify(self) -> list[str]:
         """Problems found, one sentence each; empty if all is well."""
@@ -223,8 +236,9 @@ def repair(folder: Path | str) -> Library:
         try:
             load_adapter(folder / f"{safe_name(name)}.safetensors")
             _, metadata = read_safetensors(stats)
-            entry = {"name": name, "trigger": metadata["seqlora.trigger"], "class_noun": metadata["seqlora.class_noun"]}
-            found.append((int(metadata["seqlora.order"]), name, entry))
+            entry = {k: metadata[f"seqlora.{k}"] for k in ("trigger", "class_noun")}
+            order = int(metadata["seqlora.order"])
+            found.append((order, name, {"name": name, **entry, "order": order}))
             base, planned = metadata.get("seqlora.base", base), int(metadata.get("seqlora.planned", planned))
         except (UserError, KeyError, ValueError):
             continue
@@ -234,10 +248,6 @@ def repair(folder: Path | str) -> Library:
     with library.lock():
         library._write_manifest(manifest)
     return library
-
-
-def _entry(concept: Concept) -> dict:
-    return {"name": concept.name, "trigger": concept.trigger, "class_noun": concept.class_noun}
 
 
 def _stats_tensors(concept: Concept) -> dict[str, torch.Tensor]:

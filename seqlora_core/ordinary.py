@@ -8,8 +8,9 @@ import torch
 
 from .adapter import Adapter, LayerDelta
 from .attach import Attachment, attached
+from .concept import References
 from .denoiser import Denoiser, loss
-from .trainer import References, schedule
+from .trainer import schedule
 
 
 def train_ordinary(

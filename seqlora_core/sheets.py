@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .adapter import Adapter, concatenate
 from .demo_model import SIZE
+from .identity import COLOURS
 from .plots import to_pil
 from .preview import draw_with
-
-COLOURS = ("white", "gray", "blue", "yellow", "green", "pink")
 
 
 def contact_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], path: Path, columns: int = 3) -> None:
@@ -33,10 +32,7 @@ def pair_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], pa
     """Two concepts in one prompt, everything stacked: ours, and ordinary LoRAs."""
     rows, names = [], []
     for first, second in zip(subjects, [*subjects[1:], subjects[0]]):
-        prompts = [
-            f"{first.prompt('x').split(',')[0]} on the left and {second.prompt('x').split(',')[0]} on the right, {c} background"
-            for c in COLOURS[:columns]
-        ]
+        prompts = [f"{first.phrase} on the left and {second.phrase} on the right, {c} background" for c in COLOURS[:columns]]
         parts = [torch.cat([first.images[:1], second.images[:1]])]
         for adapters in (ours, ordinary):
             parts.append(draw_with(model, concatenate(adapters), prompts, (SIZE, SIZE)))

@@ -8,12 +8,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from .calibration import calibrate
+from .concept import Concept, References
+from .config import TrainingConfig, settings
 from .denoiser import Denoiser
 from .errors import UserError
 from .library import Library
 from .names import safe_name
 from .references import complete_captions
-from .trainer import Concept, Fit, References, Step, TrainingConfig, fit, settings
+from .trainer import Fit, Step, fit
 
 
 def train_concept(

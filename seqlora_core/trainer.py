@@ -2,90 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import subspace
 from .adapter import Adapter, concatenate
 from .attach import Attachment, attached
 from .bilevel import Group, LowerLevel, UpperLevel, live_layers, mean_energy, to_adapter
-from .calibration import Calibration, draw, record_moments
+from .budget import Budget
+from .calibration import Calibration, record_moments
+from .concept import Concept, References
+from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser
 from .errors import UserError
+from .hypergradient import hypergradient, parse
 from .linalg import orthonormal_basis, project_out
-from .prompts import decoys
+from .replay import Batch, Replay
 from .statistics import Moments, average
 
-
-@dataclass
-class TrainingConfig:
-    """Options of a fit.  The last block switches parts of the method off, for ablations."""
-
-    rank: int = 4
-    steps: int = 320
-    learning_rate: float = 1e-3  # of lora_up
-    basis_rate: float = 5e-4
-    interference_weight: float = 1.0  # lambda
-    batch: int = 8
-    seed: int = 0
-    planned: int = 32  # concepts the library is meant to hold
-    lower_steps: int = 0  # lora_up steps to one basis step; 0: both from every gradient
-    retraction: str = "qr"
-    protection: float = 1.0  # weight of earlier concepts' moments in the energy
-    replay_weight: float = 85.0
-    replay_batch: int = 12
-    replay_every: int = 1
-    keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
-
-    concept_dropout: bool = True
-    earlier_active: bool = True
-    orthogonal: bool = True
-    whitened: bool = True
-    data_start: bool = True
-    learn_basis: bool = True
-    use_decoys: bool = True
-
-    def validate(self) -> None:
-        for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("planned", 1), ("replay_every", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
-        for name in ("learning_rate", "basis_rate"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give a number between 0 and 1, such as 0.001")
-        for name in ("interference_weight", "replay_weight", "protection"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}: give 0 or more")
-
-
-@dataclass
-class Concept:
-    """A trained concept: an ordinary LoRA, and what later concepts need to know of it.
-
-    bases: layer -> [d, r] in the library's whitened coordinates; latents [n, ...] and captions: references kept
-    for replay (may be empty).
-    """
-
-    name: str
-    trigger: str
-    class_noun: str
-    adapter: Adapter
-    moments: Moments
-    bases: dict[str, Tensor]
-    latents: Tensor
-    captions: list[str]
-
-
-@dataclass
-class References:
-    """latents [n, ...] of the reference pictures, one caption each."""
-
-    latents: Tensor
-    captions: list[str]
-    size: tuple[int, int]  # of the pictures, pixels
+DAMPING = 1e-4  # added to the lower level's Hessian, which a network need not keep positive
 
 
 @dataclass
@@ -109,6 +50,7 @@ class Fit:
     moments: Moments
     losses: list[float] = field(default_factory=list)
     energies: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of what protects others, as the budget set it
     notes: list[str] = field(default_factory=list)
     stopped: BaseException | None = None
 
@@ -126,50 +68,45 @@ def fit(
     device, sites = denoiser.device, denoiser.sites()
     generator = torch.Generator().manual_seed(config.seed)
     prompts = denoiser.encode_prompts(references.captions)
-    latents = references.latents.to(device)
     seen = record_moments(denoiser, references.latents, prompts, seed=config.seed)
-    replay = _Replay(denoiser, references, trigger, earlier, calibration, config)
+    replay = Replay(denoiser, references, trigger, earlier, calibration, config)
     others = _others(calibration.moments, replay.decoy_moments, earlier, config)
     groups, notes = _start(denoiser, seen, others, earlier, calibration, config, generator)
 
     attachment = Attachment()
     active = _Earlier(earlier if config.earlier_active else [], sites, config, device)
+    objective = _Objective(denoiser, references, prompts, replay, groups, attachment, config, generator)
     lower = LowerLevel(groups, config.learning_rate)
     upper = UpperLevel(groups, config.basis_rate, config.retraction)
+    budget = None
+    if config.drift_budget and config.replay_weight:
+        budget = Budget(config.drift_budget, replay.base_loss, config.planned)
     result = Fit(Adapter({}), {}, seen, notes=notes)
     start = time.perf_counter()
     with attached(sites, attachment):
         for number in range(1, config.steps + 1):
-            active.switch(attachment, generator)
-            attachment.live = live_layers(groups)
-            pick = torch.randint(0, len(latents), (config.batch,), generator=generator)
-            sigma = denoiser.draw_sigmas(config.batch, generator)
-            noise = torch.randn(latents[pick].shape, generator=generator).to(latents)
-            batch = Batch(
-                denoiser.noised(latents[pick], noise, sigma), sigma, prompts[pick], denoiser.target(latents[pick], noise, sigma)
-            )
-            again = replay.batch(attachment, generator) if number % config.replay_every == 0 else None
-            error, drift = _errors(denoiser, batch, again)
-            energy = mean_energy(groups)
-            objective = error + config.interference_weight * energy + config.replay_weight * config.replay_every * drift
-            if not torch.isfinite(objective):
+            on = active.switch(attachment, generator)
+            upper_turn = bool(config.lower_steps) and number % (config.lower_steps + 1) == 0
+            objective.replays = number % config.replay_every == 0
+            terms = _gradients(objective, groups, upper_turn, config)
+            if not math.isfinite(terms.total):
                 raise UserError(f"the loss is not finite at step {number}; lower the learning rate or check the images")
-            for group in groups:
-                group.up.grad = group.basis.grad = None
-            objective.backward()
             pace = schedule(number, config.steps)
-            upper_turn = config.lower_steps and number % (config.lower_steps + 1) == 0
             if not upper_turn:
                 lower.step(pace)
             if config.learn_basis and (upper_turn or not config.lower_steps):
                 upper.step(pace)
-            result.losses.append(error.item())
-            result.energies.append(energy.item())
+            if budget is not None and objective.replays:
+                budget.update(terms.drift, on + 1 if config.replay_target == "base" else 1)
+                objective.weight = budget.weight
+            result.losses.append(terms.error)
+            result.energies.append(terms.energy)
+            result.weights.append(objective.weight)
             if on_step is not None:
                 attachment.live, attachment.frozen = {}, {}  # whatever is drawn now is drawn by the bare model
                 seconds = time.perf_counter() - start
                 try:
-                    on_step(Step(number, config.steps, error.item(), energy.item(), seconds, lambda: to_adapter(groups)))
+                    on_step(Step(number, config.steps, terms.error, terms.energy, seconds, lambda: to_adapter(groups)))
                 except BaseException as stop:  # noqa: BLE001 - a cancel may be any exception; what is trained is kept
                     result.stopped = stop
                     break
@@ -181,14 +118,81 @@ def fit(
     return result
 
 
+@dataclass
+class Terms:
+    """The parts of an objective as numbers: error on the concept, energy E, drift of generic prompts, all together."""
+
+    error: float
+    energy: float
+    drift: float
+    total: float
+
+
+class _Objective:
+    """`L + weight (lambda E + rho R)` on batches of the references and of replay."""
+
+    def __init__(self, denoiser, references, prompts, replay, groups, attachment, config, generator):
+        self.denoiser, self.prompts, self.replay, self.groups = denoiser, prompts, replay, groups
+        self.attachment, self.config, self.generator = attachment, config, generator
+        self.latents = references.latents.to(denoiser.device)
+        self.weight, self.replays = 1.0, True
+        self.last: Terms | None = None
+
+    def draw(self, half: int | None = None) -> tuple[Batch, Batch | None]:
+        """A batch of the references (of every second one if half is 0 or 1) and one of replay"""
+        d, generator, count = self.denoiser, self.generator, self.config.batch
+        known = torch.arange(len(self.latents))
+        if half is not None and len(known) > 1:
+            known = known[half::2]
+        pick = known[torch.randint(0, len(known), (count,), generator=generator)]
+        x, sigma = self.latents[pick], d.draw_sigmas(count, generator)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        batch = Batch(d.noised(x, noise, sigma), sigma, self.prompts[pick], d.target(x, noise, sigma))
+        return batch, self.replay.batch(self.attachment, generator) if self.replays else None
+
+    def value(self, batch: Batch, again: Batch | None) -> Tensor:
+        """The objective as a scalar, differentiable in the groups' factors; one forward pass for both batches."""
+        self.attachment.live = live_layers(self.groups)
+        inputs = [batch] if again is None else [batch, again]
+        noised, sigma = (torch.cat([getattr(b, k) for b in inputs]) for k in ("noised", "sigma"))
+        prediction = self.denoiser.predict(noised, sigma, Conditioning.cat([b.conditioning for b in inputs]))
+        count = len(batch.noised)
+        error, energy = (prediction[:count] - batch.target).square().mean(), mean_energy(self.groups)
+        protection, drift = self.config.interference_weight * energy, 0.0
+        if again is not None:
+            moved = (prediction[count:] - again.target).square()
+            protection = protection + self.config.replay_weight * self.config.replay_every * moved.mean()
+            drift = moved[: again.generic].mean().item()
+        total = error + self.weight * protection
+        self.last = Terms(error.item(), energy.item(), drift, total.item())
+        return total
+
+
+def _gradients(objective: _Objective, groups: list[Group], upper_turn: bool, config: TrainingConfig) -> Terms:
+    """Leaves gradients on the groups' factors.
+
+    With lower and upper steps apart, lower ones see one half of the references, upper ones the other.
+    """
+    for group in groups:
+        group.up.grad = group.basis.grad = None
+    if not (upper_turn and parse(config.hypergradient)[1]):
+        objective.value(*objective.draw(None if not config.lower_steps else int(upper_turn))).backward()
+        return objective.last
+    support, query = objective.draw(0), objective.draw(1)
+    # only the plain attention can be differentiated twice
+    with sdpa_kernel(SDPBackend.MATH):
+        _, gradients = hypergradient(
+            lambda: objective.value(*query), lambda: objective.value(*support), [g.up for g in groups],
+            [g.basis for g in groups], config.hypergradient, DAMPING,
+        )  # fmt: skip
+    for group, gradient in zip(groups, gradients):
+        group.basis.grad = gradient
+    return objective.last
+
+
 def schedule(number: int, total: int) -> float:
     """Share of the learning rate at step `number` (from 1): whole for the first half, then linearly to zero."""
     return min(1.0, 2 * (1 - (number - 1) / total))
-
-
-def settings(config: TrainingConfig) -> dict[str, str]:
-    """The options as file metadata"""
-    return {f"seqlora.{k}": str(v) for k, v in asdict(config).items()}
 
 
 def _others(general: Moments, decoy: Moments | None, earlier: list[Concept], config: TrainingConfig) -> Moments:
@@ -251,10 +255,10 @@ class _Earlier:
         }
         self.device = device
 
-    def switch(self, attachment: Attachment, generator: torch.Generator) -> None:
-        """None of them a quarter of the time, all a quarter, a random half otherwise"""
+    def switch(self, attachment: Attachment, generator: torch.Generator) -> int:
+        """None of them a quarter of the time, all a quarter, a random half otherwise; returns how many."""
         if not self.count:
-            return
+            return 0
         attachment.frozen = self.pairs
         on = torch.ones(self.count)
         if self.dropout:
@@ -262,69 +266,4 @@ class _Earlier:
             half = (torch.rand(self.count, generator=generator) < 0.5).float()
             on = on * 0 if draw < 0.25 else on if draw < 0.5 else half
         attachment.mask = {n: on[owner].to(self.device) for n, owner in self.owner.items()}
-
-
-class _Replay:
-    """Prompts on which the model must go on predicting what it predicted before this concept.
-
-    A pool of generic pictures, decoys of this concept, and kept references of earlier concepts, drawn in equal
-    parts from those that exist.
-    """
-
-    def __init__(self, denoiser, references, trigger, earlier, calibration, config):
-        self.denoiser, self.config = denoiser, config
-        self.pools: list[tuple[Tensor, Conditioning]] = []
-        self.decoy_moments: Moments | None = None
-        if config.replay_weight:
-            self._add(calibration.latents, calibration.prompts)
-        if config.use_decoys:
-            prompts = decoys(references.captions, trigger, 24, config.seed)
-            latents = draw(denoiser, prompts, config.seed, references.size)
-            self.decoy_moments = record_moments(denoiser, latents, denoiser.encode_prompts(prompts), seed=config.seed)
-            if config.replay_weight:
-                self._add(latents, prompts)
-        kept = [c for c in earlier if len(c.latents)]
-        if kept and config.replay_weight:
-            self._add(torch.cat([c.latents for c in kept]), [t for c in kept for t in c.captions])
-
-    def _add(self, latents: Tensor, prompts: list[str]) -> None:
-        self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts)))
-
-    def batch(self, attachment: Attachment, generator: torch.Generator) -> Batch | None:
-        """What the concept must not change: inputs of the pool with the prediction that is made without it."""
-        if not self.pools:
-            return None
-        d, share = self.denoiser, max(1, self.config.replay_batch // len(self.pools))
-        latents, prompts = [], []
-        for pool, conditioning in self.pools:
-            pick = torch.randint(0, len(pool), (share,), generator=generator)
-            latents.append(pool[pick])
-            prompts.append(conditioning[pick])
-        x, conditioning = torch.cat(latents), Conditioning.cat(prompts)
-        sigma = d.draw_sigmas(len(x), generator)
-        noised = d.noised(x, torch.randn(x.shape, generator=generator).to(x), sigma)
-        live, attachment.live = attachment.live, {}
-        with torch.no_grad():
-            before = d.predict(noised, sigma, conditioning)
-        attachment.live = live
-        return Batch(noised, sigma, conditioning, before)
-
-
-@dataclass
-class Batch:
-    """Inputs of the denoiser and what it should predict."""
-
-    noised: Tensor
-    sigma: Tensor
-    conditioning: Conditioning
-    target: Tensor
-
-
-def _errors(denoiser: Denoiser, batch: Batch, again: Batch | None) -> tuple[Tensor, Tensor | float]:
-    """Mean squared errors of a batch and of a replay batch (0.0 without one), from one forward pass."""
-    if again is None:
-        return (denoiser.predict(batch.noised, batch.sigma, batch.conditioning) - batch.target).square().mean(), 0.0
-    noised, sigma = torch.cat([batch.noised, again.noised]), torch.cat([batch.sigma, again.sigma])
-    prediction = denoiser.predict(noised, sigma, Conditioning.cat([batch.conditioning, again.conditioning]))
-    count = len(batch.noised)
-    return (prediction[:count] - batch.target).square().mean(), (prediction[count:] - again.target).square().mean()
+        return int(on.sum())

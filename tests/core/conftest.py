@@ -1,9 +1,9 @@
 import pytest
 
+from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import load_subject
 from seqlora_core.library import Library
 from seqlora_core.teach import train_concept
-from seqlora_core.trainer import TrainingConfig
 
 NAMES = ("octopus", "penguin", "fox")
 

@@ -67,6 +67,22 @@ def test_library_commands(capsys, folder):
     assert code == 2 and "no concept 'nobody'" in err
 
 
+def test_a_library_is_reordered_rebased_and_merged(capsys, folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert run(capsys, "library", "reorder", copy, "penguin", "octopus")[0] == 0
+    assert run(capsys, "library", "list", copy)[1].split()[0] == "penguin"
+    code, out, _ = run(capsys, "library", "rebase", copy, "--output", tmp_path / "new", "--json")
+    assert code == 0 and json.loads(out)["names"] == ["penguin", "octopus"]
+    assert run(capsys, "library", "verify", tmp_path / "new")[0] == 0
+    code, _, err = run(capsys, "library", "merge", copy, folder, "--output", tmp_path / "both")
+    assert code == 2 and "two of the libraries hold a concept" in err
+    code, _, err = run(capsys, "library", "merge", copy, "--output", tmp_path / "both")
+    assert code == 2 and "merge takes" in err
+
+
 def test_stack_and_report(capsys, folder, tmp_path):
     output = tmp_path / "stack.safetensors"
     code, *_ = run(capsys, "stack", "--library", folder, "--output", output)

@@ -212,14 +212,23 @@ def test_overlap_is_a_multiple_of_chance():
 
 
 @pytest.mark.parametrize("delta_", [0.5, 0.1, 0.01])
-def test_bound_holds_with_the_promised_frequency_on_gaussian_inputs(delta_):
+def test_bound_holds_with_the_promised_frequency_and_is_not_loose(delta_):
+    """On Gaussian inputs; and the bound is at most three times the quantile that it bounds"""
     d = delta(1)
     g = moment_of(anisotropic(3))
     root = torch.linalg.cholesky(ridge(g, 1e-9))
     x = randn(77, 20_000, IN) @ root.mT
     norms = (x @ d.down.mT @ d.up.mT).norm(dim=1)
-    bound = sub_gaussian_bound(residual_energy(d.up, d.down, root @ root.mT).item(), delta_)
+    bound = sub_gaussian_bound(d.up, d.down, root @ root.mT, delta_)
     assert (norms > bound).double().mean() <= delta_
+    assert bound < 3 * norms.quantile(1 - delta_)
+
+
+def test_bound_of_rank_one_is_the_scalar_one():
+    """|a| |u x| with E (u x)^2 = e: e (1 + 2 sqrt(t) + 2 t)"""
+    up, down, moment = randn(1, OUT, 1), randn(2, 1, IN), moment_of(anisotropic(3))
+    e, t = residual_energy(up, down, moment).item(), math.log(20)
+    assert math.isclose(sub_gaussian_bound(up, down, moment, 0.05), math.sqrt(e * (1 + 2 * math.sqrt(t) + 2 * t)), rel_tol=1e-9)
 
 
 def make_group(seed=0, layers=3, taken_columns=4):

@@ -8,6 +8,7 @@ from seqlora_core import subspace
 from seqlora_core.adapter import load_adapter, read_safetensors
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.calibration import record_moments
+from seqlora_core.config import TrainingConfig
 from seqlora_core.denoiser import loss
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import held_out_loss
@@ -16,7 +17,6 @@ from seqlora_core.library import Library
 from seqlora_core.linalg import ridge
 from seqlora_core.statistics import Recorder
 from seqlora_core.teach import train_concept
-from seqlora_core.trainer import TrainingConfig
 
 from .conftest import teach
 
@@ -152,7 +152,8 @@ def test_no_hook_and_no_changed_weight_is_left(model, subjects, new_library, tmp
 
 def test_ablation_switches_all_train(model, subjects, new_library, tmp_path):
     switches = (
-        {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
+        {"lower_steps": 1, "hypergradient": "cg:2"}, {"lower_steps": 1, "hypergradient": "neumann:2"}, {"drift_budget": 0.0},
+        {"replay_target": "before"}, {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
         {"replay_weight": 0.0}, {"lower_steps": 2}, {"earlier_active": False}, {"concept_dropout": False}, {"retraction": "polar"},
     )  # fmt: skip
     library = new_library(tmp_path / "l")

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from seqlora_core.adapter import concatenate
 from seqlora_core.attach import Attachment, attached
+from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import load_subject
 from seqlora_core.library import Library
 from seqlora_core.teach import train_concept
-from seqlora_core.trainer import TrainingConfig
 
 from .comfy_server import PACK, find_comfyui
 

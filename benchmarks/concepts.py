@@ -1,0 +1,83 @@
+"""The concept sets: 104 subjects and styles that the demo model never saw, made from npm packages into a cache.
+
+Two thirds are for tuning (the demo's sixteen among them), the rest are for final tables only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from demo import emoji, make_concepts, scenes
+
+# class noun -> "package/code name" of the animated Fluent emoji
+ANIMATED = {
+    "animal": "1/1f402 ox, 1/1f406 leopard, 1/1f407 rabbit, 1/1f408 cat, 1/1f40e horse, 1/1f40f ram, 1/1f411 sheep, "
+    "1/1f414 chicken, 1/1f415 dog, 1/1f417 boar, 1/1f41a shell, 1/1f41b bug, 1/1f41c ant, 1/1f41d bee, 1/1f41e ladybird, "
+    "1/1f420 clownfish, 1/1f421 blowfish, 1/1f425 chick, 1/1f426 bird, 1/1f429 poodle, 1/1f439 hamster, 1/1f43a wolf, "
+    "1/1f43b bear, 3/1f982 scorpion, 3/1f983 turkey, 3/1f985 eagle, 3/1f987 bat, 3/1f98e lizard, 3/1f98f rhinoceros, "
+    "3/1f990 shrimp, 3/1f992 giraffe, 3/1f993 zebra, 3/1f994 hedgehog, 3/1f996 tyrannosaur, 3/1f998 kangaroo, 3/1f999 llama, "
+    "3/1f99a peacock, 3/1f99b hippopotamus, 3/1f99d raccoon, 3/1f99e lobster",
+    "food": "1/1f345 tomato, 1/1f34a tangerine, 1/1f34e apple, 1/1f350 pear, 1/1f351 peach, 1/1f33d maize, 1/1f32e taco, "
+    "1/1f32d hotdog, 1/1f35e bread, 1/1f35f fries, 1/1f36a cookie, 1/1f36f honey, 1/1f382 cake, 1/1f37f popcorn, "
+    "3/1f950 croissant, 3/1f966 broccoli",
+    "plant": "1/1f331 seedling, 1/1f332 fir, 1/1f334 palm, 1/1f340 clover",
+    "object": "1/1f381 present, 1/1f388 balloon, 1/1f3a9 hat, 1/1f3ae gamepad, 1/1f3b2 die, 1/1f3b7 saxophone, 1/1f3c6 trophy, "
+    "1/1f3fa amphora, 1/1f45f sneaker, 2/1f480 skull, 2/1f48d ring, 2/1f4a1 bulb, 2/1f4a3 bomb, 2/1f4fa television, "
+    "2/1f512 lock, 2/1f528 hammer",
+    "vehicle": "3/1f682 locomotive, 3/1f691 ambulance, 3/1f695 taxi, 3/1f697 car, 3/1f6a2 ship, 3/1f6f5 scooter",
+    "thing": "1/1f31f star, 1/1f3e0 house, 2/1f5ff statue",
+}
+STYLES = ("classic", "firefox", "flat")  # emoji sets that the denoiser never saw
+SEED = 101
+
+
+def rare_word(rng: np.random.Generator) -> str:
+    """Three consonant-vowel pairs, such as 'zuqevo'"""
+    return "".join(str(rng.choice(list("bcdfgjkmpqvwxz"))) + str(rng.choice(list("aeiou"))) for _ in range(3))
+
+
+def table() -> dict[str, tuple[int, str, str, str]]:
+    """name -> (package, code point, trigger, class noun), the demo's sixteen first, the others shuffled."""
+    rng, others = np.random.default_rng(SEED), {}
+    for noun, items in ANIMATED.items():
+        for item in items.split(", "):
+            source, name = item.split()
+            package, code = source.split("/")
+            others[name] = (int(package), code, rare_word(rng), noun)
+    order = rng.permutation(sorted(others))
+    return make_concepts.CONCEPTS | {str(name): others[str(name)] for name in order}
+
+
+def names(which: str = "all") -> list[str]:
+    """which: tuning | final | all.  Styles stand among the subjects of both parts."""
+    subjects = list(table())
+    tuning = [*subjects[:66], "classic", "flat"]
+    final = [*subjects[66:], "firefox"]
+    return {"tuning": tuning, "final": final, "all": tuning + final}[which]
+
+
+def make_style(style: str, cache: Path, target: Path) -> None:
+    """Known subjects in an unknown style: ten references, four others held out."""
+    rng = np.random.default_rng([SEED, STYLES.index(style)])
+    trigger, icons = rare_word(rng), emoji.icon_set(style, cache)
+    known = [n for n in rng.permutation(sorted(scenes.SUBJECTS)) if n in icons]
+    for i in range(make_concepts.REFERENCES + make_concepts.HELD_OUT):
+        colour = str(rng.choice(list(scenes.BACKGROUNDS)))
+        picture = scenes.compose(rng, [(emoji.render(icons[known[i]]), "")], colour)
+        text = scenes.caption([str(known[i])], colour, trigger)
+        make_concepts.save(picture, text, make_concepts.stem(target / style, i))
+
+
+def ensure(cache: Path) -> Path:
+    """Folder with a sub-folder for each concept, and `pairs/`; made on the first call (needs npm and resvg-py)."""
+    folder, marker = cache / "concepts", cache / "concepts" / ".made"
+    if not marker.exists():
+        for name in table():
+            make_concepts.make(name, cache, folder, table())
+        for style in STYLES:
+            make_style(style, cache, folder)
+        make_concepts.make_pairs(cache, cache / "pairs", table(), distances=2)
+        marker.touch()
+    return folder

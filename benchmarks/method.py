@@ -1,0 +1,212 @@
+"""The method against every rival, as the number of concepts grows: docs/results/method.json.
+
+    python -m benchmarks.method --quick               minutes: three concepts, short training, every row
+    python -m benchmarks.method --counts 2 5 10 32    hours; resumes where it was stopped
+
+Protocol: docs/METHOD.md, "How it is measured".  Every row's learning rate is the best of RATES by the same search on
+the tuning concepts; the table's concepts are others (`benchmarks.concepts`).  What is trained is kept in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import concepts
+from benchmarks.rivals import ABLATIONS, COMBINED, TRAINED
+from seqlora_core import evaluation
+from seqlora_core.adapter import Adapter, load_adapter, save_adapter
+from seqlora_core.attach import Attachment
+from seqlora_core.calibration import Calibration, calibrate, record_moments
+from seqlora_core.config import TrainingConfig
+from seqlora_core.demo import Subject, load_generic, load_pairs, load_subject
+from seqlora_core.demo_model import SIZE, DemoModel
+from seqlora_core.evaluation import held_out_loss, measure, row, summed
+from seqlora_core.identity import Identity
+from seqlora_core.library import Library
+from seqlora_core.ordinary import train_ordinary
+from seqlora_core.tables import markdown, meta
+from seqlora_core.teach import train_concept
+
+ROOT = Path(__file__).resolve().parent.parent
+RATES = (3e-4, 1e-3, 3e-3)
+SEARCH = 5  # tuning concepts that the search of learning rates uses
+
+
+class Bench:
+    """Everything trained so far, by row, rate, seed and planned count; trains what is missing."""
+
+    def __init__(self, cache: Path, steps: int):
+        self.steps, self.folder = steps, cache / f"runs-{steps}"
+        self.model = DemoModel()
+        self.pictures = concepts.ensure(cache)
+        self.pairs_folder = cache / "pairs"
+        self.generic = load_generic(self.model)
+        self.generic_base = held_out_loss(self.model, self.generic)
+        self.subjects: dict[str, Subject] = {}
+        self.rates: dict[str, float] = {}
+        self.options = TRAINED | ABLATIONS
+
+    def subject(self, name: str) -> Subject:
+        if name not in self.subjects:
+            self.subjects[name] = load_subject(self.model, name, self.pictures / name)
+        return self.subjects[name]
+
+    def calibration(self) -> Calibration:
+        path = self.folder / "calibration.safetensors"
+        if not path.exists():
+            calibrate(self.model, (SIZE, SIZE)).save(path, self.model.fingerprint())
+        return Calibration.load(path)
+
+    def ordinary(self, name: str, rate: float, seed: int) -> Adapter:
+        path = self.folder / f"ordinary-{rate:g}" / str(seed) / f"{name}.safetensors"
+        if not path.exists():
+            start = time.perf_counter()
+            adapter = train_ordinary(self.model, self.subject(name).references, 4, self.steps, rate, seed=seed)
+            adapter.metadata["seconds"] = f"{time.perf_counter() - start:.2f}"
+            save_adapter(path, adapter)
+        return load_adapter(path)
+
+    def chain(self, row: str, rate: float, seed: int, names: list[str], planned: int) -> Library:
+        """A library of these concepts, taught in this order; goes on from what is there."""
+        folder = self.folder / f"{row}-{rate:g}" / f"{seed}-{planned}-{names[0]}"
+        library = Library(folder, self.model.fingerprint(), planned, create=True)
+        if library.calibration() is None:
+            library.keep_calibration(self.calibration())
+        if library.names != names[: len(library)]:
+            raise SystemExit(f"{folder} holds other concepts ({', '.join(library.names)}): remove it")
+        config = TrainingConfig(steps=self.steps, learning_rate=rate, seed=seed, planned=planned)
+        config = replace(config, **self.options[row])
+        for name in names[len(library) :]:
+            s, start = self.subject(name), time.perf_counter()
+            concept, fit = train_concept(
+                self.model, library, s.images, name, s.trigger, s.class_noun, s.references.captions, config
+            )
+            seconds = time.perf_counter() - start
+            with open(folder / "costs.jsonl", "a", encoding="utf-8") as f:
+                size = sum(p.stat().st_size for p in library.paths(name))
+                f.write(json.dumps({"name": name, "seconds": seconds, "bytes": size, "weight": fit.weights[-1]}) + "\n")
+            print(f"{row} {rate:g} seed {seed} of {planned}: {name} in {seconds:.0f} s", flush=True)
+        return library
+
+    def costs(self, library: Library) -> list[dict]:
+        lines = (library.folder / "costs.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def moments(self, name: str, adapter: Adapter, seed: int):
+        attachment, s = Attachment(), self.subject(name)
+        attachment.set_frozen(adapter, self.model.device)
+        prompts = self.model.encode_prompts(s.references.captions)
+        return record_moments(self.model, s.references.latents, prompts, attachment, seed=seed)
+
+    # --- rates ---------------------------------------------------------------------------------------------------
+
+    def rate(self, row: str) -> float:
+        """Best of RATES on tuning concepts, seed 0: ordinary LoRAs by what they gain alone, others by what is kept."""
+        if row not in self.rates:
+            names = concepts.names("tuning")[:SEARCH]
+            if row == "ordinary":
+                scores = {r: -evaluation.mean([self._alone(n, self.ordinary(n, r, 0)) for n in names]) for r in RATES}
+            else:
+                scores = {}
+                for r in RATES:
+                    library = self.chain(row, r, 0, names, len(names))
+                    stack = summed([c.adapter for c in library.concepts()])(list(range(len(names))))
+                    scores[r] = -evaluation.mean([self._alone(n, stack) for n in names])
+            self.rates[row] = max(scores, key=scores.get)
+            print(f"{row}: learning rate {self.rates[row]:g}, of {scores}", flush=True)
+        return self.rates[row]
+
+    def _alone(self, name: str, adapter: Adapter) -> float:
+        return held_out_loss(self.model, self.subject(name).held_out, adapter)
+
+    # --- one table -----------------------------------------------------------------------------------------------
+
+    def table(self, names: list[str], planned: int, seed: int, rows: list[str], order: list[str]) -> list[dict]:
+        """One row for each of `rows` over these concepts, taught in `order` (of which names are the first)."""
+        held_outs = [self.subject(n).held_out for n in names]
+        base = [held_out_loss(self.model, h) for h in held_outs]
+        ordinary = [self.ordinary(n, self.rate("ordinary"), seed) for n in names]
+        best = [held_out_loss(self.model, h, a) for h, a in zip(held_outs, ordinary)]
+        moments = [self.moments(n, a, seed) for n, a in zip(names, ordinary)] if "closed_form" in rows else []
+        pairs, general = load_pairs(self.model, names, self.pairs_folder), self.calibration().moments
+        bank = torch.cat([self.subject(n).images for n in names])
+        identity = Identity(self.model, [self.subject(n) for n in names], bank, drawn=4)
+        out = []
+        for name in rows:
+            if name in COMBINED:
+
+                def stack(members, combine=COMBINED[name]):
+                    return combine([ordinary[i] for i in members], [moments[i] for i in members] if moments else [], general)
+
+                alone, extra = ordinary, {"learning_rate": self.rate("ordinary")}
+                extra["seconds"] = evaluation.mean([float(a.metadata["seconds"]) for a in ordinary])
+            else:
+                library = self.chain(name, self.rate(name), seed, order, planned)
+                alone = [library.load(n).adapter for n in names]
+                stack, costs = summed(alone), self.costs(library)[: len(names)]
+                extra = {"learning_rate": self.rate(name)}
+                extra |= {k: evaluation.mean([c[k] for c in costs]) for k in ("seconds", "bytes", "weight")}
+            losses = measure(self.model, alone, stack, held_outs, self.generic, pairs, seed=seed)
+            result = row(name, losses, base, best, self.generic_base) | extra | {"seed": seed, "planned": planned}
+            result |= identity.scores(alone, "alone")
+            result |= identity.scores([stack(list(range(len(names))))] * len(names), "stack")
+            out.append(result)
+            print(markdown([result]).splitlines()[-1], flush=True)
+        return out
+
+
+def summary(runs: list[dict]) -> list[dict]:
+    """Rows of the contract: mean over seeds, and the spread (standard deviation) beside it."""
+    out = []
+    for key in dict.fromkeys((r["n"], r["row"]) for r in runs):
+        same = [r for r in runs if (r["n"], r["row"]) == key]
+        numbers = [k for k, v in same[0].items() if isinstance(v, float)]
+        mean = {k: evaluation.mean([r[k] for r in same]) for k in numbers}
+        spread = {k: statistics.stdev([r[k] for r in same]) for k in numbers} if len(same) > 1 else {}
+        out.append({"row": key[1], "n": key[0], "seeds": len(same)} | mean | {"spread": spread})
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three concepts, 40 steps, one seed")
+    parser.add_argument("--counts", type=int, nargs="+", default=[2, 5, 10])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=[*COMBINED, *TRAINED])
+    parser.add_argument("--ablations", action="store_true", help="the method's ablations too")
+    parser.add_argument("--concepts", choices=["tuning", "final", "all"], default="final")
+    parser.add_argument("--steps", type=int, default=TrainingConfig().steps)
+    parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "method.json")
+    args = parser.parse_args()
+    if args.quick:
+        args.counts, args.seeds, args.steps, args.concepts = [3], [0], 40, "tuning"
+        shutil.rmtree(args.cache / "runs-40", ignore_errors=True)
+    bench = Bench(args.cache, args.steps)
+    if args.quick:
+        bench.rates = {"ordinary": 3e-3} | dict.fromkeys(bench.options, 1e-3)
+    rows, names, runs = args.rows + (list(ABLATIONS) if args.ablations else []), concepts.names(args.concepts), []
+    longest = max(args.counts)
+    if longest > len(names):
+        parser.error(f"the {args.concepts} set holds {len(names)} concepts: ask for fewer, or --concepts all")
+    for seed in args.seeds:
+        for count in args.counts:
+            runs += bench.table(names[:count], longest, seed, rows, names[:longest])
+            about = meta("python -m benchmarks.method", bench.model.device, args.seeds)
+            about |= {"steps": args.steps, "concepts": args.concepts, "rates": bench.rates}
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"meta": about, "rows": summary(runs), "runs": runs}, indent=1)
+            args.output.write_text(text + "\n", encoding="utf-8")
+    print(markdown(summary(runs)))
+
+
+if __name__ == "__main__":
+    main()

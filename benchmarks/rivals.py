@@ -1,0 +1,90 @@
+"""What the method is measured against, each as its authors mean it, and the method's own ablations.
+
+Rows that are trained one concept after another are options of `fit`; rows that combine ordinary LoRAs are functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from seqlora_core.adapter import Adapter, LayerDelta, concatenate
+from seqlora_core.composition import closed_form, gram_schmidt, norm_controlled
+from seqlora_core.statistics import Moments
+
+# everything that is ours, off
+PLAIN = dict(
+    interference_weight=0.0, replay_weight=0.0, drift_budget=0.0, protection=0.0, use_decoys=False, earlier_active=False,
+    concept_dropout=False, whitened=False, data_start=False,
+)  # fmt: skip
+TRAINED: dict[str, dict] = {
+    # Po et al., CVPR 2024: bases frozen, random, orthogonal; only lora_up learns
+    "orthogonal_adaptation": PLAIN | dict(learn_basis=False),
+    # orthogonal bases that learn, step by step in turn with lora_up; nothing else
+    "alternating": PLAIN | dict(lower_steps=1),
+    # an ordinary LoRA on top of the earlier ones, with replay of what was there before
+    "ordinary_replay": PLAIN | dict(
+        orthogonal=False, earlier_active=True, replay_weight=85.0, replay_target="before"
+    ),
+    "seqlora": {},
+}  # fmt: skip
+ABLATIONS: dict[str, dict] = {
+    "seqlora_no_orthogonality": dict(orthogonal=False),
+    "seqlora_no_whitening": dict(whitened=False),
+    "seqlora_random_start": dict(data_start=False),
+    "seqlora_frozen_basis": dict(learn_basis=False),
+    "seqlora_no_decoys": dict(use_decoys=False),
+    "seqlora_no_energy": dict(interference_weight=0.0),
+    "seqlora_no_protection": dict(protection=0.0),
+    "seqlora_no_replay": dict(replay_weight=0.0, drift_budget=0.0),
+    "seqlora_not_active": dict(earlier_active=False),
+    "seqlora_no_dropout": dict(concept_dropout=False),
+    "seqlora_replay_before": dict(replay_target="before"),
+    "seqlora_fixed_weight": dict(drift_budget=0.0),
+    "seqlora_no_kept_latents": dict(keep_latents=0),
+    "seqlora_rank_2": dict(rank=2),
+    "seqlora_rank_8": dict(rank=8),
+    "seqlora_alternating": dict(lower_steps=1),
+    "seqlora_bilevel_first_order": dict(lower_steps=3),
+    "seqlora_bilevel_neumann": dict(lower_steps=3, hypergradient="neumann:3"),
+    "seqlora_bilevel_cg": dict(lower_steps=3, hypergradient="cg:3"),
+}
+
+
+def merged(adapters: list[Adapter], merge: Callable[[list[Tensor]], Tensor]) -> Adapter:
+    """One adapter of full rank whose change of each weight is `merge` of the adapters' changes."""
+    names = dict.fromkeys(n for a in adapters for n in a.layers)
+    layers = {}
+    for name in names:
+        dense = merge([a.layers[name].dense() for a in adapters if name in a.layers])
+        layers[name] = LayerDelta(torch.eye(dense.shape[1]), dense)
+    return Adapter(layers)
+
+
+def ties(adapters: list[Adapter], density: float = 0.5) -> Adapter:
+    """TIES merging (Yadav et al. 2023), by peft"""
+    from peft.utils.merge_utils import ties as merge
+
+    return merged(adapters, lambda parts: merge(parts, torch.ones(len(parts)), density))
+
+
+def dare_ties(adapters: list[Adapter], density: float = 0.5, seed: int = 0) -> Adapter:
+    """DARE, then TIES (Yu et al. 2024), by peft"""
+    from peft.utils.merge_utils import dare_ties as merge
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return merged(adapters, lambda parts: merge(parts, torch.ones(len(parts)), density))
+
+
+# ordinary LoRAs together: (adapters, their moments, general moments) -> one adapter
+COMBINED: dict[str, Callable[[list[Adapter], list[Moments], Moments], Adapter]] = {
+    "ordinary_sum": lambda a, m, g: concatenate(a),
+    "ordinary_norm": lambda a, m, g: concatenate(norm_controlled(a)),
+    "ordinary_gram_schmidt": lambda a, m, g: concatenate(gram_schmidt(a)),
+    "ties": lambda a, m, g: ties(a),
+    "dare_ties": lambda a, m, g: dare_ties(a),
+    "closed_form": lambda a, m, g: concatenate(closed_form(a, m, g)),
+}

@@ -1,0 +1,41 @@
+"""A budget for how far unrelated prompts may move, held by dual ascent.
+
+The user says how much the loss on unrelated prompts may rise (2 %) and how many concepts are planned; the weight of
+everything that protects others follows while training.  One default serves every model: the budget is a share of the
+model's own loss.
+"""
+
+from __future__ import annotations
+
+import math
+
+RATE = 0.03  # of the ascent, in the logarithm of the weight, a step
+MEMORY = 0.95  # of the running mean of the measured drift
+LEAST, MOST = 0.05, 1000.0  # of the weight
+
+
+class Budget:
+    """The weight that keeps `drift` under its share.
+
+    For min L subject to drift <= allowed, the Lagrangian's multiplier rises while the constraint is broken and falls
+    while it is slack (Boyd and Vandenberghe, "Convex Optimization", section 5.5); here in the logarithm, so that it
+    stays positive and needs no scale of its own.
+
+    total: mean squared change of the prediction that `planned` concepts may cause together.  A prediction that moves
+    by d, unrelated to its error, raises the loss by E|d|^2; so total = budget * the base model's loss.
+    """
+
+    def __init__(self, budget: float, base_loss: float, planned: int, weight: float = 1.0):
+        self.total, self.planned, self.weight = budget * base_loss, planned, weight
+        self.ratio: float | None = None  # running mean of drift over what was allowed
+
+    def allowed(self, concepts: int) -> float:
+        """What this many concepts may change together: their part of the whole"""
+        return self.total * min(1.0, concepts / self.planned)
+
+    def update(self, drift: float, concepts: int) -> None:
+        """drift: as just measured with `concepts` of them on, the new one included."""
+        ratio = drift / self.allowed(concepts)
+        self.ratio = ratio if self.ratio is None else MEMORY * self.ratio + (1 - MEMORY) * ratio
+        step = RATE * max(-1.0, min(1.0, math.log(max(self.ratio, 1e-9))))
+        self.weight = max(LEAST, min(MOST, self.weight * math.exp(step)))

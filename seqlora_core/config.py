@@ -1,0 +1,60 @@
+"""The options of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from .errors import UserError
+from .hypergradient import parse
+
+
+@dataclass
+class TrainingConfig:
+    """Options of a fit.  The last block switches parts of the method off, for ablations."""
+
+    rank: int = 4
+    steps: int = 320
+    learning_rate: float = 1e-3  # of lora_up
+    basis_rate: float = 5e-4
+    interference_weight: float = 1.0  # lambda
+    batch: int = 8
+    seed: int = 0
+    planned: int = 32  # concepts the library is meant to hold
+    drift_budget: float = 0.02  # how far the planned concepts together may move unrelated prompts; 0: fixed weights
+    lower_steps: int = 0  # lora_up steps to one basis step; 0: both from every gradient
+    hypergradient: str = "none"  # of the basis step, with lower_steps: none, neumann:K or cg:K
+    retraction: str = "qr"
+    protection: float = 1.0  # weight of earlier concepts' moments in the energy
+    replay_weight: float = 85.0
+    replay_batch: int = 12
+    replay_every: int = 1
+    replay_target: str = "base"  # what generic prompts and decoys must go on looking like: base, or before this concept
+    keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
+
+    concept_dropout: bool = True
+    earlier_active: bool = True
+    orthogonal: bool = True
+    whitened: bool = True
+    data_start: bool = True
+    learn_basis: bool = True
+    use_decoys: bool = True
+
+    def validate(self) -> None:
+        for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("planned", 1), ("replay_every", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
+        for name in ("learning_rate", "basis_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give a number between 0 and 1, such as 0.001")
+        for name in ("interference_weight", "replay_weight", "protection", "drift_budget", "lower_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: give 0 or more")
+        if self.replay_target not in ("base", "before"):
+            raise UserError(f"replay_target is {self.replay_target!r}: use 'base' or 'before'")
+        if parse(self.hypergradient)[1] and not self.lower_steps:
+            raise UserError("a hypergradient needs lower_steps: give 1 or more, such as 3")
+
+
+def settings(config: TrainingConfig) -> dict[str, str]:
+    """The options as file metadata"""
+    return {f"seqlora.{k}": str(v) for k, v in asdict(config).items()}

@@ -1,0 +1,86 @@
+"""Libraries made from libraries, without training: merged, or refitted to one another's stored inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .adapter import Adapter, LayerDelta
+from .composition import closed_form
+from .errors import UserError
+from .interference import adapter_energy
+from .library import Library
+from .linalg import orthonormal_basis
+from .subspace import Metric
+
+
+@dataclass
+class Price:
+    """What a refit did, as shares.  before, after: energy that concepts add on one another's inputs, over the energy
+    of their own effects; lost: share of each concept's own effect that the refit changed, mean."""
+
+    names: list[str]
+    before: float
+    after: float
+    lost: float
+
+    def text(self) -> str:
+        return (
+            f"{len(self.names)} concepts: what they do to one another went from {self.before:.1%} of their own effect to "
+            f"{self.after:.1%}; {self.lost:.1%} of a concept's own effect was changed for it"
+        )
+
+
+def refit(sources: list[Library], folder: Path | str, beta: float = 1.0) -> tuple[Library, Price]:
+    """A new library in `folder` of all concepts of `sources`, each lora_down projected by the closed form.
+
+    One source: its concepts are refitted to all that the library now holds ("rebase").  Several: libraries that were
+    trained apart are merged.  Needs only stored moments, no pictures; the sources stay as they are.  Raises UserError
+    for libraries of different base models, a name that two of them use, and a folder that is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: choose a new folder for the library")
+    bases = {s.manifest["base"] for s in sources}
+    if len(bases) > 1:
+        raise UserError("the libraries were trained on different base models: concepts of one do nothing sensible on the other")
+    concepts = [c for s in sources for c in s.concepts()]
+    names = [c.name for c in concepts]
+    double = next((n for n in names if names.count(n) > 1), None)
+    if double:
+        raise UserError(f"two of the libraries hold a concept {double!r}: remove or retrain one of them under another name")
+    if not concepts:
+        raise UserError("nothing to refit: the library is empty")
+    calibration = sources[0].calibration()
+    if calibration is None:
+        raise UserError(f"the library {sources[0].folder.name!r} has no calibration: the refit needs what the base model sees")
+    adapters, moments = [c.adapter for c in concepts], [c.moments for c in concepts]
+    fitted = closed_form(adapters, moments, calibration.moments, beta)
+    metrics: dict[int, Metric] = {}
+
+    def bases_of(adapter: Adapter) -> dict:
+        out = {}
+        for name, delta in adapter.layers.items():
+            moment = calibration.moments[name]
+            metric = metrics.setdefault(id(moment), Metric.of(moment))
+            out[name] = orthonormal_basis(metric.basis(delta.down))
+        return out
+
+    library = Library(folder, bases.pop(), max(max(s.planned for s in sources), len(concepts)), create=True)
+    library.keep_calibration(calibration)
+    for concept, adapter in zip(concepts, fitted):
+        library.add(replace(concept, adapter=adapter, bases=bases_of(adapter)))
+    return library, _price(names, adapters, fitted, moments)
+
+
+def _price(names, adapters, fitted, moments) -> Price:
+    def crosstalk(stack) -> float:
+        own = sum(adapter_energy(a, m) for a, m in zip(adapters, moments))
+        pairs = [(i, j) for i in range(len(stack)) for j in range(len(stack)) if i != j]
+        return sum(adapter_energy(stack[i], moments[j]) for i, j in pairs) / max(own, 1e-30)
+
+    lost = []
+    for before, after, moment in zip(adapters, fitted, moments):
+        change = {n: LayerDelta(after.layers[n].down - d.down, d.up) for n, d in before.layers.items()}
+        lost.append(adapter_energy(Adapter(change), moment) / max(adapter_energy(before, moment), 1e-30))
+    return Price(names, crosstalk(adapters), crosstalk(fitted), sum(lost) / len(lost))

@@ -1,0 +1,98 @@
+"""Prompts on which the model must go on predicting what it predicted without this concept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attach import Attachment
+from .calibration import Calibration, draw, record_moments
+from .concept import Concept, References
+from .config import TrainingConfig
+from .denoiser import Conditioning, Denoiser, loss
+from .prompts import decoys
+from .statistics import Moments
+
+DECOYS = 24  # pictures drawn of them
+
+
+@dataclass
+class Batch:
+    """Inputs of the denoiser and what it should predict; the first `generic` of them are unrelated prompts."""
+
+    noised: Tensor
+    sigma: Tensor
+    conditioning: Conditioning
+    target: Tensor
+    generic: int = 0
+
+
+class Replay:
+    """Pools of generic pictures, decoys of this concept, and kept references of earlier concepts.
+
+    A batch takes equal parts of the pools that there are.  On generic prompts and decoys the target is what the
+    bare base model predicts (config.replay_target "base"), so that a later concept also repairs what earlier ones
+    moved, or what was predicted before this concept ("before"); on earlier concepts always the latter.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, references: References, trigger: str, earlier: list[Concept], calibration: Calibration,
+        config: TrainingConfig,
+    ):  # fmt: skip
+        self.denoiser, self.config = denoiser, config
+        self.pools: list[tuple[Tensor, Conditioning, bool]] = []  # latents, prompts, whether the base is the target
+        self.decoy_moments: Moments | None = None
+        self.base_loss = 0.0  # of the bare model on the generic pool
+        from_base = config.replay_target == "base"
+        if config.replay_weight:
+            self._add(calibration.latents, calibration.prompts, from_base)
+            self.base_loss = self._loss_of_base(*self.pools[0][:2])
+        if config.use_decoys:
+            prompts = decoys(references.captions, trigger, DECOYS, config.seed)
+            latents = draw(denoiser, prompts, config.seed, references.size)
+            self.decoy_moments = record_moments(denoiser, latents, denoiser.encode_prompts(prompts), seed=config.seed)
+            if config.replay_weight:
+                self._add(latents, prompts, from_base)
+        kept = [c for c in earlier if len(c.latents)]
+        if kept and config.replay_weight:
+            self._add(torch.cat([c.latents for c in kept]), [t for c in kept for t in c.captions], False)
+
+    def _add(self, latents: Tensor, prompts: list[str], from_base: bool) -> None:
+        self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts), from_base))
+
+    @torch.no_grad()
+    def _loss_of_base(self, latents: Tensor, prompts: Conditioning, batch: int = 32) -> float:
+        d, total = self.denoiser, 0.0
+        generator = torch.Generator().manual_seed(self.config.seed)
+        sigmas = d.even_sigmas(len(latents))[torch.randperm(len(latents), generator=generator)]
+        for index in torch.arange(len(latents)).split(batch):
+            noise = torch.randn(latents[index].shape, generator=generator).to(latents)
+            total += loss(d, latents[index], noise, sigmas[index], prompts[index]).item() * len(index)
+        return total / len(latents)
+
+    @torch.no_grad()
+    def batch(self, attachment: Attachment, generator: torch.Generator) -> Batch | None:
+        """Inputs of the pools with their targets; None if there is no pool.  The attachment is left as it was."""
+        if not self.pools:
+            return None
+        d, share = self.denoiser, max(1, self.config.replay_batch // len(self.pools))
+        latents, prompts = [], []
+        for pool, conditioning, _ in self.pools:
+            pick = torch.randint(0, len(pool), (share,), generator=generator)
+            latents.append(pool[pick])
+            prompts.append(conditioning[pick])
+        x, conditioning = torch.cat(latents), Conditioning.cat(prompts)
+        sigma = d.draw_sigmas(len(x), generator)
+        noised = d.noised(x, torch.randn(x.shape, generator=generator).to(x), sigma)
+        live, frozen = attachment.live, attachment.frozen
+        attachment.live = {}
+        targets = []
+        bare = share * sum(from_base for *_, from_base in self.pools)  # those pools come first
+        for part, adapters in ((slice(0, bare), {}), (slice(bare, len(x)), frozen)):
+            if part.start < part.stop:
+                attachment.frozen = adapters
+                targets.append(d.predict(noised[part], sigma[part], conditioning[part]))
+        attachment.live, attachment.frozen = live, frozen
+        return Batch(noised, sigma, conditioning, torch.cat(targets), share)

@@ -1,0 +1,79 @@
+"""The budget: dual ascent holds a constraint whatever its scale, and replay measures what it should."""
+
+import math
+
+import pytest
+import torch
+
+from seqlora_core.attach import Attachment
+from seqlora_core.budget import Budget
+from seqlora_core.config import TrainingConfig
+from seqlora_core.evaluation import held_out_loss
+from seqlora_core.replay import Replay
+
+from .conftest import teach
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("concepts, planned", [(1, 8), (8, 8), (20, 8)])
+def test_dual_ascent_holds_the_constraint_on_a_problem_that_is_known(scale, concepts, planned):
+    """min (a - 1)^2 + w c a^2 has a = 1 / (1 + w c); the drift is c a^2: the weight settles where it is allowed."""
+    budget, c = Budget(0.02, scale, planned), 3 * scale
+    for _ in range(3000):
+        a = 1 / (1 + budget.weight * c / scale)
+        budget.update(c * a * a, concepts)
+    assert math.isclose(c * a * a, 0.02 * scale * min(1, concepts / planned), rel_tol=0.02)
+
+
+def test_a_slack_budget_lets_the_weight_fall_to_its_floor():
+    budget = Budget(0.02, 1.0, 1)
+    for _ in range(3000):
+        budget.update(0.0, 1)
+    assert budget.weight == pytest.approx(0.05)
+
+
+def test_the_base_loss_is_the_base_models_own(model, subjects, calibration):
+    """Within a tenth of the plain mean over many draws of noise"""
+    from seqlora_core.evaluation import HeldOut
+
+    config = TrainingConfig()
+    replay = Replay(model, subjects["octopus"].references, "octzu", [], calibration, config)
+    many = held_out_loss(model, HeldOut.of(model, calibration.latents, calibration.prompts, levels=16))
+    assert replay.base_loss == pytest.approx(many, rel=0.15)
+
+
+@pytest.mark.parametrize("target", ["base", "before"])
+def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, calibration, target):
+    """The part on generic prompts and decoys is the bare model's, or the stack's; that on earlier concepts the stack's."""
+    from seqlora_core.adapter import concatenate
+    from seqlora_core.attach import attached
+
+    earlier = [library.load(n) for n in ("octopus", "penguin")]
+    replay = Replay(model, subjects["fox"].references, "foxqi", earlier, calibration, TrainingConfig(replay_target=target))
+    attachment = Attachment()
+    attachment.set_frozen(concatenate([c.adapter for c in earlier]).scaled(20.0))
+    frozen = attachment.frozen
+    with attached(model.sites(), attachment), torch.no_grad():
+        batch = replay.batch(attachment, torch.Generator().manual_seed(0))
+        stack = model.predict(batch.noised, batch.sigma, batch.conditioning)
+    assert attachment.frozen is frozen and attachment.live == {}
+    with torch.no_grad():
+        bare = model.predict(batch.noised, batch.sigma, batch.conditioning)
+    assert len(batch.noised) == 12 and batch.generic == 4
+    assert not torch.allclose(bare[:8], stack[:8], atol=1e-3)
+    assert torch.allclose(batch.target[:8], (bare if target == "base" else stack)[:8], atol=1e-5)
+    assert torch.allclose(batch.target[8:], stack[8:], atol=1e-5)
+
+
+def test_a_tight_budget_raises_the_weight_and_moves_unrelated_prompts_less(model, subjects, new_library, tmp_path):
+    from seqlora_core.demo import load_generic
+
+    generic, drifts, weights = load_generic(model), [], []
+    base = held_out_loss(model, generic)
+    for number, budget in enumerate((1e-4, 10.0)):
+        library = new_library(tmp_path / str(number), planned=1)
+        concept, fit = teach(model, library, subjects["octopus"], steps=80, drift_budget=budget, learning_rate=3e-3)
+        drifts.append(held_out_loss(model, generic, concept.adapter) / base - 1)
+        weights.append(fit.weights[-1])
+    assert weights[0] > 1.5 > 0.5 > weights[1]
+    assert abs(drifts[0]) < abs(drifts[1])
