@@ -19,7 +19,11 @@ from .errors import UserError
 def build_parser() -> argparse.ArgumentParser:
     default = TrainingConfig()
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", type=Path, help="base model file (default: the embedded demo model)")
+    common.add_argument(
+        "--model",
+        type=Path,
+        help="base model: a diffusers folder of SD1.5, SD2 or SDXL, or a file of the demo model's layout (default: the demo model)",
+    )
     common.add_argument("--library", type=Path, help="folder of the library")
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--device", default="cpu", help="cpu, cuda ...")
@@ -103,8 +107,10 @@ def _open_model(args):
     import torch
 
     from .demo_model import DEMO_MODEL, DemoModel
+    from .unet_model import UNetModel
 
-    return DemoModel(args.model or DEMO_MODEL, args.device, getattr(torch, args.dtype))
+    path, dtype = args.model or DEMO_MODEL, getattr(torch, args.dtype)
+    return (UNetModel.open if path.is_dir() else DemoModel)(path, args.device, dtype)
 
 
 def _config(args) -> TrainingConfig:
@@ -137,21 +143,23 @@ def _bar(name: str, steps: int):
 def _demo(args):
     from .demo import CONCEPTS, run_demo
 
+    if args.model is not None and args.model.is_dir():
+        raise UserError("the demo runs on the demo model: leave --model out")
+
     rows = run_demo(_open_model(args), args.output, list(args.concepts or CONCEPTS), _config(args), _say(args), _bar)
     return {"output": str(args.output), "rows": rows}
 
 
 def _train(args):
-    from .demo_model import SIZE
     from .library import Library
     from .references import load_pictures
     from .teach import train_concept
 
-    images, captions = load_pictures(args.images, SIZE)
     config, name = _config(args), args.name or args.images.resolve().name
     if args.library is None:
         raise UserError("no library: name its folder with --library")
     model = _open_model(args)
+    images, captions = load_pictures(args.images, model.size)
     library = Library(args.library, model.fingerprint(), args.planned, create=True)
     with _bar(name, config.steps) as on_step:
         concept, fit = train_concept(model, library, images, name, args.trigger, args.class_noun, captions, config, on_step)
@@ -242,7 +250,6 @@ def _sample(args):
     import torch
 
     from .adapter import concatenate, load_adapter
-    from .demo_model import SIZE
     from .library import Library
     from .plots import to_pil
     from .preview import draw_with
@@ -250,7 +257,8 @@ def _sample(args):
     adapters = [load_adapter(p).scaled(s) for p, s in map(_with_strength, args.adapter)]
     if args.library is not None:
         adapters += [c.adapter for c in Library(args.library).concepts()]
-    drawn = draw_with(_open_model(args), concatenate(adapters) if adapters else None, args.prompts, (SIZE, SIZE), args.seed)
+    model = _open_model(args)
+    drawn = draw_with(model, concatenate(adapters) if adapters else None, args.prompts, (model.size, model.size), args.seed)
     to_pil(torch.cat(list(drawn), 1)).save(args.output)
     _say(args)(f"written to {args.output}")
     return {"output": str(args.output)}
@@ -258,7 +266,6 @@ def _sample(args):
 
 def _calibrate(args):
     from .calibration import calibrate
-    from .demo_model import SIZE
     from .library import Library
 
     if args.library is None:
@@ -269,7 +276,7 @@ def _calibrate(args):
         raise UserError(
             f"the library {library.folder.name!r} has concepts, whose bases rest on its calibration: start a new one"
         )
-    calibration = calibrate(model, (SIZE, SIZE), args.pictures, seed=args.seed)
+    calibration = calibrate(model, (model.size, model.size), args.pictures, seed=args.seed)
     library.keep_calibration(calibration)
     _say(args)(f"{len(calibration.prompts)} pictures seen; written to {library.folder}")
     return {"pictures": len(calibration.prompts)}

@@ -107,6 +107,8 @@ def _load_text_encoder(weights: dict[str, Tensor]):
 class DemoModel:
     """`denoiser.Denoiser` on diffusers; raises UserError for a file of another layout."""
 
+    size = SIZE
+
     def __init__(self, path: Path = DEMO_MODEL, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.path, self.device, self.dtype = Path(path), torch.device(device), dtype
         tensors, _ = read_safetensors(self.path)
@@ -115,7 +117,8 @@ class DemoModel:
             parts[prefix] = {k.removeprefix(prefix): v.to(dtype) for k, v in tensors.items() if k.startswith(prefix)}
             if not parts[prefix]:
                 raise UserError(
-                    f"{path} has no '{prefix}*' tensors: the command line takes the demo model's layout; use the ComfyUI nodes for other models"
+                    f"{path} has no '{prefix}*' tensors: the command line takes files of the demo model's layout, and diffusers folders of SD1.5, SD2 and SDXL; "
+                    "use the ComfyUI nodes for other models"
                 )
         mmdit, vae, text = parts.values()
         self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device)

@@ -14,7 +14,7 @@ LAYERS = [
     {"names", "adapter", "references"},
     {"attach"},
     {"denoiser", "statistics", "subspace"},
-    {"interference", "composition", "calibration", "demo_model", "evaluation", "judge"},
+    {"interference", "composition", "calibration", "demo_model", "unet_model", "evaluation", "judge"},
     {"bilevel", "hypergradient", "plots"},
     {"concept", "config"},
     {"replay", "budget"},

@@ -1,0 +1,131 @@
+"""SD1.5, SD2 and SDXL, and any small UNet of their kind, through diffusers.
+
+A noise level ("sigma" in `denoiser.Denoiser`) is here a timestep of the training schedule, 0 <= t < 1000.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .attach import Site
+from .denoiser import Conditioning, fingerprint
+from .errors import UserError
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class UNetModel:
+    """`denoiser.Denoiser` around a diffusers StableDiffusionPipeline or StableDiffusionXLPipeline.
+
+    Errors are in the model's own units: noise, or velocity for models that predict it.
+    """
+
+    def __init__(self, pipeline):
+        self.pipeline, self.unet, self.vae = pipeline, pipeline.unet, pipeline.vae
+        for part in (self.unet, self.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
+            if part is not None:
+                part.eval().requires_grad_(False)
+        self.device, self.dtype = self.unet.device, self.unet.dtype
+        self.is_xl = hasattr(pipeline, "text_encoder_2")
+        self.kind = pipeline.scheduler.config.prediction_type
+        if self.kind not in ("epsilon", "v_prediction"):
+            raise UserError(f"the model predicts {self.kind!r}: only models that predict noise or velocity are supported")
+        self.alphas = pipeline.scheduler.alphas_cumprod.to(self.device, torch.float32)
+        self.size = self.unet.config.sample_size * pipeline.vae_scale_factor
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def open(cls, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNetModel:
+        """From a diffusers folder; nothing is downloaded.  UserError if it holds another kind of pipeline."""
+        from diffusers import DiffusionPipeline
+
+        if not (Path(folder) / "model_index.json").is_file():
+            raise UserError(f"{folder} is no diffusers folder (no model_index.json): save the model there with save_pretrained")
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder} cannot be opened as a diffusers pipeline: {error}") from error
+        if not hasattr(pipeline, "unet") or not hasattr(pipeline, "encode_prompt"):
+            raise UserError(
+                f"{folder} holds a {type(pipeline).__name__}: the command line takes SD1.5, SD2 and SDXL; use the ComfyUI nodes for other models"
+            )
+        return cls(pipeline.to(device))
+
+    def sites(self) -> list[Site]:
+        """Every attention projection, by the names that kohya's files and stock loaders use"""
+        sites = []
+        for name, module in self.unet.named_modules():
+            if "attn" in name and name.endswith(PROJECTIONS) and isinstance(module, torch.nn.Linear):
+                stem = "lora_unet_" + name.replace(".", "_")
+                sites.append(Site(stem, (module,), module.in_features, module.out_features))
+        return sites
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        encoded = self.pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return Conditioning(encoded[0], encoded[2] if self.is_xl else None)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        x = images.to(self.device, self.dtype).permute(0, 3, 1, 2) * 2 - 1
+        latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in x.split(4)])
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        latents = latents.to(self.dtype) / self.vae.config.scaling_factor
+        x = torch.cat([self.vae.decode(part).sample for part in latents.split(4)])
+        return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).float()
+
+    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(0, len(self.alphas), (count,), generator=generator).to(self.device)
+
+    def even_sigmas(self, count: int) -> Tensor:
+        return ((torch.arange(count) + 0.5) / count * len(self.alphas)).long().to(self.device)
+
+    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        signal, spread = self._scales(sigma)
+        return (signal * latents + spread * noise).to(self.dtype)
+
+    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        if self.kind == "epsilon":
+            return noise
+        signal, spread = self._scales(sigma)
+        return signal * noise - spread * latents
+
+    def _scales(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the picture and of the noise at a timestep, each [n, 1, 1, 1]"""
+        kept = self.alphas[sigma.long()].view(-1, 1, 1, 1)
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        more = {}
+        if self.is_xl:
+            height, width = (int(n) * self.pipeline.vae_scale_factor for n in noised.shape[2:])
+            shape = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
+            more["added_cond_kwargs"] = {"text_embeds": conditioning.pooled, "time_ids": shape.expand(len(noised), -1)}
+        context = conditioning.context.to(self.dtype)
+        return self.unet(noised.to(self.dtype), sigma, context, return_dict=False, **more)[0].float()
+
+    @torch.no_grad()
+    def sample(
+        self, conditioning: Conditioning, seed: int, steps: int = 30, guidance: float = 7.0, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        height, width = size or (self.size, self.size)
+        count, empty = len(conditioning), self.encode_prompts([""])
+        more = {"negative_prompt_embeds": empty.context.expand(count, -1, -1)}
+        if self.is_xl:
+            more["pooled_prompt_embeds"] = conditioning.pooled
+            more["negative_pooled_prompt_embeds"] = empty.pooled.expand(count, -1)
+        return self.pipeline(
+            prompt_embeds=conditioning.context, num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], output_type="latent", **more,
+        ).images  # fmt: skip
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.sites())
