@@ -53,6 +53,7 @@ class Bench:
         self.subjects: dict[str, Subject] = {}
         self.rates: dict[str, float] = {}
         self.options = TRAINED | ABLATIONS
+        self.series: dict[str, list[dict]] = {}  # what each concept of a row's longest library cost
 
     def subject(self, name: str) -> Subject:
         if name not in self.subjects:
@@ -151,7 +152,8 @@ class Bench:
             else:
                 library = self.chain(name, self.rate(name), seed, order, planned)
                 alone = [library.load(n).adapter for n in names]
-                stack, costs = summed(alone), self.costs(library)[: len(names)]
+                self.series[name] = self.costs(library)
+                stack, costs = summed(alone), self.series[name][: len(names)]
                 extra = {"learning_rate": self.rate(name)}
                 extra |= {k: evaluation.mean([c[k] for c in costs]) for k in ("seconds", "bytes", "weight")}
             losses = measure(self.model, alone, stack, held_outs, self.generic, pairs, seed=seed)
@@ -203,7 +205,7 @@ def main() -> None:
             about = meta("python -m benchmarks.method", bench.model.device, args.seeds)
             about |= {"steps": args.steps, "concepts": args.concepts, "rates": bench.rates}
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"meta": about, "rows": summary(runs), "runs": runs}, indent=1)
+            text = json.dumps({"meta": about, "rows": summary(runs), "runs": runs, "costs": bench.series}, indent=1)
             args.output.write_text(text + "\n", encoding="utf-8")
     print(markdown(summary(runs)))
 

@@ -90,7 +90,7 @@ def pictures(sprites: dict, rng: np.random.Generator, count: int) -> Tensor:
     keys, out = list(sprites), []
     for _ in range(count):
         items = [(sprites[keys[i]], str(rng.choice(["", "", "small"]))) for i in rng.integers(0, len(keys), 2)]
-        layout = str(rng.choice(["one", "one", "sides", "stacked"]))
+        layout = str(rng.choice(["one", "sides", "stacked"]))
         out.append(np.asarray(scenes.compose(rng, items, str(rng.choice(list(scenes.BACKGROUNDS))), layout)))
     return torch.tensor(np.stack(out), dtype=torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
 

@@ -97,8 +97,10 @@ def train(
     latents, tokens = (torch.cat([d[k] for d in data]) for k in ("latents", "tokens"))
     held_out = slice(len(latents) - 2000, len(latents))
     empty = tokenizer()([""])[0]
-    begin = load_file(start) if start else None
-    used = begin["used_tokens"] if start else torch.unique(torch.cat([tokens.flatten(), empty])).long()
+    path = cache / f"denoiser_d{depth}{tag}.safetensors"
+    state_path = path.with_suffix(".resume.safetensors")
+    begin = load_file(path if state_path.exists() else start) if start or state_path.exists() else None
+    used = begin["used_tokens"] if begin else torch.unique(torch.cat([tokens.flatten(), empty])).long()
     torch.manual_seed(SEED)
     model = Denoiser(depth, used)
     if begin:
@@ -109,8 +111,7 @@ def train(
     optimiser = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}], rate, betas=(0.9, 0.98)
     )
-    path, step, spent = cache / f"denoiser_d{depth}{tag}.safetensors", 0, 0.0
-    state_path = path.with_suffix(".resume.safetensors")
+    step, spent = 0, 0.0
     if state_path.exists():
         step, spent = _resume(state_path, model, mean, optimiser)
     generator = torch.Generator().manual_seed(SEED + step)
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="downloads, sprites, latents, checkpoints")
     parser.add_argument("--minutes", type=float, default=60, help="for the denoiser (or for each size of the study)")
     parser.add_argument("--decoder-minutes", type=float, default=20)
+    parser.add_argument("--decoder-rate", type=float, default=2e-3, help="lower to go on with one that is trained already")
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--start", type=Path, help="weights of an earlier denoiser to go on from")
     parser.add_argument("--depth", type=int, default=3)
@@ -240,7 +242,7 @@ def main() -> None:
         make_latents(args.cache, args.pictures)
     if args.stage in ("decoder", "all"):
         known = emoji.sprites(args.cache, sorted(scenes.SUBJECTS))
-        autoencoder.train_decoder(emoji.sprites(args.cache), known, args.cache, args.decoder_minutes)
+        autoencoder.train_decoder(emoji.sprites(args.cache), known, args.cache, args.decoder_minutes, rate=args.decoder_rate)
     if args.stage == "study":
         study(args.cache, args.minutes)
     if args.stage in ("denoiser", "all"):

@@ -51,6 +51,10 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 io.Int.Input("preview_every", default=50, min=0, max=10_000, optional=True, tooltip="Steps between previews; 0 for none."),
                 io.Int.Input("planned_concepts", default=32, min=1, max=1000, optional=True, tooltip="Size that a new library is planned for."),
                 StackType.Input("after", optional=True, tooltip="Another Train Concept's stack: this one is trained after it."),
+                io.Float.Input(
+                    "drift_budget", default=default.drift_budget, min=0.0, max=1.0, step=0.005, round=False, optional=True,
+                    tooltip="How far the planned concepts together may move unrelated prompts: 0.02 is two percent. 0: no limit.",
+                ),
             ],
             outputs=[
                 StackType.Output(display_name="stack"),
@@ -73,6 +77,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
     def execute(
         cls, model, clip, vae, images, library, name, trigger, class_noun, rank, steps, learning_rate,
         interference_weight, seed, if_trained=USE, batch_size=8, preview_every=50, planned_concepts=32, after=None,
+        drift_budget=TrainingConfig.drift_budget,
     ) -> io.NodeOutput:  # fmt: skip
         name = safe_name(name, "concept name")
         if if_trained not in (USE, AGAIN):  # not every server checks a combo of a prompt sent by POST
@@ -84,6 +89,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
             interference_weight=interference_weight,
             seed=seed,
             batch=batch_size,
+            drift_budget=drift_budget,
         )
         config.validate()
         with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae) as denoiser:

@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--learning-rate", type=float, default=default.learning_rate, help="of lora_up")
     training.add_argument("--lambda", dest="interference_weight", type=float, default=default.interference_weight,
                           metavar="F", help="weight of the interference energy")  # fmt: skip
+    training.add_argument("--drift-budget", type=float, default=default.drift_budget, metavar="SHARE",
+                          help="how far the planned concepts together may move unrelated prompts (0.02: two percent)")  # fmt: skip
 
     demo = commands.add_parser("demo", help="teach sample concepts, stack them, compare", parents=[common, training])
     demo.add_argument("--output", type=Path, default=Path("demo_output"))
@@ -114,7 +116,7 @@ def _open_model(args):
 
 
 def _config(args) -> TrainingConfig:
-    names = ("rank", "steps", "batch", "learning_rate", "interference_weight", "seed")
+    names = ("rank", "steps", "batch", "learning_rate", "interference_weight", "drift_budget", "seed")
     config = replace(TrainingConfig(), **{n: getattr(args, n) for n in names})
     config.validate()
     return config

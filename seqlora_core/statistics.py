@@ -12,26 +12,40 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .attach import Attachment, flat
+from .sketch import Sketch, sketch
+
+SKETCH_FROM = 641  # inputs of a layer from which its moment is written as a sketch
 
 
 @dataclass
 class Moments:
-    """Layer name -> E[x x^T] [in, in] in float32; layers of one group hold the same tensor object."""
+    """Layer name -> E[x x^T] [in, in] in float32, or a sketch of it; layers of one group hold the same object."""
 
-    layers: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, Tensor | Sketch] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.layers[name]
+        moment = self.layers[name]
+        return moment.dense() if isinstance(moment, Sketch) else moment
 
     def plus(self, other: Moments, weight: float = 1.0) -> Moments:
-        return Moments({n: s + weight * other.layers[n] if n in other.layers else s for n, s in self.layers.items()})
+        return Moments({n: self[n] + weight * other[n] if n in other.layers else s for n, s in self.layers.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a file: `moment.<layer>`; a shared moment is written once, under its first layer's name."""
-        seen, out = {}, {}
+        """For a file: `moment.<layer>`, of wide layers `sketch.<layer>.vectors`, `.values` and `.rest`.
+
+        A shared moment is written once, under its first layer's name.
+        """
+        seen, out = set(), {}
         for name, moment in self.layers.items():
-            if id(moment) not in seen:
-                seen[id(moment)] = name
+            if id(moment) in seen:
+                continue
+            seen.add(id(moment))
+            if not isinstance(moment, Sketch) and moment.shape[0] >= SKETCH_FROM:
+                moment = sketch(moment)
+            if isinstance(moment, Sketch):
+                parts = {"vectors": moment.vectors, "values": moment.values, "rest": moment.rest}
+                out |= {f"sketch.{name}.{part}": tensor for part, tensor in parts.items()}
+            else:
                 out[f"moment.{name}"] = moment
         return out
 
@@ -43,6 +57,10 @@ class Moments:
 
 def moments_from_tensors(tensors: dict[str, Tensor], shared: dict[str, str]) -> Moments:
     layers = {k.removeprefix("moment."): v for k, v in tensors.items() if k.startswith("moment.")}
+    for key in tensors:
+        if key.startswith("sketch.") and key.endswith(".rest"):
+            name = key.removeprefix("sketch.").removesuffix(".rest")
+            layers[name] = Sketch(*(tensors[f"sketch.{name}.{part}"] for part in ("vectors", "values", "rest")))
     layers.update({name: layers[owner] for name, owner in shared.items() if owner in layers})
     return Moments(layers)
 
@@ -52,8 +70,7 @@ def average(moments: Iterable[Moments]) -> Moments | None:
     moments = list(moments)
     if not moments:
         return None
-    names = moments[0].layers
-    return Moments({n: sum(m.layers[n] for m in moments) / len(moments) for n in names})
+    return Moments({n: sum(m[n] for m in moments) / len(moments) for n in moments[0].layers})
 
 
 class Recorder:

@@ -70,12 +70,12 @@ def fit(
     prompts = denoiser.encode_prompts(references.captions)
     seen = record_moments(denoiser, references.latents, prompts, seed=config.seed)
     replay = Replay(denoiser, references, trigger, earlier, calibration, config)
-    others = _others(calibration.moments, replay.decoy_moments, earlier, config)
-    groups, notes = _start(denoiser, seen, others, earlier, calibration, config, generator)
+    others = others_moments(calibration.moments, replay.decoy_moments, earlier, config)
+    groups, notes = starting_groups(denoiser, seen, others, earlier, calibration, config, generator)
 
     attachment = Attachment()
     active = _Earlier(earlier if config.earlier_active else [], sites, config, device)
-    objective = _Objective(denoiser, references, prompts, replay, groups, attachment, config, generator)
+    objective = Objective(denoiser, references, prompts, replay, groups, attachment, config, generator)
     lower = LowerLevel(groups, config.learning_rate)
     upper = UpperLevel(groups, config.basis_rate, config.retraction)
     budget = None
@@ -128,7 +128,7 @@ class Terms:
     total: float
 
 
-class _Objective:
+class Objective:
     """`L + weight (lambda E + rho R)` on batches of the references and of replay."""
 
     def __init__(self, denoiser, references, prompts, replay, groups, attachment, config, generator):
@@ -168,7 +168,7 @@ class _Objective:
         return total
 
 
-def _gradients(objective: _Objective, groups: list[Group], upper_turn: bool, config: TrainingConfig) -> Terms:
+def _gradients(objective: Objective, groups: list[Group], upper_turn: bool, config: TrainingConfig) -> Terms:
     """Leaves gradients on the groups' factors.
 
     With lower and upper steps apart, lower ones see one half of the references, upper ones the other.
@@ -195,7 +195,7 @@ def schedule(number: int, total: int) -> float:
     return min(1.0, 2 * (1 - (number - 1) / total))
 
 
-def _others(general: Moments, decoy: Moments | None, earlier: list[Concept], config: TrainingConfig) -> Moments:
+def others_moments(general: Moments, decoy: Moments | None, earlier: list[Concept], config: TrainingConfig) -> Moments:
     """What the concept must leave alone: generic inputs, decoys, and earlier concepts' own inputs."""
     total = general if decoy is None else average([general, decoy])
     protected = average(c.moments for c in earlier)
@@ -204,7 +204,7 @@ def _others(general: Moments, decoy: Moments | None, earlier: list[Concept], con
     return total
 
 
-def _start(denoiser, seen, others, earlier, calibration, config, generator) -> tuple[list[Group], list[str]]:
+def starting_groups(denoiser, seen, others, earlier, calibration, config, generator) -> tuple[list[Group], list[str]]:
     """Groups of layers of one shape, with the concept's first basis and lora_up = 0."""
     device, parts, notes = denoiser.device, {}, []
     for site in denoiser.sites():

@@ -1,0 +1,106 @@
+"""Does the bilevel fit converge at the rate that theory gives?  docs/results/convergence.json, docs/images/convergence.png.
+
+    python -m benchmarks.convergence
+
+One concept of the demo on one fixed batch of support and one of query, so that the gradient is exact; plain Riemannian
+gradient steps on the bases, lora_up warm-started by several Adam steps between them.  For smooth objectives the least
+gradient norm after T steps falls at least as fast as T^(-1/2) (Boumal, Absil, Cartis, "Global rates of convergence for
+nonconvex optimization on manifolds", 2019, theorem 5; for the bilevel objective Ghadimi and Wang 2018).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from seqlora_core.attach import Attachment, attached
+from seqlora_core.bilevel import LowerLevel
+from seqlora_core.calibration import calibrate, record_moments
+from seqlora_core.config import TrainingConfig
+from seqlora_core.demo import load_subject
+from seqlora_core.demo_model import SIZE, DemoModel
+from seqlora_core.hypergradient import hypergradient
+from seqlora_core.linalg import retract, tangent
+from seqlora_core.replay import Replay
+from seqlora_core.tables import meta
+from seqlora_core.trainer import DAMPING, Objective, others_moments, starting_groups
+
+ROOT = Path(__file__).resolve().parent.parent
+LOWER_STEPS, RATE = 8, 0.3
+
+
+def run(model: DemoModel, calibration, how: str, steps: int) -> list[float]:
+    """Riemannian norm of the (hyper)gradient before each of `steps` steps of the basis"""
+    subject = load_subject(model, "octopus")
+    config = replace(TrainingConfig(), batch=16, drift_budget=0.0, hypergradient=how, lower_steps=1)
+    prompts = model.encode_prompts(subject.references.captions)
+    seen = record_moments(model, subject.references.latents, prompts)
+    replay = Replay(model, subject.references, subject.trigger, [], calibration, config)
+    generator = torch.Generator().manual_seed(0)
+    others = others_moments(calibration.moments, replay.decoy_moments, [], config)
+    groups, _ = starting_groups(model, seen, others, [], calibration, config, generator)
+    attachment, norms = Attachment(), []
+    objective = Objective(model, subject.references, prompts, replay, groups, attachment, config, generator)
+    lower = LowerLevel(groups, 1e-3)
+    with attached(model.sites(), attachment), sdpa_kernel(SDPBackend.MATH):
+        support, query = objective.draw(0), objective.draw(1)
+        for step in range(steps):
+            for _ in range(LOWER_STEPS if step else 10 * LOWER_STEPS):
+                lower.optimiser.zero_grad()
+                objective.value(*support).backward()
+                lower.step()
+            _, gradients = hypergradient(
+                lambda: objective.value(*query), lambda: objective.value(*support), [g.up for g in groups],
+                [g.basis for g in groups], how, DAMPING,
+            )  # fmt: skip
+            with torch.no_grad():
+                directions = [tangent(g.basis, d, g.occupied) for g, d in zip(groups, gradients)]
+                norms.append(float(sum(d.square().sum() for d in directions).sqrt()))
+                for group, direction in zip(groups, directions):
+                    group.basis.copy_(retract(group.basis, -RATE * direction, group.occupied))
+            print(f"{how} step {step} gradient norm {norms[-1]:.5f}", flush=True)
+    return norms
+
+
+def figure(curves: dict[str, list[float]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(picture)
+    axes = picture.subplots()
+    names = {"none": "first order", "cg:5": "hypergradient, conjugate gradient, 5 steps"}
+    for (how, norms), colour in zip(curves.items(), ("#1f5fa8", "#2e8b57")):
+        steps = np.arange(1, len(norms) + 1)
+        axes.loglog(steps, norms, ".", color=colour, alpha=0.35, markersize=4)
+        axes.loglog(steps, np.minimum.accumulate(norms), color=colour, label=f"least so far, {names.get(how, how)}")
+    first = max(n[0] for n in curves.values())
+    axes.loglog(steps, first / np.sqrt(steps), color="#b5442e", linestyle="--", label="the theory's rate, T^(-1/2)")
+    axes.set(xlabel="steps of the basis, T", ylabel="norm of the Riemannian gradient", title="Convergence of the upper level")
+    axes.legend()
+    picture.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    args = parser.parse_args()
+    model = DemoModel()
+    calibration = calibrate(model, (SIZE, SIZE), 96)
+    curves = {how: run(model, calibration, how, args.steps) for how in ("none", "cg:5")}
+    for folder in ("results", "images"):
+        (args.output / folder).mkdir(parents=True, exist_ok=True)
+    result = {"meta": meta("python -m benchmarks.convergence", model.device, [0]), "gradient_norms": curves}
+    (args.output / "results" / "convergence.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    figure(curves, args.output / "images" / "convergence.png")
+
+
+if __name__ == "__main__":
+    main()

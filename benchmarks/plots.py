@@ -1,0 +1,67 @@
+"""Figures of docs/results/method.json: what is kept, and what a concept costs, as the number of concepts grows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOOR = -1.5  # of the axis: rivals that fall below it are drawn on it
+
+
+def _figure(width: float, height: float, columns: int):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns)
+
+
+def method(rows: list[dict], path: Path) -> None:
+    """Kept, the worst concept, and generic drift against N, a line for each row of the table."""
+    figure, axes = _figure(14, 4.8, 3)
+    names = list(dict.fromkeys(r["row"] for r in rows if not r["row"].startswith("seqlora_")))
+    for name in names:
+        own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])
+        style = {"linewidth": 3, "color": "#b5442e", "zorder": 5} if name == "seqlora" else {"linewidth": 1.3}
+        counts = [r["n"] for r in own]
+        for plot, key in zip(axes, ("kept_mean", "kept_worst", "generic_drift")):
+            values = [max(FLOOR, r[key]) if key != "generic_drift" else 100 * abs(r[key]) for r in own]
+            spread = [r["spread"].get(key, 0.0) * (100 if key == "generic_drift" else 1) for r in own]
+            plot.errorbar(counts, values, yerr=spread, marker="o", markersize=4, capsize=2, label=name, **style)
+    for plot, title in zip(axes, ("kept, mean over concepts", "kept, the worst concept", "generic prompts moved by, %")):
+        plot.set(title=title, xlabel="concepts in the stack", xscale="log", xticks=sorted({r["n"] for r in rows}))
+        plot.get_xaxis().set_major_formatter("{x:.0f}")
+        plot.minorticks_off()
+        plot.grid(alpha=0.3)
+    for plot in axes[:2]:
+        plot.set_ylim(FLOOR - 0.1, 1.1)
+    axes[2].set(yscale="log")
+    axes[2].legend(fontsize=8)
+    figure.savefig(path)
+
+
+def costs(series: dict[str, list[dict]], path: Path) -> None:
+    """Seconds and bytes of each concept in the order of training."""
+    figure, axes = _figure(11, 4, 2)
+    for name, own in series.items():
+        order = range(1, len(own) + 1)
+        axes[0].plot(order, [c["seconds"] for c in own], ".-", label=name)
+        axes[1].plot(order, [c["bytes"] / 2**20 for c in own], ".-", label=name)
+    for plot, title in zip(axes, ("seconds to train", "MiB on disk, statistics included")):
+        plot.set(title=title, xlabel="the concept's number in its library")
+        plot.set_ylim(bottom=0)
+        plot.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    data = json.loads((ROOT / "docs" / "results" / "method.json").read_text(encoding="utf-8"))
+    method(data["rows"], ROOT / "docs" / "images" / "method.png")
+    costs(data["costs"], ROOT / "docs" / "images" / "costs.png")
+
+
+if __name__ == "__main__":
+    main()
