@@ -177,7 +177,7 @@ def summary(runs: list[dict]) -> list[dict]:
     return out
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three concepts, 40 steps, one seed")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 5, 10])
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TrainingConfig().steps)
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "method.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
         args.counts, args.seeds, args.steps, args.concepts = [3], [0], 40, "tuning"
         shutil.rmtree(args.cache / "runs-40", ignore_errors=True)

@@ -1,0 +1,93 @@
+"""How many pictures and noise levels does a calibration need?  docs/results/calibration.json, docs/images/calibration.png.
+
+    python -m benchmarks.calibration
+
+Moments from few pictures against those from many others, layer by layer, in the metric that the bases use: the norm of
+`W (G_few - G_many) W` with `W = ridge(G_many)^(-1/2)`, 0 for equal moments, 1 where an energy would be wrong by all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from seqlora_core.calibration import draw, record_moments
+from seqlora_core.demo_model import SIZE, DemoModel
+from seqlora_core.linalg import whitening
+from seqlora_core.prompts import generic_prompts
+from seqlora_core.subspace import EPS
+from seqlora_core.tables import meta
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES, PASSES = (12, 24, 48, 96, 192, 288), (1, 2, 4, 8)
+
+
+def errors(model: DemoModel, reference, latents, prompts, passes: int) -> tuple[float, float, float]:
+    """Median and worst error over the layers, and seconds of recording"""
+    start = time.perf_counter()
+    moments = record_moments(model, latents, model.encode_prompts(prompts), passes=passes, seed=1)
+    seconds = time.perf_counter() - start
+    found = []
+    for name, white in reference.items():
+        found.append(float(torch.linalg.matrix_norm(white[0] @ (moments[name] - white[1]).double() @ white[0], 2)))
+    return float(np.median(found)), max(found), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    args = parser.parse_args()
+    model, count = DemoModel(), max(PICTURES)
+    prompts = generic_prompts(2 * count, seed=0)
+    start = time.perf_counter()
+    latents = draw(model, prompts, 0, (SIZE, SIZE))
+    seconds_each = (time.perf_counter() - start) / len(prompts)
+    many = record_moments(model, latents[count:], model.encode_prompts(prompts[count:]), passes=8)
+    reference = {}
+    for name in many.layers:
+        reference[name] = (whitening(many[name].double(), EPS)[0], many[name])
+    rows = []
+    for pictures in PICTURES:
+        for passes in PASSES:
+            median, worst, seconds = errors(model, reference, latents[:pictures], prompts[:pictures], passes)
+            rows.append(
+                {
+                    "pictures": pictures, "passes": passes, "median_error": median, "worst_error": worst,
+                    "seconds": seconds + pictures * seconds_each,
+                }
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    result = {"meta": meta("python -m benchmarks.calibration", model.device, [0]), "rows": rows}
+    for folder in ("results", "images"):
+        (args.output / folder).mkdir(parents=True, exist_ok=True)
+    (args.output / "results" / "calibration.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    figure(rows, args.output / "images" / "calibration.png")
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(picture)
+    left, right = picture.subplots(1, 2)
+    for passes in PASSES:
+        own = [r for r in rows if r["passes"] == passes]
+        label = f"{passes} noise level{'s' if passes > 1 else ''} a picture"
+        left.loglog([r["pictures"] for r in own], [r["median_error"] for r in own], ".-", label=label)
+        right.plot([r["pictures"] for r in own], [r["seconds"] for r in own], ".-", label=label)
+    left.set(title="error of the moments, median over layers", xlabel="pictures", xticks=PICTURES)
+    left.get_xaxis().set_major_formatter("{x:.0f}")
+    left.minorticks_off()
+    right.set(title="seconds, drawing included", xlabel="pictures")
+    left.legend()
+    picture.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

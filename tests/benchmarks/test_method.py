@@ -1,0 +1,81 @@
+"""The benchmark of the method runs, resumes, and its rivals are what they are called."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import concepts, method, rivals
+from seqlora_core.adapter import Adapter, LayerDelta, concatenate
+from seqlora_core.demo_model import DEMO_FOLDER
+from seqlora_core.library import Library
+
+ROWS = ["ordinary_sum", "ties", "closed_form", "orthogonal_adaptation", "seqlora"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, calibration, model):
+    """The benchmark's command on two of the demo's concepts, two steps each; then one row of it again"""
+    patch = pytest.MonkeyPatch()
+    cache = tmp_path_factory.mktemp("bench")
+    patch.setattr(concepts, "ensure", lambda _: DEMO_FOLDER / "concepts")
+    patch.setattr(concepts, "names", lambda which="all": ["octopus", "penguin"])
+    patch.setattr(method, "RATES", (1e-3,))
+    (cache / "pairs").symlink_to(DEMO_FOLDER / "evaluation" / "pairs")
+    calibration.save(cache / "runs-2" / "calibration.safetensors", model.fingerprint())
+    arguments = ["--counts", "2", "--seeds", "0", "--steps", "2", "--cache", str(cache)]
+    outputs = []
+    for number, rows in enumerate((ROWS, ["seqlora"])):
+        outputs.append(cache / f"{number}.json")
+        method.main([*arguments, "--output", str(outputs[-1]), "--rows", *rows])
+    patch.undo()
+    return cache, [json.loads(p.read_text()) for p in outputs]
+
+
+def test_rows_are_those_of_the_contract_and_a_second_run_resumes(run):
+    _, (first, second) = run
+    assert [r["row"] for r in first["rows"]] == ROWS
+    for row in first["rows"]:
+        assert {
+            "n", "alone", "stack", "alone_gain", "kept_mean", "kept_worst", "kept_subset", "generic_drift", "pairs",
+            "identity_alone", "identity_stack", "pixel_control_stack", "seconds", "learning_rate", "spread",
+        } <= set(row)  # fmt: skip
+    assert first["runs"][-1] == second["runs"][-1]
+    assert {"command", "commit", "seeds", "device", "versions"} <= set(first["meta"])
+    assert [c["name"] for c in first["costs"]["seqlora"]] == ["octopus", "penguin"]
+
+
+def test_orthogonal_adaptation_has_frozen_bases_orthogonal_as_plain_vectors(run):
+    cache, _ = run
+    library = Library(next((cache / "runs-2" / "orthogonal_adaptation-0.001").iterdir()))
+    first, second = library.concepts()
+    for name, delta in first.adapter.layers.items():
+        assert (delta.down @ second.adapter.layers[name].down.mT).abs().max() < 1e-5
+        assert torch.allclose(delta.down @ delta.down.mT, torch.eye(delta.rank), atol=1e-5)
+
+
+def test_a_merge_is_one_change_of_each_weight():
+    generator = torch.Generator().manual_seed(0)
+    make = lambda: Adapter({"l": LayerDelta(torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator))})  # noqa: E731
+    a, b = make(), make()
+    plain = rivals.merged([a, b], lambda parts: parts[0] + parts[1])
+    assert torch.allclose(plain.layers["l"].dense(), concatenate([a, b]).layers["l"].dense(), atol=1e-6)
+    # where both agree in sign and nothing is trimmed, TIES is the mean of the two
+    merged = rivals.ties([a, a], density=1.0).layers["l"].dense()
+    assert torch.allclose(merged, a.layers["l"].dense(), atol=1e-6)
+    state = torch.random.get_rng_state()
+    one, two = (rivals.dare_ties([a, b], seed=3).layers["l"].dense() for _ in range(2))
+    assert torch.equal(one, two) and torch.equal(state, torch.random.get_rng_state())
+
+
+def test_summary_is_mean_and_spread_over_seeds():
+    runs = [{"row": "seqlora", "n": 2, "kept_mean": v, "seed": i} for i, v in enumerate((0.8, 0.9, 1.0))]
+    (row,) = method.summary(runs)
+    assert row["kept_mean"] == pytest.approx(0.9) and row["spread"]["kept_mean"] == pytest.approx(0.1) and row["seeds"] == 3
+
+
+def test_concept_sets_are_apart_and_large_enough():
+    tuning, final = concepts.names("tuning"), concepts.names("final")
+    assert not set(tuning) & set(final)
+    assert len(tuning) + len(final) >= 102 and len(final) >= 32
+    assert len({t for *_, t, _ in concepts.table().values()}) == len(concepts.table())
