@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from demo import emoji, scenes
@@ -28,14 +29,36 @@ def to_tensor(pictures: list) -> torch.Tensor:
 
 
 def reference_bank(sprites: dict, seed: int = 5) -> tuple[torch.Tensor, list[str]]:
-    """Every sprite on two backgrounds."""
+    """Every sprite on every background, so that no subject is found by its background."""
     rng = np.random.default_rng(seed)
     pictures, labels = [], []
     for (_, name), sprite in sprites.items():
-        for colour in rng.choice(list(scenes.BACKGROUNDS), 2, replace=False):
-            pictures.append(scenes.compose(rng, [(sprite, "")], str(colour)))
+        for colour in scenes.BACKGROUNDS:
+            pictures.append(scenes.compose(rng, [(sprite, "")], colour))
             labels.append(name)
     return to_tensor(pictures), labels
+
+
+def half_size(pictures: torch.Tensor) -> torch.Tensor:
+    """[n, 64, 64, 3] -> [n, 32, 32, 3]: references as large as a subject of two is drawn"""
+    return F.interpolate(pictures.permute(0, 3, 1, 2), scale_factor=0.5, mode="area").permute(0, 2, 3, 1)
+
+
+def sides(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two subjects of pictures with one on the left and one on the right, each [n, 32, 32, 3]"""
+    return pictures[:, 16:48, :32], pictures[:, 16:48, 32:]
+
+
+class Finder:
+    """Which subject a picture shows: its nearest neighbour among all subjects' references."""
+
+    def __init__(self, features, bank: torch.Tensor, labels: list[str]):
+        self.features, self.labels, self.bank = features, labels, features(bank)
+
+    def right(self, pictures: torch.Tensor, subjects: list[str]) -> np.ndarray:
+        """[n] of bool: whether each picture shows its subject"""
+        found = nearest(self.features(pictures), self.bank, self.labels, self.bank.mean(0))
+        return np.array([a == b for a, b in zip(found, subjects)])
 
 
 def main() -> None:
@@ -48,37 +71,43 @@ def main() -> None:
     sprites = emoji.sprites(args.cache, sorted(scenes.SUBJECTS))
     model, judge, rng = DemoModel(args.model), Judge(), np.random.default_rng(11)
     bank, labels = reference_bank(sprites)
-    features = judge.features(bank)
-    centre, control = features.mean(0), pixels(bank)
+    whole, halves = Finder(judge.features, bank, labels), Finder(judge.features, half_size(bank), labels)
+    control = Finder(pixels, bank, labels)
 
     def drawn(prompts: list[str], seed: int) -> torch.Tensor:
         parts = [prompts[i : i + 25] for i in range(0, len(prompts), 25)]
         encoded = [model.encode_prompts(p) for p in parts]
         return torch.cat([model.decode(model.sample(c, seed + 25 * i, STEPS, GUIDANCE)) for i, c in enumerate(encoded)])
 
-    names = list(scenes.SUBJECTS)
+    def both(pictures: torch.Tensor, pairs: list[tuple[str, str]]) -> tuple[float, float]:
+        """Share of pictures with both subjects on their sides, and of subjects on their side"""
+        found = [halves.right(half, [p[i] for p in pairs]) for i, half in enumerate(sides(pictures))]
+        return float((found[0] & found[1]).mean()), float(np.mean(found))
+
+    names, colours = list(scenes.SUBJECTS), list(scenes.BACKGROUNDS)
     subjects = [names[i % len(names)] for i in range(args.prompts)]
     # a third of the prompts name no style, a third each of the two
     styles = [("", *emoji.STYLES)[i // len(names) % 3] for i in range(args.prompts)]
-    prompts = [scenes.caption([s], str(rng.choice(list(scenes.BACKGROUNDS))), style) for s, style in zip(subjects, styles)]
+    prompts = [scenes.caption([s], str(rng.choice(colours)), style) for s, style in zip(subjects, styles)]
     single = drawn(prompts, 1000)
-    found = nearest(judge.features(single), features, labels, centre)
-    right = np.array([a == b for a, b in zip(found, subjects)])
-    by_style = {style or "none": float(right[np.array(styles) == style].mean()) for style in ("", *emoji.STYLES)}
-    by_pixels = nearest(pixels(single), control, labels, control.mean(0))
+    right = whole.right(single, subjects)
     pairs = [tuple(str(n) for n in rng.choice(names, 2, replace=False)) for _ in range(args.prompts // 2)]
-    pair_prompts = [scenes.caption(list(p), str(rng.choice(list(scenes.BACKGROUNDS))), "", "sides") for p in pairs]
-    double = drawn(pair_prompts, 9000)
-    sides = []
-    for half in (double[:, 16:48, :32], double[:, 16:48, 32:]):
-        sides.append(nearest(judge.features(half), features, labels, centre))
-    both = [a == pair[0] and b == pair[1] for pair, a, b in zip(pairs, *sides)]
-    each = [a == pair[0] for pair, a in zip(pairs, sides[0])] + [b == pair[1] for pair, b in zip(pairs, sides[1])]
+    double = drawn([scenes.caption(list(p), str(rng.choice(colours)), "", "sides") for p in pairs], 9000)
+    # what the autoencoder alone leaves of real pictures: no denoiser can do better
+    real_styles = [str(rng.choice(emoji.STYLES)) for _ in range(args.prompts)]
+    real = [scenes.compose(rng, [(sprites[t, s], "")], str(rng.choice(colours))) for s, t in zip(subjects, real_styles)]
+    real_double = [
+        scenes.compose(rng, [(sprites[t, n], "") for n in p], str(rng.choice(colours)), "sides")
+        for p, t in zip(pairs, real_styles)
+    ]
+    decoded, decoded_double = (model.decode(model.encode_images(to_tensor(x))) for x in (real, real_double))
     result = {
-        "prompts": args.prompts, "subjects": len(names),
-        "single_right": float(right.mean()), "single_right_by_style": by_style,
-        "single_right_by_pixels": float(np.mean([a == b for a, b in zip(by_pixels, subjects)])),
-        "pairs": len(pairs), "pair_both_right": float(np.mean(both)), "pair_each_right": float(np.mean(each)),
+        "prompts": args.prompts, "subjects": len(names), "single_right": float(right.mean()),
+        "single_right_by_style": {s or "none": float(right[np.array(styles) == s].mean()) for s in ("", *emoji.STYLES)},
+        "single_right_by_pixels": float(control.right(single, subjects).mean()),
+        "pairs": len(pairs), **dict(zip(("pair_both_right", "pair_each_right"), both(double, pairs))),
+        "autoencoder_single_right": float(whole.right(decoded, subjects).mean()),
+        "autoencoder_pair_both_right": both(decoded_double, pairs)[0],
         "sampler": f"Euler, {STEPS} steps, guidance {GUIDANCE}",
     }  # fmt: skip
     print(json.dumps(result, indent=1))

@@ -48,6 +48,8 @@ def base_table() -> str:
             f"| the same by raw 16 x 16 pixels, as a control | {r['single_right_by_pixels']:.0%} |",
             f"| two subjects ({r['pairs']} prompts): both found on their sides | {r['pair_both_right']:.0%} |",
             f"| two subjects: each found on its side | {r['pair_each_right']:.0%} |",
+            f"| real pictures of one subject, through the autoencoder alone | {r['autoencoder_single_right']:.0%} |",
+            f"| real pictures of two, through the autoencoder alone: both found | {r['autoencoder_pair_both_right']:.0%} |",
         ]
     )
 

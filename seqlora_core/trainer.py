@@ -214,9 +214,9 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
         else:
             eye = torch.eye(site.in_features)
             metric = subspace.Metric(eye, eye)
-        rank = subspace.rank_limit(site.in_features, config.planned, config.rank)
-        taken, shared = None, 0
+        rank, taken, shared = min(config.rank, site.in_features), None, 0
         if config.orthogonal:
+            rank = subspace.rank_limit(site.in_features, config.planned, rank)
             held = [c.bases[site.name] for c in earlier if site.name in c.bases]
             taken, shared = subspace.occupied_basis(held, rank)
         if shared:
