@@ -26,7 +26,7 @@ TRAINED: dict[str, dict] = {
     "alternating": PLAIN | dict(lower_steps=1),
     # an ordinary LoRA on top of the earlier ones, with replay of what was there before
     "ordinary_replay": PLAIN | dict(
-        orthogonal=False, earlier_active=True, replay_weight=85.0, replay_target="before"
+        orthogonal=False, earlier_active=True, replay_weight=85.0
     ),
     "seqlora": {},
 }  # fmt: skip
@@ -41,7 +41,7 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_no_replay": dict(replay_weight=0.0, drift_budget=0.0),
     "seqlora_not_active": dict(earlier_active=False),
     "seqlora_no_dropout": dict(concept_dropout=False),
-    "seqlora_replay_before": dict(replay_target="before"),
+    "seqlora_replay_to_base": dict(replay_target="base"),
     "seqlora_fixed_weight": dict(drift_budget=0.0),
     "seqlora_no_kept_latents": dict(keep_latents=0),
     "seqlora_rank_2": dict(rank=2),

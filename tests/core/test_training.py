@@ -153,7 +153,7 @@ def test_no_hook_and_no_changed_weight_is_left(model, subjects, new_library, tmp
 def test_ablation_switches_all_train(model, subjects, new_library, tmp_path):
     switches = (
         {"lower_steps": 1, "hypergradient": "cg:2"}, {"lower_steps": 1, "hypergradient": "neumann:2"}, {"drift_budget": 0.0},
-        {"replay_target": "before"}, {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
+        {"replay_target": "base"}, {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
         {"replay_weight": 0.0}, {"lower_steps": 2}, {"earlier_active": False}, {"concept_dropout": False}, {"retraction": "polar"},
     )  # fmt: skip
     library = new_library(tmp_path / "l")
