@@ -103,7 +103,7 @@ def teach(
         name, "SeqLoRATrainConcept", (x + 370, y), (360, 620), f"Teach {subject}",
         model=("base", 0), clip=("base", 1), vae=("base", 2), images=(f"{name}_images", 0), library=library,
         # a library grows one after another: `after` makes the second concept wait for the first
-        name=subject, trigger=trigger, class_noun=noun, rank=4, steps=320, learning_rate=0.001, interference_weight=LAMBDA,
+        name=subject, trigger=trigger, class_noun=noun, rank=4, steps=320, learning_rate=0.002, interference_weight=LAMBDA,
         seed=0, if_trained="use it", batch_size=8, preview_every=50, planned_concepts=32, drift_budget=0.02,
         **({"after": (after, 0)} if after else {}),
     )  # fmt: skip
