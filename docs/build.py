@@ -54,7 +54,24 @@ def base_table() -> str:
     )
 
 
-TABLES = {"demo": demo_table, "base": base_table}
+def bound_table() -> str:
+    r = load("bound")
+    ratio = r["bound_over_quantile"]
+    return "\n".join(
+        [
+            "| measured | value |",
+            "|---|---|",
+            f"| (pair, layer) dots | {r['dots']} |",
+            f"| promised: inputs above the bound, at most | {r['delta']:.0%} |",
+            f"| inputs above it, all together | {r['inputs_above']:.1%} |",
+            f"| dots that keep the promise | {r['dots_that_keep_the_promise']:.1%} |",
+            f"| inputs above it in the worst dot | {r['worst_dot_above']:.1%} |",
+            f"| bound over the measured quantile: median, least, most | {ratio['median']:.2f}, {ratio['least']:.2f}, {ratio['most']:.2f} |",
+        ]
+    )
+
+
+TABLES = {"demo": demo_table, "base": base_table, "bound": bound_table}
 
 
 def filled(text: str) -> str:
