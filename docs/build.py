@@ -25,8 +25,8 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def demo_table() -> str:
-    data = load("demo")
+def demo_table(name: str = "demo") -> str:
+    data = load(name)
     about = data["meta"]
     return markdown(data["rows"]) + (
         f"\n\nFrom `{about['command']}`, seeds {about['seeds']}, {about['device']}, torch {about['versions']['torch']}; "
@@ -71,7 +71,7 @@ def bound_table() -> str:
     )
 
 
-TABLES = {"demo": demo_table, "base": base_table, "bound": bound_table}
+TABLES = {"demo": demo_table, "demo_other": lambda: demo_table("demo_other"), "base": base_table, "bound": bound_table}
 
 
 def filled(text: str) -> str:
