@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.plots import new_figure
 from seqlora_core.attach import Attachment, attached, flat
 from seqlora_core.demo import load_subject
 from seqlora_core.demo_model import DemoModel
@@ -68,12 +69,7 @@ def measure(model: DemoModel, library: Library) -> list[dict]:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(8, 6), dpi=110, layout="constrained")
-    FigureCanvasAgg(picture)
-    axes = picture.subplots()
+    picture, axes = new_figure(8, 6)
     energy, quantile = (np.array([r[k] for r in rows]) for k in ("energy", "quantile"))
     span, t = np.array([energy.min(), energy.max()]), math.log(1 / DELTA)
     axes.loglog(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.plots import new_figure
 from seqlora_core.calibration import draw, record_moments
 from seqlora_core.demo_model import SIZE, DemoModel
 from seqlora_core.linalg import whitening
@@ -70,12 +71,7 @@ def main() -> None:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(picture)
-    left, right = picture.subplots(1, 2)
+    picture, (left, right) = new_figure(11, 4.2, 2)
     for passes in PASSES:
         own = [r for r in rows if r["passes"] == passes]
         label = f"{passes} noise level{'s' if passes > 1 else ''} a picture"

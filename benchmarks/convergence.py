@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.plots import new_figure
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.bilevel import LowerLevel
 from seqlora_core.calibration import calibrate, record_moments
@@ -69,12 +70,7 @@ def run(model: DemoModel, calibration, how: str, steps: int) -> list[float]:
 
 
 def figure(curves: dict[str, list[float]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(8, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(picture)
-    axes = picture.subplots()
+    picture, axes = new_figure(8, 5)
     names = {"none": "first order", "cg:5": "hypergradient, conjugate gradient, 5 steps"}
     for (how, norms), colour in zip(curves.items(), ("#1f5fa8", "#2e8b57")):
         steps = np.arange(1, len(norms) + 1)

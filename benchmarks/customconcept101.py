@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +152,7 @@ def run(args) -> list[dict]:
     for entry in entries[len(library) :]:
         train_concept(
             model, library, entry.images, entry.name, entry.trigger, entry.class_noun, [entry.caption] * len(entry.images),
-            replace(config),
+            config,
         )  # fmt: skip
     ours, general = [library.load(e.name).adapter for e in entries], library.calibration().moments
     moments = []

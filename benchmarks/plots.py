@@ -1,4 +1,4 @@
-"""Figures of docs/results/method.json: what is kept, and what a concept costs, as the number of concepts grows."""
+"""What every figure here starts from, and those of docs/results/method.json: what is kept, and what a concept costs, as the number of concepts grows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOOR = -1.5  # of the axis: rivals that fall below it are drawn on it
 
 
-def _figure(width: float, height: float, columns: int):
+def new_figure(width: float, height: float, columns: int = 1):
+    """A figure that needs no screen, and its axes"""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -20,7 +21,7 @@ def _figure(width: float, height: float, columns: int):
 
 def method(rows: list[dict], path: Path) -> None:
     """Kept, the worst concept, and generic drift against N, a line for each row of the table."""
-    figure, axes = _figure(14, 4.8, 3)
+    figure, axes = new_figure(14, 4.8, 3)
     names = list(dict.fromkeys(r["row"] for r in rows if not r["row"].startswith("seqlora_")))
     for name in names:
         own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])
@@ -44,7 +45,7 @@ def method(rows: list[dict], path: Path) -> None:
 
 def costs(series: dict[str, list[dict]], path: Path) -> None:
     """Seconds and bytes of each concept in the order of training."""
-    figure, axes = _figure(11, 4, 2)
+    figure, axes = new_figure(11, 4, 2)
     for name, own in series.items():
         order = range(1, len(own) + 1)
         axes[0].plot(order, [c["seconds"] for c in own], ".-", label=name)

@@ -26,8 +26,8 @@ class Budget:
     by d, unrelated to its error, raises the loss by E|d|^2; so total = budget * the base model's loss, less a margin.
     """
 
-    def __init__(self, budget: float, base_loss: float, planned: int, weight: float = 1.0):
-        self.total, self.planned, self.weight = SAFETY * budget * base_loss, planned, weight
+    def __init__(self, budget: float, base_loss: float, planned: int):
+        self.total, self.planned, self.weight = SAFETY * budget * base_loss, planned, 1.0
         self.ratio: float | None = None  # running mean of drift over what was allowed
 
     def allowed(self, concepts: int) -> float:

@@ -179,8 +179,7 @@ def _train(args):
 def _adapters(items: list[str], library: Path | None):
     """(name, adapter, strength, moments or None) of files or of a whole library, and the library's calibration"""
     from .adapter import load_adapter
-    from .library import Library
-    from .statistics import moments_from_tensors
+    from .library import Library, read_statistics
 
     if bool(items) == bool(library):
         raise UserError("name LoRA files or give --library, one of the two")
@@ -193,10 +192,7 @@ def _adapters(items: list[str], library: Path | None):
         path, strength = _with_strength(item)
         stats, moments = path.with_suffix("").with_suffix(".stats.safetensors"), None
         if stats.exists():
-            from .adapter import read_safetensors
-
-            tensors, metadata = read_safetensors(stats)
-            moments = moments_from_tensors(tensors, json.loads(metadata.get("seqlora.shared", "{}")))
+            moments, *_ = read_statistics(stats)
         out.append((path.stem, load_adapter(path), strength, moments))
     return out, None
 

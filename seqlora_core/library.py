@@ -24,7 +24,7 @@ from .calibration import Calibration
 from .concept import Concept
 from .errors import UserError
 from .names import safe_name
-from .statistics import moments_from_tensors
+from .statistics import Moments, moments_from_tensors
 
 FORMAT = 1
 LOCK_SECONDS = 10
@@ -174,10 +174,9 @@ class Library:
         """A concept with everything that training on top of it needs."""
         lora, stats = self.paths(self.require(name))
         adapter = load_adapter(lora)
-        tensors, metadata = read_safetensors(stats)
+        moments, tensors, metadata = read_statistics(stats)
         captions = json.loads(metadata.get("seqlora.captions", "[]"))
         bases = {k.removeprefix("basis."): v for k, v in tensors.items() if k.startswith("basis.")}
-        moments = moments_from_tensors(tensors, json.loads(metadata.get("seqlora.shared", "{}")))
         entry = next(c for c in self.manifest["concepts"] if c["name"] == name)
         latents = tensors.get("latents", torch.zeros(0))
         return Concept(name, entry["trigger"], entry["class_noun"], adapter, moments, bases, latents, captions)
@@ -223,6 +222,12 @@ class Library:
 
     def _known_stems(self) -> set[str]:
         return {"calibration", *self.names, *(f"{n}.stats" for n in self.names)}
+
+
+def read_statistics(path: Path) -> tuple[Moments, dict[str, torch.Tensor], dict[str, str]]:
+    """A concept's moments, and everything in its statistics file"""
+    tensors, metadata = read_safetensors(path)
+    return moments_from_tensors(tensors, json.loads(metadata.get("seqlora.shared", "{}"))), tensors, metadata
 
 
 def repair(folder: Path | str) -> Library:
