@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.plots import new_figure
+from benchmarks.plots import new_figure, save
 from seqlora_core.attach import Attachment, attached, flat
 from seqlora_core.demo import load_subject
 from seqlora_core.demo_model import DemoModel
@@ -101,10 +101,7 @@ def main() -> None:
         "dots_that_keep_the_promise": float((above <= DELTA).mean()),
         "bound_over_quantile": {"median": float(np.median(ratios)), "least": float(ratios.min()), "most": float(ratios.max())},
     }  # fmt: skip
-    for folder in ("results", "images"):
-        (args.output / folder).mkdir(parents=True, exist_ok=True)
-    (args.output / "results" / "bound.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    figure(rows, args.output / "images" / "bound.png")
+    figure(rows, save(args.output, "bound", result))
     print(json.dumps(result, indent=1))
 
 

@@ -10,14 +10,13 @@ the mean over directions; single directions (a word that only a few pictures hav
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.plots import new_figure
+from benchmarks.plots import new_figure, save
 from seqlora_core.calibration import draw, record_moments
 from seqlora_core.demo_model import SIZE, DemoModel
 from seqlora_core.linalg import whitening
@@ -35,8 +34,8 @@ def errors(model: DemoModel, reference, latents, prompts, passes: int) -> tuple[
     moments = record_moments(model, latents, model.encode_prompts(prompts), passes=passes, seed=1)
     seconds = time.perf_counter() - start
     found = []
-    for name, white in reference.items():
-        difference = white[0] @ (moments[name] - white[1]).double() @ white[0]
+    for name, (white, many) in reference.items():
+        difference = white @ (moments[name] - many).double() @ white
         found.append(float(torch.linalg.eigvalsh(difference).abs().mean()))
     return float(np.median(found)), max(found), seconds
 
@@ -66,10 +65,7 @@ def main() -> None:
             )  # fmt: skip
             print(rows[-1], flush=True)
     result = {"meta": meta("python -m benchmarks.calibration", model.device, [0]), "rows": rows}
-    for folder in ("results", "images"):
-        (args.output / folder).mkdir(parents=True, exist_ok=True)
-    (args.output / "results" / "calibration.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    figure(rows, args.output / "images" / "calibration.png")
+    figure(rows, save(args.output, "calibration", result))
 
 
 def figure(rows: list[dict], path: Path) -> None:

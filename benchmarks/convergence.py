@@ -11,7 +11,6 @@ nonconvex optimization on manifolds", 2019, theorem 5; for the bilevel objective
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.plots import new_figure
+from benchmarks.plots import new_figure, save
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.bilevel import LowerLevel
 from seqlora_core.calibration import calibrate, record_moments
@@ -91,11 +90,8 @@ def main() -> None:
     model = DemoModel()
     calibration = calibrate(model, (SIZE, SIZE), 96)
     curves = {how: run(model, calibration, how, args.steps) for how in ("none", "cg:5")}
-    for folder in ("results", "images"):
-        (args.output / folder).mkdir(parents=True, exist_ok=True)
     result = {"meta": meta("python -m benchmarks.convergence", model.device, [0]), "gradient_norms": curves}
-    (args.output / "results" / "convergence.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    figure(curves, args.output / "images" / "convergence.png")
+    figure(curves, save(args.output, "convergence", result))
 
 
 if __name__ == "__main__":

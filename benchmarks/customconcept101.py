@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.concepts import rare_word
-from benchmarks.rivals import COMBINED
 from seqlora_core import evaluation
 from seqlora_core.adapter import Adapter, load_adapter, save_adapter
-from seqlora_core.attach import Attachment
 from seqlora_core.calibration import calibrate, draw, record_moments
 from seqlora_core.concept import References
 from seqlora_core.config import TrainingConfig
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import HeldOut, held_out_loss, measure, row, summed
+from seqlora_core.judge import MEAN as IMAGENET_MEAN
+from seqlora_core.judge import STD as IMAGENET_STD
 from seqlora_core.library import Library
-from seqlora_core.ordinary import train_ordinary
+from seqlora_core.ordinary import COMBINED, combined, train_ordinary
 from seqlora_core.preview import draw_with
 from seqlora_core.prompts import generic_prompts
 from seqlora_core.references import load_pictures
@@ -42,7 +42,6 @@ from seqlora_core.unet_model import UNetModel
 
 ROWS = ("ordinary_sum", "ordinary_norm", "closed_form", "seqlora")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -104,7 +103,9 @@ class Scores:
 
     @torch.no_grad()
     def structure(self, pictures: Tensor) -> Tensor:
-        return F.normalize(self.dino(self._prepared(pictures, 256, DINO_MEAN, DINO_STD)).last_hidden_state[:, 0], dim=1).cpu()
+        return F.normalize(
+            self.dino(self._prepared(pictures, 256, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state[:, 0], dim=1
+        ).cpu()
 
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> Tensor:
@@ -155,12 +156,10 @@ def run(args) -> list[dict]:
             config,
         )  # fmt: skip
     ours, general = [library.load(e.name).adapter for e in entries], library.calibration().moments
-    moments = []
-    for reference, adapter in zip(references, ordinaries):
-        attachment = Attachment()
-        attachment.set_frozen(adapter, model.device)
-        encoded = model.encode_prompts(reference.captions)
-        moments.append(record_moments(model, reference.latents, encoded, attachment, seed=args.seed))
+    moments = [
+        record_moments(model, r.latents, model.encode_prompts(r.captions), a, seed=args.seed)
+        for r, a in zip(references, ordinaries)
+    ]
     base = [held_out_loss(model, h) for h in held_outs]
     best = [held_out_loss(model, h, a) for h, a in zip(held_outs, ordinaries)]
     base_generic, rows = held_out_loss(model, generic), []
@@ -168,11 +167,7 @@ def run(args) -> list[dict]:
         if name == "seqlora":
             alone, stack = ours, summed(ours)
         else:
-            alone = ordinaries
-
-            def stack(members, combine=COMBINED[name]):
-                return combine([ordinaries[i] for i in members], [moments[i] for i in members], general)
-
+            alone, stack = ordinaries, combined(COMBINED[name], ordinaries, moments, general)
         result = row(name, measure(model, alone, stack, held_outs, generic, seed=args.seed), base, best, base_generic)
         everything = stack(list(everyone))
         for where, adapters in (("alone", alone), ("stack", [everything] * len(entries))):

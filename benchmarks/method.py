@@ -23,15 +23,14 @@ from benchmarks import concepts
 from benchmarks.rivals import ABLATIONS, COMBINED, TRAINED
 from seqlora_core import evaluation
 from seqlora_core.adapter import Adapter, load_adapter, save_adapter
-from seqlora_core.attach import Attachment
-from seqlora_core.calibration import Calibration, calibrate, record_moments
+from seqlora_core.calibration import Calibration, calibrate
 from seqlora_core.config import TrainingConfig
-from seqlora_core.demo import Subject, load_generic, load_pairs, load_subject
+from seqlora_core.demo import Subject, load_generic, load_pairs, load_subject, moments_of
 from seqlora_core.demo_model import SIZE, DemoModel
 from seqlora_core.evaluation import held_out_loss, measure, row, summed
 from seqlora_core.identity import Identity
 from seqlora_core.library import Library
-from seqlora_core.ordinary import train_ordinary
+from seqlora_core.ordinary import combined, train_ordinary
 from seqlora_core.tables import markdown, meta
 from seqlora_core.teach import train_concept
 
@@ -101,12 +100,6 @@ class Bench:
         lines = (library.folder / "costs.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def moments(self, name: str, adapter: Adapter, seed: int):
-        attachment, s = Attachment(), self.subject(name)
-        attachment.set_frozen(adapter, self.model.device)
-        prompts = self.model.encode_prompts(s.references.captions)
-        return record_moments(self.model, s.references.latents, prompts, attachment, seed=seed)
-
     # --- rates ---------------------------------------------------------------------------------------------------
 
     def rate(self, row: str) -> float:
@@ -114,18 +107,18 @@ class Bench:
         if row not in self.rates:
             names = concepts.names("tuning")[:SEARCH]
             if row == "ordinary":
-                scores = {r: -evaluation.mean([self._alone(n, self.ordinary(n, r, 0)) for n in names]) for r in RATES}
+                scores = {r: -evaluation.mean([self._loss(n, self.ordinary(n, r, 0)) for n in names]) for r in RATES}
             else:
                 scores = {}
                 for r in RATES:
                     library = self.chain(row, r, 0, names, len(names))
                     stack = summed([c.adapter for c in library.concepts()])(list(range(len(names))))
-                    scores[r] = -evaluation.mean([self._alone(n, stack) for n in names])
+                    scores[r] = -evaluation.mean([self._loss(n, stack) for n in names])
             self.rates[row] = max(scores, key=scores.get)
             print(f"{row}: learning rate {self.rates[row]:g}, of {scores}", flush=True)
         return self.rates[row]
 
-    def _alone(self, name: str, adapter: Adapter) -> float:
+    def _loss(self, name: str, adapter: Adapter) -> float:
         return held_out_loss(self.model, self.subject(name).held_out, adapter)
 
     # --- one table -----------------------------------------------------------------------------------------------
@@ -136,17 +129,14 @@ class Bench:
         base = [held_out_loss(self.model, h) for h in held_outs]
         ordinary = [self.ordinary(n, self.rate("ordinary"), seed) for n in names]
         best = [held_out_loss(self.model, h, a) for h, a in zip(held_outs, ordinary)]
-        moments = [self.moments(n, a, seed) for n, a in zip(names, ordinary)] if "closed_form" in rows else []
+        moments = [moments_of(self.model, self.subject(n), a, seed) for n, a in zip(names, ordinary)]
         pairs, general = load_pairs(self.model, names, self.pairs_folder), self.calibration().moments
         bank = torch.cat([self.subject(n).images for n in names])
         identity = Identity(self.model, [self.subject(n) for n in names], bank, drawn=4)
         out = []
         for name in rows:
             if name in COMBINED:
-
-                def stack(members, combine=COMBINED[name]):
-                    return combine([ordinary[i] for i in members], [moments[i] for i in members] if moments else [], general)
-
+                stack = combined(COMBINED[name], ordinary, moments, general)
                 alone, extra = ordinary, {"learning_rate": self.rate("ordinary")}
                 extra["seconds"] = evaluation.mean([float(a.metadata["seconds"]) for a in ordinary])
             else:

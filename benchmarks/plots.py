@@ -19,6 +19,14 @@ def new_figure(width: float, height: float, columns: int = 1):
     return figure, figure.subplots(1, columns)
 
 
+def save(output: Path, name: str, result: dict) -> Path:
+    """Writes output/results/NAME.json; returns where its figure goes, output/images/NAME.png."""
+    for folder in ("results", "images"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    (output / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return output / "images" / f"{name}.png"
+
+
 def method(rows: list[dict], path: Path) -> None:
     """Kept, the worst concept, and generic drift against N, a line for each row of the table."""
     figure, axes = new_figure(14, 4.8, 3)

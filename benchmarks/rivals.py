@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqlora_core.adapter import Adapter, LayerDelta, concatenate
-from seqlora_core.composition import closed_form, gram_schmidt, norm_controlled
-from seqlora_core.statistics import Moments
+from seqlora_core import ordinary
+from seqlora_core.adapter import Adapter, LayerDelta
+from seqlora_core.ordinary import Combine
 
 # everything that is ours, off
 PLAIN = dict(
@@ -79,12 +79,5 @@ def dare_ties(adapters: list[Adapter], density: float = 0.5, seed: int = 0) -> A
         return merged(adapters, lambda parts: merge(parts, torch.ones(len(parts)), density))
 
 
-# ordinary LoRAs together: (adapters, their moments, general moments) -> one adapter
-COMBINED: dict[str, Callable[[list[Adapter], list[Moments], Moments], Adapter]] = {
-    "ordinary_sum": lambda a, m, g: concatenate(a),
-    "ordinary_norm": lambda a, m, g: concatenate(norm_controlled(a)),
-    "ordinary_gram_schmidt": lambda a, m, g: concatenate(gram_schmidt(a)),
-    "ties": lambda a, m, g: ties(a),
-    "dare_ties": lambda a, m, g: dare_ties(a),
-    "closed_form": lambda a, m, g: concatenate(closed_form(a, m, g)),
-}
+# with those of the demo, all rows of ordinary LoRAs together
+COMBINED: dict[str, Combine] = ordinary.COMBINED | {"ties": lambda a, m, g: ties(a), "dare_ties": lambda a, m, g: dare_ties(a)}

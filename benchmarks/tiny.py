@@ -16,7 +16,7 @@ import torch
 
 from seqlora_core.demo_model import DEMO_FOLDER
 
-WORDS = {"octopus": "octopus", "penguin": "penguin", "fox": "fox", "rocket": "rocket"}
+NAMES = ("octopus", "penguin", "fox", "rocket")
 
 
 def text_encoder(width: int = 32, projection: bool = False):
@@ -87,7 +87,7 @@ def make_judges(folder: Path) -> None:
 def make_data(folder: Path) -> None:
     """dataset.json, benchmark_dataset/ and prompts/ of a few of the demo's concepts, as CustomConcept101 has them"""
     entries = []
-    for name, word in WORDS.items():
+    for name in NAMES:
         pictures = folder / "benchmark_dataset" / f"toy_{name}"
         pictures.mkdir(parents=True)
         for picture in sorted((DEMO_FOLDER / "concepts" / name).glob("*.png"))[:6]:
@@ -97,7 +97,7 @@ def make_data(folder: Path) -> None:
         prompts.write_text("photo of a {} on the beach\na {} in the snow\n", encoding="utf-8")
         entries.append(
             {
-                "instance_prompt": f"photo of a <new1> {word}", "class_prompt": word,
+                "instance_prompt": f"photo of a <new1> {name}", "class_prompt": name,
                 "instance_data_dir": f"./benchmark_dataset/toy_{name}", "class_data_dir": f"./regularization/{name}",
                 "prompt_filename": f"prompts/{name}.txt",
             }

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from seqlora_core.judge import MEAN, STD
+
 INPUT = 96
 TAPS = (0, 2, 4, 10)  # blocks whose outputs are compared: strides 2, 4, 8 and 16
 

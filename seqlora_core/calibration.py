@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapter import read_safetensors, write_safetensors
+from .adapter import Adapter, read_safetensors, write_safetensors
 from .attach import Attachment, attached
 from .denoiser import Conditioning, Denoiser
 from .prompts import generic_decoys, generic_prompts
@@ -47,14 +47,15 @@ class Calibration:
 
 @torch.no_grad()
 def record_moments(
-    denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, attachment: Attachment | None = None,
+    denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, adapter: Adapter | None = None,
     passes: int = PASSES, batch: int = 16, seed: int = 0,
 ) -> Moments:  # fmt: skip
     """Second moments of every site's inputs while these latents are seen at noise levels spread over the schedule.
 
-    latents [n, ...]; conditioning of n prompts.  `attachment` may hold adapters that are active meanwhile.
+    latents [n, ...]; conditioning of n prompts.  adapter: on meanwhile.
     """
-    attachment = attachment or Attachment()
+    attachment = Attachment()
+    attachment.set_frozen(adapter, denoiser.device)
     generator = torch.Generator().manual_seed(seed)
     count = len(latents)
     sigmas = denoiser.even_sigmas(count * passes)[torch.randperm(count * passes, generator=generator)]

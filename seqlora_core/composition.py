@@ -66,18 +66,17 @@ def closed_form(
     The minimiser, layer by layer, of what the projection changes on a concept's own inputs plus beta times what
     it does on everyone else's (one row of a RegMean solution, Jin et al. 2023).  Independent of order.
     """
-    out = []
-    for i, adapter in enumerate(adapters):
-        layers = {}
-        for name, delta in adapter.layers.items():
-            own = moments[i][name].double()
-            others = sum((m[name].double() for j, m in enumerate(moments) if j != i), torch.zeros_like(own))
-            if general is not None:
-                others = others + general[name].double()
-            system = ridge(own + beta * others, RIDGE)
-            down = torch.linalg.solve(system, own @ delta.down.double().mT).mT
-            layers[name] = LayerDelta(down.to(delta.down.dtype), delta.up)
-        out.append(Adapter(layers, adapter.metadata))
+    out = [Adapter({}, a.metadata) for a in adapters]
+    for name in dict.fromkeys(n for a in adapters for n in a.layers):
+        everything = sum(m[name].double() for m in moments)
+        if general is not None:
+            everything = everything + general[name].double()
+        for adapter, moment, fitted in zip(adapters, moments, out):
+            if name in adapter.layers:
+                delta, own = adapter.layers[name], moment[name].double()
+                system = ridge(own + beta * (everything - own), RIDGE)
+                down = torch.linalg.solve(system, own @ delta.down.double().mT).mT
+                fitted.layers[name] = LayerDelta(down.to(delta.down.dtype), delta.up)
     return out
 
 

@@ -10,7 +10,6 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +18,17 @@ from torch import Tensor
 
 from . import evaluation
 from .adapter import Adapter, concatenate, save_adapter
-from .attach import Attachment
 from .calibration import record_moments
-from .composition import closed_form, gram_schmidt, norm_controlled
 from .concept import References
 from .config import TrainingConfig
 from .demo_model import DEMO_FOLDER, SIZE, DemoModel
 from .errors import UserError
 from .evaluation import HeldOut, held_out_loss, measure, row, summed
 from .library import Library
-from .ordinary import train_ordinary
+from .ordinary import COMBINED, combined, train_ordinary
 from .references import load_picture, load_pictures
 from .sheets import contact_sheet, pair_sheet
+from .statistics import Moments
 from .tables import markdown, meta, save_table
 from .teach import train_concept
 
@@ -132,20 +130,9 @@ def table(model, subjects, ours: list[Adapter], ordinary: list[Adapter], library
     base = [held_out_loss(model, h) for h in held_outs]
     base_generic = held_out_loss(model, generic)
     alone = [held_out_loss(model, h, a) for h, a in zip(held_outs, ordinary)]
-    moments = [_moments(model, s, a, seed) for s, a in zip(subjects, ordinary)]
+    moments = [moments_of(model, s, a, seed) for s, a in zip(subjects, ordinary)]
     general = library.calibration().moments
-
-    def by(combine) -> Callable[[list[int]], Adapter]:
-        """Ordinary LoRAs combined anew for whoever stands together"""
-        return lambda members: concatenate(combine([ordinary[i] for i in members], [moments[i] for i in members]))
-
-    stacks = {
-        "ordinary_sum": by(lambda a, m: a),
-        "ordinary_norm": by(lambda a, m: norm_controlled(a)),
-        "ordinary_gram_schmidt": by(lambda a, m: gram_schmidt(a)),
-        "closed_form": by(lambda a, m: closed_form(a, m, general)),
-        "seqlora": summed(ours),
-    }
+    stacks = {name: combined(way, ordinary, moments, general) for name, way in COMBINED.items()} | {"seqlora": summed(ours)}
     pair_base = [held_out_loss(model, h) for _, _, h in pairs]
     rows = [
         {
@@ -160,11 +147,10 @@ def table(model, subjects, ours: list[Adapter], ordinary: list[Adapter], library
     return rows
 
 
-def _moments(model, subject: Subject, adapter: Adapter, seed: int):
-    attachment = Attachment()
-    attachment.set_frozen(adapter, model.device)
+def moments_of(model, subject: Subject, adapter: Adapter, seed: int) -> Moments:
+    """Of what the layers see while the subject's references are seen with its adapter on"""
     prompts = model.encode_prompts(subject.references.captions)
-    return record_moments(model, subject.references.latents, prompts, attachment, seed=seed)
+    return record_moments(model, subject.references.latents, prompts, adapter, seed=seed)
 
 
 def add_identity(rows: list[dict], model, subjects, stacks: dict[str, list[Adapter]]) -> None:

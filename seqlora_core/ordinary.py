@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from .adapter import Adapter, LayerDelta
+from .adapter import Adapter, LayerDelta, concatenate
 from .attach import Attachment, attached
+from .composition import closed_form, gram_schmidt, norm_controlled
 from .concept import References
 from .denoiser import Denoiser, loss
+from .statistics import Moments
 from .trainer import schedule
+
+# row of a table -> ordinary LoRAs together: (adapters, their moments, general moments) to one adapter
+Combine = Callable[[list[Adapter], list[Moments], Moments], Adapter]
+COMBINED: dict[str, Combine] = {
+    "ordinary_sum": lambda a, m, g: concatenate(a),
+    "ordinary_norm": lambda a, m, g: concatenate(norm_controlled(a)),
+    "ordinary_gram_schmidt": lambda a, m, g: concatenate(gram_schmidt(a)),
+    "closed_form": lambda a, m, g: concatenate(closed_form(a, m, g)),
+}
+
+
+def combined(
+    combine: Combine, adapters: list[Adapter], moments: list[Moments], general: Moments
+) -> Callable[[list[int]], Adapter]:
+    """Those that are asked for, combined anew, as `evaluation.measure` takes it"""
+    return lambda members: combine([adapters[i] for i in members], [moments[i] for i in members], general)
 
 
 def train_ordinary(

@@ -44,11 +44,9 @@ class Replay:
         self.denoiser, self.config = denoiser, config
         self.pools: list[tuple[Tensor, Conditioning, bool]] = []  # latents, prompts, whether the base is the target
         self.decoy_moments: Moments | None = None
-        self.base_loss = 0.0  # of the bare model on the generic pool
         from_base = config.replay_target == "base"
         if config.replay_weight:
             self._add(calibration.latents, calibration.prompts, from_base)
-            self.base_loss = self._loss_of_base(*self.pools[0][:2])
         if config.use_decoys:
             prompts = decoys(references.captions, trigger, DECOYS, config.seed)
             latents = draw(denoiser, prompts, config.seed, references.size)
@@ -63,8 +61,9 @@ class Replay:
         self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts), from_base))
 
     @torch.no_grad()
-    def _loss_of_base(self, latents: Tensor, prompts: Conditioning, batch: int = 32) -> float:
-        d, total = self.denoiser, 0.0
+    def base_loss(self, batch: int = 32) -> float:
+        """Mean loss of the bare model on the generic pool, each picture at one noise level"""
+        (latents, prompts, _), d, total = self.pools[0], self.denoiser, 0.0
         generator = torch.Generator().manual_seed(self.config.seed)
         sigmas = d.even_sigmas(len(latents))[torch.randperm(len(latents), generator=generator)]
         for index in torch.arange(len(latents)).split(batch):

@@ -80,7 +80,7 @@ def fit(
     upper = UpperLevel(groups, config.basis_rate, config.retraction)
     budget = None
     if config.drift_budget and config.replay_weight:
-        budget = Budget(config.drift_budget, replay.base_loss, config.planned)
+        budget = Budget(config.drift_budget, replay.base_loss(), config.planned)
     result = Fit(Adapter({}), {}, seen, notes=notes)
     start = time.perf_counter()
     with attached(sites, attachment):
@@ -112,9 +112,7 @@ def fit(
                     break
     result.adapter = to_adapter(groups).to("cpu")
     result.bases = {n: b.detach().cpu().clone() for g in groups for n, b in zip(g.names, g.basis)}
-    attachment = Attachment()
-    attachment.live = {n: (d.down.to(device), d.up.to(device)) for n, d in result.adapter.layers.items()}
-    result.moments = record_moments(denoiser, references.latents, prompts, attachment, seed=config.seed)
+    result.moments = record_moments(denoiser, references.latents, prompts, result.adapter, seed=config.seed)
     return result
 
 

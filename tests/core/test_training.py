@@ -57,8 +57,6 @@ def test_energy_from_stored_files_equals_what_the_layers_put_out(model, library,
     prompts = model.encode_prompts(subject.references.captions)
     other = library.load("penguin").adapter
     total, counts = {}, {}
-    attachment = Attachment()
-    attachment.set_frozen(concept.adapter)
 
     def add(name, x):
         d = other.layers[name]
@@ -69,7 +67,7 @@ def test_energy_from_stored_files_equals_what_the_layers_put_out(model, library,
     # the same pass as record_moments makes, with a recorder of our own in its place
     real, Recorder._record = Recorder._record, lambda self, name, x: add(name, x) or real(self, name, x)
     try:
-        record_moments(model, subject.references.latents, prompts, attachment)
+        record_moments(model, subject.references.latents, prompts, concept.adapter)
     finally:
         Recorder._record = real
     plain = sum(total[n] / counts[n] for n in total)
