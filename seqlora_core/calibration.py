@@ -70,12 +70,16 @@ def record_moments(
     return recorder.moments()
 
 
-def draw(denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], batch: int = 16) -> Tensor:
-    """Latents that the base model draws for these prompts, in few steps."""
-    parts = []
-    for start in range(0, len(prompts), batch):
-        conditioning = denoiser.encode_prompts(prompts[start : start + batch])
-        parts.append(denoiser.sample(conditioning, seed + start, DRAW_STEPS, DRAW_GUIDANCE, size))
+def draw(
+    denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None, batch: int = 16
+) -> Tensor:
+    """Latents that the model draws for these prompts, in few steps; with the adapter on, or bare."""
+    attachment, parts = Attachment(), []
+    attachment.set_frozen(adapter, denoiser.device)
+    with attached(denoiser.sites(), attachment):
+        for start in range(0, len(prompts), batch):
+            conditioning = denoiser.encode_prompts(prompts[start : start + batch])
+            parts.append(denoiser.sample(conditioning, seed + start, DRAW_STEPS, DRAW_GUIDANCE, size))
     return torch.cat(parts).cpu()
 
 

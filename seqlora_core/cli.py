@@ -74,8 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA to add (repeatable)")
     sample.add_argument("--output", type=Path, default=Path("sample.png"))
 
-    calibrate = command("calibrate", "record what the base model sees, for a library")
-    calibrate.add_argument("--pictures", type=int, default=None, help="to draw")
+    calibrate = command("calibrate", "record what LoRAs see while they draw their triggers, or the base model for a library")
+    calibrate.add_argument("loras", nargs="*", type=Path, metavar="LORA", help="LoRA files (or give --library)")
+    calibrate.add_argument("--trigger", action="append", default=[], metavar="WORDS",
+                           help="what calls a LoRA, one for each in their order (default: from its file)")  # fmt: skip
+    calibrate.add_argument("--pictures", type=int, default=None, help="to draw, of each LoRA or of the library's base model")
 
     library = command("library", "look after a library: list, verify, repair, remove NAME, reorder NAME..., rebase, merge DIR")
     library.add_argument("action", choices=["list", "verify", "repair", "remove", "reorder", "rebase", "merge"])
@@ -180,6 +183,7 @@ def _adapters(items: list[str], library: Path | None):
     """(name, adapter, strength, moments or None) of files or of a whole library, and the library's calibration"""
     from .adapter import load_adapter
     from .library import Library, read_statistics
+    from .lora_moments import kept_general, kept_moments
 
     if bool(items) == bool(library):
         raise UserError("name LoRA files or give --library, one of the two")
@@ -187,14 +191,17 @@ def _adapters(items: list[str], library: Path | None):
         opened = Library(library)
         calibration = opened.calibration()
         return [(c.name, c.adapter, 1.0, c.moments) for c in opened.concepts()], calibration and calibration.moments
-    out = []
+    out, general = [], None
     for item in items:
         path, strength = _with_strength(item)
-        stats, moments = path.with_suffix("").with_suffix(".stats.safetensors"), None
+        adapter, stats, moments = load_adapter(path), path.with_name(f"{path.stem}.stats.safetensors"), None
         if stats.exists():
             moments, *_ = read_statistics(stats)
-        out.append((path.stem, load_adapter(path), strength, moments))
-    return out, None
+        elif kept := kept_moments(path):
+            moments, base = kept
+            general = general or kept_general(path.parent, base)
+        out.append((path.stem, adapter, strength, moments))
+    return out, general
 
 
 def _with_strength(item: str) -> tuple[Path, float]:
@@ -266,8 +273,10 @@ def _calibrate(args):
     from .calibration import calibrate
     from .library import Library
 
-    if args.library is None:
-        raise UserError("no library: name its folder with --library")
+    if bool(args.loras) == bool(args.library):
+        raise UserError("name LoRA files or give --library, one of the two")
+    if args.loras:
+        return _calibrate_loras(args)
     model = _open_model(args)
     library = Library(args.library, model.fingerprint(), create=True)
     if len(library):
@@ -278,6 +287,30 @@ def _calibrate(args):
     library.keep_calibration(calibration)
     _say(args)(f"{len(calibration.prompts)} pictures seen; written to {library.folder}")
     return {"pictures": len(calibration.prompts)}
+
+
+def _calibrate_loras(args):
+    from .adapter import load_adapter
+    from .lora_moments import general_calibration, keep_moments, kept_moments, see_trigger, trigger_of
+
+    if args.trigger and len(args.trigger) != len(args.loras):
+        raise UserError(f"{len(args.trigger)} triggers for {len(args.loras)} LoRAs: give one for each, in their order")
+    adapters = [load_adapter(path) for path in args.loras]
+    triggers = args.trigger or [trigger_of(a.metadata) for a in adapters]
+    for path, trigger in zip(args.loras, triggers):
+        if not trigger.strip():
+            raise UserError(f"{path.name} does not say what calls it: give its trigger with --trigger")
+    say, model, done = _say(args), _open_model(args), []
+    base, size = model.fingerprint(), (model.size, model.size)
+    for path, adapter, trigger in zip(args.loras, adapters, triggers):
+        new = kept_moments(path, base) is None
+        if new:
+            keep_moments(path, base, see_trigger(model, adapter, trigger, size, args.pictures or 0, args.seed), trigger)
+        say(f"{path.stem}: {f'drew {trigger!r}, moments kept beside it' if new else 'was recorded before'}")
+        done.append({"lora": str(path), "trigger": trigger, "new": new})
+    for folder in dict.fromkeys(path.parent for path in args.loras):
+        general_calibration(model, folder, size, seed=args.seed)
+    return {"base": base, "loras": done}
 
 
 def _library(args):

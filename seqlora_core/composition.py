@@ -18,7 +18,19 @@ def compose(
     adapters: list[Adapter], strengths: list[float] | None = None, mode: str = "sum", amount: float = 1.0,
     moments: list[Moments] | None = None, general: Moments | None = None, beta: float = 1.0,
 ) -> Adapter:  # fmt: skip
-    """One adapter of summed rank that does what all of them do together.
+    """One adapter of summed rank that does what all of them, projected by `project`, do together."""
+    if not adapters:
+        raise UserError("nothing to stack: name at least one concept")
+    strengths = [1.0] * len(adapters) if strengths is None else strengths
+    projected = project(adapters, mode, amount, moments, general, beta)
+    return concatenate([p.scaled(s) for p, s in zip(projected, strengths)])
+
+
+def project(
+    adapters: list[Adapter], mode: str = "sum", amount: float = 1.0, moments: list[Moments] | None = None,
+    general: Moments | None = None, beta: float = 1.0,
+) -> list[Adapter]:  # fmt: skip
+    """Each adapter as it goes into the stack, at strength 1.
 
     mode: "sum", what SeqLoRA's concepts are trained for; "weights", Gram-Schmidt of the lora_down rows in the
     order given, needs no data; "data", the closed form with each concept's `moments` (and `general` ones, G).
@@ -26,9 +38,6 @@ def compose(
     """
     if mode not in MODES:
         raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
-    if not adapters:
-        raise UserError("nothing to stack: name at least one concept")
-    strengths = [1.0] * len(adapters) if strengths is None else strengths
     if mode == "weights":
         projected = gram_schmidt(adapters)
     elif mode == "data":
@@ -39,8 +48,7 @@ def compose(
         projected = closed_form(adapters, moments, general, beta)
     else:
         projected = adapters
-    mixed = [_mix(a, p, amount).scaled(s) for a, p, s in zip(adapters, projected, strengths)]
-    return concatenate(mixed)
+    return [_mix(a, p, amount) for a, p in zip(adapters, projected)]
 
 
 def gram_schmidt(adapters: list[Adapter]) -> list[Adapter]:

@@ -56,3 +56,9 @@ def decoys(captions: list[str], trigger: str, count: int, seed: int = 0) -> list
         caption = rng.choice(captions)
         out.append(word.sub("" if i % 4 == 3 else rng.choice(others) + " ", caption).strip())
     return out
+
+
+def trigger_prompts(trigger: str, count: int, seed: int = 0) -> list[str]:
+    """Prompts that call one concept, on backgrounds of several colours, every fourth on none."""
+    rng = random.Random(seed)
+    return [_article(trigger) + ("" if i % 4 == 3 else f", {rng.choice(COLOURS)} background") for i in range(count)]

@@ -15,7 +15,7 @@ LAYERS = [
     {"attach"},
     {"denoiser", "statistics", "subspace"},
     {"interference", "composition", "calibration", "demo_model", "unet_model", "evaluation", "judge"},
-    {"bilevel", "hypergradient", "plots"},
+    {"bilevel", "hypergradient", "plots", "lora_moments"},
     {"concept", "config"},
     {"replay", "budget"},
     {"trainer"},

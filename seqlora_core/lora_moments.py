@@ -1,0 +1,141 @@
+"""What anyone's LoRA sees on one base model: it draws its own trigger, the inputs' moments are recorded once and kept.
+
+    FOLDER/NAME.safetensors                the LoRA
+    FOLDER/NAME.BASE.stats.safetensors     its moments on the base model whose fingerprint is BASE
+    FOLDER/general.BASE.safetensors        what that model sees while it draws other things
+
+A moments file names the hash of the LoRA it was recorded with: a LoRA that was replaced since has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from .adapter import Adapter, read_safetensors, write_safetensors
+from .calibration import Calibration, calibrate, draw, record_moments
+from .denoiser import Denoiser
+from .errors import UserError
+from .prompts import trigger_prompts
+from .statistics import Moments, moments_from_tensors
+
+
+def trigger_of(metadata: dict[str, str]) -> str:
+    """The words that call a LoRA, from its file's metadata; "" if it names none.
+
+    Ours with the class noun, then modelspec's, then kohya's: the tag that most captions share, or the training folder's
+    name after the number of repeats ("10_ohwx man") where there were no captions.
+    """
+    if metadata.get("seqlora.trigger"):
+        return f"{metadata['seqlora.trigger']} {metadata.get('seqlora.class_noun', '')}".strip()
+    if metadata.get("modelspec.trigger_phrase", "").strip():
+        return metadata["modelspec.trigger_phrase"].strip()
+    counts: dict[str, int] = {}
+    for tags in _parsed(metadata.get("ss_tag_frequency")).values():
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+    if counts:
+        return max(counts, key=counts.get)
+    folders = [re.fullmatch(r"\d+_(.+)", name) for name in _parsed(metadata.get("ss_dataset_dirs"))]
+    return next((match[1].strip() for match in folders if match), "")
+
+
+def _parsed(text: str | None) -> dict:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def lora_hash(path: Path) -> str:
+    """SHA-256 of the tensors alone, as the community's AutoV3: it outlives edits of the metadata."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        header = int.from_bytes(f.read(8), "little")
+        f.seek(8 + header)
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def moments_path(lora: Path, base: str) -> Path:
+    return lora.with_name(f"{lora.stem}.{base}.stats.safetensors")
+
+
+def general_path(folder: Path, base: str) -> Path:
+    return folder / f"general.{base}.safetensors"
+
+
+def kept_moments(lora: Path, base: str | None = None) -> tuple[Moments, str] | None:
+    """Moments recorded with this very LoRA, and the base model they were recorded on; None if there are none.
+
+    base: the one wanted; without it the newest file counts.
+    """
+    pattern = re.compile(re.escape(lora.stem) + r"\.([0-9a-f]{16})\.stats\.safetensors")
+    found = [(p, pattern.fullmatch(p.name)) for p in lora.parent.glob("*.stats.safetensors")]
+    fitting = [(p, match[1]) for p, match in found if match and base in (None, match[1])]
+    for path, on in sorted(fitting, key=lambda f: f[0].stat().st_mtime_ns, reverse=True):
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("seqlora.lora") == lora_hash(lora):
+            return moments_from_tensors(tensors, _parsed(metadata.get("seqlora.shared"))), on
+    return None
+
+
+def kept_general(folder: Path, base: str) -> Moments | None:
+    """What this base model sees while it draws other things, if `general_calibration` recorded it in this folder"""
+    path = general_path(folder, base)
+    return Calibration.load(path).moments if path.exists() else None
+
+
+def keep_moments(lora: Path, base: str, moments: Moments, trigger: str) -> Path:
+    """Write the moments beside the LoRA; returns where."""
+    path = moments_path(lora, base)
+    metadata = {
+        "seqlora.lora": lora_hash(lora), "seqlora.base": base, "seqlora.trigger": trigger,
+        "seqlora.shared": json.dumps(moments.shared()),
+    }  # fmt: skip
+    write_safetensors(path, moments.tensors(), metadata)
+    return path
+
+
+def picture_count(size: tuple[int, int]) -> int:
+    """Pictures that a LoRA draws of its trigger"""
+    return 32 if max(size) <= 128 else 6
+
+
+def see_trigger(
+    denoiser: Denoiser, adapter: Adapter | None, trigger: str, size: tuple[int, int], pictures: int = 0, seed: int = 0
+) -> Moments:
+    """Moments of the layers' inputs while the LoRA's trigger is drawn with it on.
+
+    adapter: None if the denoiser's weights hold it already.  pictures: 0 for `picture_count`.
+    """
+    if not trigger.strip():
+        raise UserError("no trigger: name the words that call the LoRA in a prompt; its file does not say")
+    prompts = trigger_prompts(trigger.strip(), pictures or picture_count(size), seed)
+    latents = draw(denoiser, prompts, seed, size, adapter)
+    return record_moments(denoiser, latents, denoiser.encode_prompts(prompts), adapter, seed=seed)
+
+
+def general_calibration(
+    denoiser: Denoiser, folder: Path, size: tuple[int, int], pictures: int | None = None, seed: int = 0
+) -> Calibration:
+    """What the bare model sees while it draws other things; made once a base model and folder.
+
+    Layers that were not recorded before are recorded on the pictures that are kept.
+    """
+    base = denoiser.fingerprint()
+    path = general_path(folder, base)
+    if not path.exists():
+        calibration = calibrate(denoiser, size, pictures, seed=seed)
+    else:
+        calibration = Calibration.load(path)
+        if all(s.name in calibration.moments.layers for s in denoiser.sites()):
+            return calibration
+        prompts = denoiser.encode_prompts(calibration.prompts)
+        calibration.moments.layers |= record_moments(denoiser, calibration.latents, prompts, seed=seed).layers
+    calibration.save(path, base)
+    return calibration

@@ -1,0 +1,124 @@
+"""Moments of anyone's LoRA: drawn by itself, kept beside its file, found again, and not trusted when the file changed."""
+
+import json
+
+import pytest
+import torch
+
+from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
+from seqlora_core.cli import main
+from seqlora_core.composition import compose
+from seqlora_core.errors import UserError
+from seqlora_core.lora_moments import (
+    general_calibration,
+    general_path,
+    keep_moments,
+    kept_general,
+    kept_moments,
+    lora_hash,
+    moments_path,
+    see_trigger,
+    trigger_of,
+)
+from seqlora_core.statistics import Moments
+
+BASE = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "metadata, trigger",
+    [
+        ({"seqlora.trigger": "octzu", "seqlora.class_noun": "animal"}, "octzu animal"),
+        ({"modelspec.trigger_phrase": "ohwx man", "ss_tag_frequency": "{}"}, "ohwx man"),
+        ({"ss_tag_frequency": json.dumps({"10_a": {"smile": 4, "ohwx man ": 9}, "2_b": {"smile": 3}})}, "ohwx man"),
+        ({"ss_dataset_dirs": json.dumps({"10_ohwx man": {"n_repeats": 10}}), "ss_tag_frequency": "{}"}, "ohwx man"),
+        ({"ss_tag_frequency": "not json", "ss_dataset_dirs": "[]"}, ""),
+        ({}, ""),
+    ],
+)
+def test_trigger_from_metadata(metadata, trigger):
+    assert trigger_of(metadata) == trigger
+
+
+def adapter_of(model, seed=0, layers=None, scale=0.05):
+    generator = torch.Generator().manual_seed(seed)
+    sites = [s for s in model.sites() if layers is None or s.name in layers]
+    return Adapter(
+        {
+            s.name: LayerDelta(
+                torch.randn(2, s.in_features, generator=generator), scale * torch.randn(s.out_features, 2, generator=generator)
+            )
+            for s in sites
+        }
+    )
+
+
+def test_moments_are_kept_for_one_lora_and_one_base(tmp_path, model):
+    lora = tmp_path / "a.b.safetensors"
+    save_adapter(lora, adapter_of(model))
+    shared = torch.eye(3)
+    moments = Moments({"q": shared, "k": shared, "out": 2 * torch.eye(2)})
+    assert kept_moments(lora) is None
+    assert keep_moments(lora, BASE, moments, "ohwx") == moments_path(lora, BASE)
+    found, base = kept_moments(lora)
+    assert base == BASE and found.layers["q"] is found.layers["k"] and torch.equal(found["out"], moments["out"])
+    assert kept_moments(lora, BASE) is not None and kept_moments(lora, "f" * 16) is None
+    assert kept_moments(lora.with_name("a.safetensors")) is None  # a name that this one only starts with
+
+
+def test_moments_outlive_new_metadata_but_not_new_weights(tmp_path, model):
+    lora, adapter = tmp_path / "a.safetensors", adapter_of(model)
+    save_adapter(lora, adapter)
+    keep_moments(lora, BASE, Moments({"q": torch.eye(3)}), "ohwx")
+    before = lora_hash(lora)
+    save_adapter(lora, Adapter(adapter.layers, {"modelspec.title": "renamed"}))
+    assert lora_hash(lora) == before and kept_moments(lora) is not None
+    save_adapter(lora, adapter.scaled(2.0))
+    assert kept_moments(lora) is None
+
+
+def test_a_lora_sees_other_inputs_than_the_bare_model(model):
+    adapter = adapter_of(model, scale=0.5)
+    own = see_trigger(model, adapter, "ohwx animal", (64, 64), pictures=4)
+    bare = see_trigger(model, None, "ohwx animal", (64, 64), pictures=4)
+    assert set(own.layers) == {s.name for s in model.sites()}
+    late = model.sites()[-1].name
+    assert (own[late] - bare[late]).norm() > 0.05 * bare[late].norm()
+    assert torch.equal(own[late], see_trigger(model, adapter, "ohwx animal", (64, 64), pictures=4)[late])
+    with pytest.raises(UserError, match="no trigger"):
+        see_trigger(model, adapter, " ", (64, 64))
+
+
+def test_general_moments_are_made_once_and_extended_to_new_layers(model, tmp_path):
+    first = general_calibration(model, tmp_path, (64, 64), pictures=8)
+    path = general_path(tmp_path, model.fingerprint())
+    stamp = path.stat().st_mtime_ns
+    assert torch.equal(general_calibration(model, tmp_path, (64, 64), pictures=8).latents, first.latents)
+    assert path.stat().st_mtime_ns == stamp
+    dropped = next(n for n in first.moments.layers if n not in first.moments.shared())
+    del first.moments.layers[dropped]
+    first.save(path, model.fingerprint())
+    assert dropped in general_calibration(model, tmp_path, (64, 64)).moments.layers
+    assert dropped in kept_general(tmp_path, model.fingerprint()).layers
+
+
+def test_calibrate_then_stack_by_data_on_the_command_line(model, tmp_path, capsys):
+    files = [tmp_path / f"{n}.safetensors" for n in ("one", "two")]
+    for seed, path in enumerate(files):
+        save_adapter(path, adapter_of(model, seed))
+    general_calibration(model, tmp_path, (64, 64), pictures=8)  # the command's own draws hundreds
+    names = [str(p) for p in files]
+    assert main(["stack", *names, "--mode", "data", "--output", str(tmp_path / "s.safetensors")]) == 2
+    assert main(["calibrate", *names]) == 2
+    assert "does not say what calls it" in capsys.readouterr().err
+    assert main(["calibrate", *names, "--trigger", "ohwx"]) == 2
+    assert "1 triggers for 2 LoRAs" in capsys.readouterr().err
+    command = ["calibrate", *names, "--trigger", "ohwx animal", "--trigger", "zwx animal", "--pictures", "4", "--json"]
+    assert main(command) == 0 and [d["new"] for d in json.loads(capsys.readouterr().out)["loras"]] == [True, True]
+    assert main(command) == 0 and not any(d["new"] for d in json.loads(capsys.readouterr().out)["loras"])
+    assert main(["stack", *names, "--mode", "data", "--output", str(tmp_path / "s.safetensors")]) == 0
+    kept = [kept_moments(p)[0] for p in files]
+    general = kept_general(tmp_path, model.fingerprint())
+    expected = compose([load_adapter(p) for p in files], mode="data", moments=kept, general=general)
+    made = load_adapter(tmp_path / "s.safetensors")
+    assert all(torch.allclose(made.layers[n].dense(), d.dense(), atol=1e-6) for n, d in expected.layers.items())
