@@ -58,3 +58,16 @@ class TrainingConfig:
 def settings(config: TrainingConfig) -> dict[str, str]:
     """The options as file metadata"""
     return {f"seqlora.{k}": str(v) for k, v in asdict(config).items()}
+
+
+@dataclass
+class Checkpointing:
+    """How a run survives being stopped."""
+
+    every: int = 0  # steps between checkpoints; 0: only when the run is cancelled
+    keep: int = 2  # checkpoints kept
+    resume: bool = True  # go on with an unfinished run of this concept, if there is one
+
+    def validate(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise UserError(f"checkpoints every {self.every} steps, {self.keep} kept: give 0 or more, and at least 1 to keep")

@@ -4,6 +4,7 @@
     LIBRARY/calibration.safetensors    what the base model sees: the metric, and pictures for replay
     LIBRARY/NAME.safetensors           the concept: an ordinary LoRA file
     LIBRARY/NAME.stats.safetensors     its moments, basis and kept references
+    LIBRARY/.checkpoints/NAME/         of a run that is not done
 
 Adding a concept writes the statistics, then the LoRA, then the manifest, each aside and renamed: whatever is
 killed when, a concept that the manifest names is whole.
@@ -12,8 +13,10 @@ killed when, a concept that the manifest names is whole.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import torch
 
 from .adapter import json_metadata, load_adapter, read_safetensors, save_adapter, write_safetensors
 from .calibration import Calibration
+from .checkpoint import FOLDER, SUFFIX
 from .concept import Concept
 from .errors import UserError
 from .names import safe_name
@@ -114,6 +118,20 @@ class Library:
         name = safe_name(name, "concept name")
         return self.folder / f"{name}.safetensors", self.folder / f"{name}.stats.safetensors"
 
+    def checkpoints(self, name: str) -> Path:
+        """The folder of the concept's unfinished run"""
+        return self.folder / FOLDER / safe_name(name, "concept name")
+
+    def unfinished(self, name: str) -> bool:
+        """Whether a run of this name was stopped before its end"""
+        return any(self.checkpoints(name).glob(f"*{SUFFIX}"))
+
+    def state(self, without: str = "") -> str:
+        """Names what a new concept is trained on top of: the calibration, and all concepts but one, in their order."""
+        names = [n for n in self.names if n != without]
+        files = [self.folder / "calibration.safetensors", *(p for n in names for p in self.paths(n))]
+        return digest(*(path.read_bytes() for path in files))
+
     def require(self, name: str) -> str:
         if name not in self.names:
             known = ", ".join(self.names) or "none yet"
@@ -193,6 +211,7 @@ class Library:
             self._write_manifest({**self.manifest, "concepts": [c for c in self.manifest["concepts"] if c["name"] != name]})
             for path in entry_paths:
                 path.unlink(missing_ok=True)
+            shutil.rmtree(self.checkpoints(name), ignore_errors=True)
         trained_on_it = f"; {', '.join(later)} were trained beside it and stay valid" if later else ""
         return f"removed {name}; its directions are free for the next concept{trained_on_it}"
 
@@ -222,6 +241,14 @@ class Library:
 
     def _known_stems(self) -> set[str]:
         return {"calibration", *self.names, *(f"{n}.stats" for n in self.names)}
+
+
+def digest(*parts: bytes) -> str:
+    """Names some contents"""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()[:16]
 
 
 def read_statistics(path: Path) -> tuple[Moments, dict[str, torch.Tensor], dict[str, str]]:

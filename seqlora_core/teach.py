@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
 from .calibration import calibrate
+from .checkpoint import Checkpoints
 from .concept import Concept, References
-from .config import TrainingConfig, settings
+from .config import Checkpointing, TrainingConfig, settings
 from .denoiser import Denoiser
 from .errors import UserError
-from .library import Library
+from .library import Library, digest
 from .names import safe_name
 from .references import complete_captions
 from .trainer import Fit, Step, fit
@@ -22,18 +23,24 @@ def train_concept(
     denoiser: Denoiser, library: Library, images: Tensor, name: str, trigger: str, class_noun: str = "",
     captions: list[str | None] | None = None, config: TrainingConfig | None = None,
     on_step: Callable[[Step], None] | None = None, replace_existing: bool = False,
+    checkpointing: Checkpointing | None = None,
 ) -> tuple[Concept, Fit]:  # fmt: skip
     """Train a concept on top of all that the library holds, and add it.
 
     images [n, height, width, 3] in 0..1.  captions: one for each image, None for the template.  An exception that
     `on_step` raises ends training: the concept is saved as it is then, and `Fit.stopped` holds the exception.
     With `replace_existing` a concept of this name is trained anew beside all others, and replaced only then.
+    A run that was stopped or killed goes on from its last checkpoint, to the same file as if it had not been; a
+    concept that was saved as it was then is replaced by the whole one.
     Raises UserError before any work for a name that is taken, a missing trigger and the like.
     """
     name, trigger = safe_name(name, "concept name"), trigger.strip()
     if not trigger:
         raise UserError("the trigger is empty: choose a rare word that calls the concept, such as 'ohwx'")
-    library.check_free(name, replace_existing)
+    checkpointing = checkpointing or Checkpointing()
+    checkpointing.validate()
+    unfinished = checkpointing.resume and library.unfinished(name)
+    library.check_free(name, replace_existing or unfinished)
     if images.ndim != 4 or len(images) == 0:
         raise UserError("no reference images: give at least one, eight or more are better")
     texts = complete_captions(captions or [None] * len(images), trigger, class_noun.strip())
@@ -46,11 +53,30 @@ def train_concept(
         library.keep_calibration(calibration)
     latents = denoiser.encode_images(images).cpu()
     others = [c for c in library.concepts() if c.name != name]
-    result = fit(denoiser, References(latents, texts, size), trigger, others, calibration, config, on_step)
+    run = _identity(library, name, images, texts, trigger, config)
+    checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
+    if not checkpointing.resume:
+        checkpoints.clear()
+    result = fit(denoiser, References(latents, texts, size), trigger, others, calibration, config, on_step, checkpoints)
     kept = slice(0, config.keep_latents)
     result.adapter.metadata = settings(config) | {"seqlora.steps_done": str(len(result.losses))}
     concept = Concept(
         name, trigger, class_noun.strip(), result.adapter, result.moments, result.bases, latents[kept], texts[kept]
     )  # fmt: skip
-    library.add(concept, replace_existing)
+    library.add(concept, replace_existing or unfinished)
+    if result.stopped is None:
+        checkpoints.clear()
     return concept, result
+
+
+def _identity(
+    library: Library, name: str, images: Tensor, texts: list[str], trigger: str, config: TrainingConfig
+) -> dict[str, str]:
+    """What must be the same for a run to be gone on with"""
+    return {
+        **{key: str(value) for key, value in asdict(config).items()},
+        "trigger": trigger,
+        "pictures": digest(images.float().contiguous().numpy().tobytes()),
+        "captions": digest(repr(texts).encode()),
+        "the state of the library": library.state(name),
+    }

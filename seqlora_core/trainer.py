@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -11,27 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import subspace
 from .adapter import Adapter, concatenate
 from .attach import Attachment, attached
 from .bilevel import Group, LowerLevel, UpperLevel, live_layers, mean_energy, to_adapter
 from .budget import Budget
 from .calibration import Calibration, record_moments
+from .checkpoint import Checkpoints, Progress
 from .concept import Concept, References
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser
 from .errors import UserError
 from .hypergradient import hypergradient, parse
-from .linalg import orthonormal_basis, project_out
 from .replay import Batch, Replay
-from .statistics import Moments, average
+from .start import others_moments, starting_groups
+from .statistics import Moments
 
 DAMPING = 1e-4  # added to the lower level's Hessian, which a network need not keep positive
 
 
 @dataclass
 class Step:
-    """What a fit reports after each step."""
+    """What a fit reports after each step; seconds: since the first step, estimated if the run was resumed."""
 
     number: int
     total: int
@@ -57,12 +58,14 @@ class Fit:
 
 def fit(
     denoiser: Denoiser, references: References, trigger: str, earlier: list[Concept], calibration: Calibration,
-    config: TrainingConfig, on_step: Callable[[Step], None] | None = None,
+    config: TrainingConfig, on_step: Callable[[Step], None] | None = None, checkpoints: Checkpoints | None = None,
 ) -> Fit:  # fmt: skip
     """Train one concept.
 
     An exception raised by `on_step` ends the loop and is handed back in `Fit.stopped` beside what was trained so
-    far; it is the caller's to raise again.  Raises UserError for bad options and for a loss that is not finite.
+    far; it is the caller's to raise again.  With `checkpoints` the run goes on after the last of them, to the same
+    end as if it had never stopped; one is written every so often, and one when the run is stopped.  A checkpoint that
+    cannot be written stops the run.  Raises UserError for bad options and for a loss that is not finite.
     """
     config.validate()
     device, sites = denoiser.device, denoiser.sites()
@@ -82,9 +85,11 @@ def fit(
     if config.drift_budget and config.replay_weight:
         budget = Budget(config.drift_budget, replay.base_loss(), config.planned)
     result = Fit(Adapter({}), {}, seen, notes=notes)
+    progress = Progress(groups, lower, upper, generator, objective, budget, result)
+    done = progress.resume(checkpoints) if checkpoints else 0
     start = time.perf_counter()
     with attached(sites, attachment):
-        for number in range(1, config.steps + 1):
+        for number in range(done + 1, config.steps + 1):
             on = active.switch(attachment, generator)
             upper_turn = bool(config.lower_steps) and number % (config.lower_steps + 1) == 0
             objective.replays = number % config.replay_every == 0
@@ -102,14 +107,19 @@ def fit(
             result.losses.append(terms.error)
             result.energies.append(terms.energy)
             result.weights.append(objective.weight)
-            if on_step is not None:
-                attachment.live, attachment.frozen = {}, {}  # whatever is drawn now is drawn by the bare model
-                seconds = time.perf_counter() - start
-                try:
+            attachment.live, attachment.frozen = {}, {}  # whatever is drawn now is drawn by the bare model
+            seconds = (time.perf_counter() - start) * number / (number - done)
+            try:
+                if checkpoints and checkpoints.due(number):
+                    checkpoints.save(number, progress.state())
+                if on_step is not None:
                     on_step(Step(number, config.steps, terms.error, terms.energy, seconds, lambda: to_adapter(groups)))
-                except BaseException as stop:  # noqa: BLE001 - a cancel may be any exception; what is trained is kept
-                    result.stopped = stop
-                    break
+            except BaseException as stop:  # noqa: BLE001 - a cancel may be any exception; what is trained is kept
+                result.stopped = stop
+                break
+        if checkpoints and result.stopped is not None:
+            with contextlib.suppress(UserError):  # of a full disk, which may be what stopped it
+                checkpoints.save(len(result.losses), progress.state())
     result.adapter = to_adapter(groups).to("cpu")
     result.bases = {n: b.detach().cpu().clone() for g in groups for n, b in zip(g.names, g.basis)}
     result.moments = record_moments(denoiser, references.latents, prompts, result.adapter, seed=config.seed)
@@ -191,53 +201,6 @@ def _gradients(objective: Objective, groups: list[Group], upper_turn: bool, conf
 def schedule(number: int, total: int) -> float:
     """Share of the learning rate at step `number` (from 1): whole for the first half, then linearly to zero."""
     return min(1.0, 2 * (1 - (number - 1) / total))
-
-
-def others_moments(general: Moments, decoy: Moments | None, earlier: list[Concept], config: TrainingConfig) -> Moments:
-    """What the concept must leave alone: generic inputs, decoys, and earlier concepts' own inputs."""
-    total = general if decoy is None else average([general, decoy])
-    protected = average(c.moments for c in earlier)
-    if protected is not None and config.protection:
-        total = total.plus(protected, config.protection)
-    return total
-
-
-def starting_groups(denoiser, seen, others, earlier, calibration, config, generator) -> tuple[list[Group], list[str]]:
-    """Groups of layers of one shape, with the concept's first basis and lora_up = 0."""
-    device, parts, notes = denoiser.device, {}, []
-    for site in denoiser.sites():
-        moment = calibration.moments[site.name]
-        if config.whitened:
-            metric = subspace.Metric.of(moment)
-        else:
-            eye = torch.eye(site.in_features)
-            metric = subspace.Metric(eye, eye)
-        rank, taken, shared = min(config.rank, site.in_features), None, 0
-        if config.orthogonal:
-            rank = subspace.rank_limit(site.in_features, config.planned, rank)
-            held = [c.bases[site.name] for c in earlier if site.name in c.bases]
-            taken, shared = subspace.occupied_basis(held, rank)
-        if shared:
-            notes.append(f"{site.name} is full: the {shared} least used directions of earlier concepts are shared")
-        if config.data_start:
-            basis = subspace.data_driven_basis(seen[site.name], metric, rank, taken)
-        else:
-            random = torch.randn(site.in_features, rank, generator=generator)
-            basis = orthonormal_basis(project_out(random, taken))
-        scale = 1 / site.weight_energy(moment.to(device)).clamp_min(1e-12)
-        columns = 0 if taken is None else taken.shape[1]
-        key = (site.in_features, site.out_features, rank, columns)
-        white_others = metric.white @ others[site.name] @ metric.white
-        parts.setdefault(key, []).append((site.name, basis, metric.white, white_others, scale.cpu(), taken))
-    groups = []
-    for (_, out, rank, columns), layers in parts.items():
-        names, bases, whites, moments, scales, takens = zip(*layers)
-        stack = [torch.stack(t).to(device) for t in (bases, whites, moments, scales)]
-        basis = stack[0].requires_grad_(config.learn_basis)
-        up = torch.zeros(len(names), out, rank, device=device, requires_grad=True)
-        taken = torch.stack(takens).to(device) if columns else None
-        groups.append(Group(list(names), up, basis, stack[1], stack[2], stack[3], taken))
-    return groups, notes
 
 
 class _Earlier:

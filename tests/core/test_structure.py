@@ -18,6 +18,7 @@ LAYERS = [
     {"bilevel", "hypergradient", "plots", "lora_moments"},
     {"concept", "config"},
     {"replay", "budget"},
+    {"start", "checkpoint"},
     {"trainer"},
     {"library", "ordinary"},
     {"teach", "preview", "editing"},

@@ -1,0 +1,132 @@
+"""A run that was stopped goes on as if it had not been; what it was begun with is held."""
+
+import os
+import shutil
+
+import pytest
+
+from seqlora_core.adapter import load_adapter
+from seqlora_core.checkpoint import SUFFIX
+from seqlora_core.config import Checkpointing, TrainingConfig
+from seqlora_core.errors import UserError
+from seqlora_core.library import Library
+from seqlora_core.teach import train_concept
+
+STEPS = 6
+QUICK = {"use_decoys": False, "replay_batch": 4, "batch": 2}
+
+
+@pytest.fixture
+def begin(library, tmp_path):
+    """Function that copies the library of three concepts, for a fourth."""
+
+    def make(name):
+        shutil.copytree(library.folder, tmp_path / name)
+        return Library(tmp_path / name)
+
+    return make
+
+
+def train(model, library, subject, config=None, stop_at=None, images=None, **checkpointing):
+    def on_step(step):
+        if step.number == stop_at:
+            raise KeyboardInterrupt
+
+    return train_concept(
+        model, library, subject.images if images is None else images, "new", subject.trigger, subject.class_noun,
+        subject.references.captions, config or TrainingConfig(steps=STEPS, **QUICK), on_step, checkpointing=Checkpointing(**checkpointing),
+    )  # fmt: skip
+
+
+def contents(library):
+    return [path.read_bytes() for path in library.paths("new")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, QUICK | {"drift_budget": 0.0, "replay_weight": 0.0}, QUICK | {"lower_steps": 1, "data_start": False}],
+    ids=["default", "no_replay", "apart"],
+)
+def test_a_resumed_run_ends_in_the_same_bytes(model, subjects, begin, options):
+    config = TrainingConfig(steps=STEPS, **options)
+    whole, stopped = begin("whole"), begin("stopped")
+    _, straight = train(model, whole, subjects["octopus"], config)
+    _, first = train(model, stopped, subjects["octopus"], config, stop_at=3)
+    assert isinstance(first.stopped, KeyboardInterrupt) and len(first.losses) == 3
+    kept = load_adapter(stopped.paths("new")[0])
+    assert kept.metadata["seqlora.steps_done"] == "3" and contents(stopped) != contents(whole)
+    again = Library(stopped.folder)
+    _, second = train(model, again, subjects["octopus"], config, stop_at=5)
+    _, third = train(model, Library(stopped.folder), subjects["octopus"], config)
+    assert third.losses == straight.losses and third.weights == straight.weights and third.energies == straight.energies
+    assert contents(stopped) == contents(whole)
+    assert Library(stopped.folder).names == ["octopus", "penguin", "fox", "new"]
+    assert not stopped.checkpoints("new").exists()
+
+
+def test_the_last_checkpoints_are_kept_until_the_concept_is_whole(model, subjects, begin):
+    library, seen = begin("l"), []
+
+    def on_step(step):
+        seen.append(sorted(p.name for p in library.checkpoints("new").glob("*")))
+
+    s = subjects["octopus"]
+    train_concept(
+        model, library, s.images, "new", s.trigger, s.class_noun, s.references.captions, TrainingConfig(steps=7, **QUICK), on_step,
+        checkpointing=Checkpointing(every=2, keep=2),
+    )  # fmt: skip
+    assert seen[0] == [] and seen[1] == [f"step-000002{SUFFIX}"]
+    assert seen[6] == [f"step-000004{SUFFIX}", f"step-000006{SUFFIX}"]
+    assert not library.checkpoints("new").exists()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(model, subjects, begin):
+    library, whole = begin("l"), begin("whole")
+    train(model, whole, subjects["octopus"])
+    train(model, library, subjects["octopus"], stop_at=5, every=2)
+    newest = max(library.checkpoints("new").glob("*"))
+    assert "000005" in newest.name
+    newest.write_bytes(newest.read_bytes()[:2000])
+    train(model, library, subjects["octopus"])
+    assert contents(library) == contents(whole)
+
+
+@pytest.mark.parametrize("change", ["learning_rate", "steps", "pictures", "library"])
+def test_a_run_begun_otherwise_is_not_gone_on_with(model, subjects, begin, change):
+    library, s = begin("l"), subjects["octopus"]
+    train(model, library, s, stop_at=3)
+    options, images = {"steps": STEPS, **QUICK}, s.images
+    if change == "library":
+        library.remove("penguin")
+        change = "the state of the library"
+    elif change == "pictures":
+        images = s.images.flip(0)
+    else:
+        options[change] = {"learning_rate": 1e-4, "steps": 7}[change]
+    before = contents(library)
+    with pytest.raises(UserError, match=f"unfinished run of 'new'.* step 3, began with {change} .*start anew") as caught:
+        train(model, library, s, TrainingConfig(**options), images=images)
+    assert "\n" not in str(caught.value) and contents(library) == before
+    _, fit = train_concept(
+        model, library, images, "new", s.trigger, s.class_noun, s.references.captions, TrainingConfig(**options),
+        replace_existing=True, checkpointing=Checkpointing(resume=False),
+    )  # fmt: skip
+    assert len(fit.losses) == options["steps"]
+
+
+def test_a_full_disk_stops_the_run_with_one_sentence_and_leaves_the_last_checkpoint(model, subjects, begin, monkeypatch):
+    library, replace, writes = begin("l"), os.replace, []
+
+    def full(source, target):
+        writes.append(str(target))
+        if str(target).endswith(SUFFIX) and len([w for w in writes if w.endswith(SUFFIX)]) > 1:
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    _, fit = train(model, library, subjects["octopus"], every=2)
+    monkeypatch.undo()
+    assert isinstance(fit.stopped, UserError) and "No space left on device" in str(fit.stopped) and len(fit.losses) == 4
+    assert [p.name for p in library.checkpoints("new").glob("*")] == [f"step-000002{SUFFIX}"]
+    _, fit = train(model, library, subjects["octopus"])
+    assert len(fit.losses) == STEPS and not library.checkpoints("new").exists()
