@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..seqlora_core.composition import MODES
-from ..seqlora_core.interference import interference_report
+from ..seqlora_core.report import interference_report
 from .comfy_denoiser import apply_adapter
 from .loading import compose_stack
 from .types import CATEGORY, StackType

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.interference import interference_report
 from ..seqlora_core.plots import crosstalk_picture
+from ..seqlora_core.report import interference_report
 from .loading import load_concepts
 from .types import CATEGORY, StackType
 

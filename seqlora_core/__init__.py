@@ -7,8 +7,8 @@ from .composition import compose
 from .concept import Concept
 from .config import TrainingConfig
 from .errors import UserError
-from .interference import interference_report
 from .library import Library
+from .report import interference_report
 from .teach import train_concept
 
 __all__ = ["Concept", "Library", "TrainingConfig", "UserError", "compose", "interference_report", "train_concept"]

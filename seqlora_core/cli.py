@@ -65,9 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub = command(name, text)
         sub.add_argument("adapters", nargs="*", metavar="ADAPTER[:STRENGTH]", help="LoRA files (or give --library)")
         sub.add_argument("--output", type=Path, required=name == "stack")
-        if name == "stack":
-            sub.add_argument("--mode", default="sum", choices=["sum", "weights", "data"])
-            sub.add_argument("--amount", type=float, default=1.0, help="of the projection, 0..1")
+        sub.add_argument("--mode", default="sum", choices=["sum", "weights", "data"])
+        sub.add_argument("--amount", type=float, default=1.0, help="of the projection, 0..1")
 
     sample = command("sample", "draw prompts")
     sample.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -180,7 +179,7 @@ def _train(args):
 
 
 def _adapters(items: list[str], library: Path | None):
-    """(name, adapter, strength, moments or None) of files or of a whole library, and the library's calibration"""
+    """(name, adapter, strength, moments or None) of files or of a whole library, and what the base model sees"""
     from .adapter import load_adapter
     from .library import Library, read_statistics
     from .lora_moments import kept_general, kept_moments
@@ -220,8 +219,6 @@ def _stack(args):
     from .composition import compose
 
     parts, general = _adapters(args.adapters, args.library)
-    if not 0 <= args.amount <= 1:
-        raise UserError(f"amount is {args.amount}: give a number from 0 to 1")
     moments = [m for *_, m in parts]
     known = None if any(m is None for m in moments) else moments
     composed = compose([a for _, a, *_ in parts], [s for _, _, s, _ in parts], args.mode, args.amount, known, general)
@@ -234,18 +231,24 @@ def _stack(args):
 def _report(args):
     from dataclasses import asdict
 
-    from .interference import interference_report
+    from .composition import project
+    from .report import interference_report
 
-    parts, _ = _adapters(args.adapters, args.library)
+    parts, general = _adapters(args.adapters, args.library)
     if not parts:
         raise UserError(f"the library {args.library} is empty: train a concept into it first")
-    moments = {n: m for n, *_, m in parts if m is not None}
-    report = interference_report({n: a.scaled(s) for n, a, s, _ in parts}, moments)
+    adapters, moments = {n: a for n, a, *_ in parts}, {n: m for n, *_, m in parts if m is not None}
+    if len(adapters) < len(parts):
+        raise UserError("two of the LoRA files have the same name: a report tells them apart by name, rename one")
+    known = list(moments.values()) if len(moments) == len(parts) else None
+    projected = project(list(adapters.values()), args.mode, args.amount, known, general)
+    report = interference_report(adapters, moments, [s for _, _, s, _ in parts], projected, args.mode)
     _say(args)(report.text())
     if args.output is not None and args.output.suffix.lower() == ".png":
-        from .plots import crosstalk_picture, to_pil
+        from .plots import to_pil
+        from .report_picture import report_picture
 
-        to_pil(crosstalk_picture(report)[0]).save(args.output)
+        to_pil(report_picture(report)[0]).save(args.output)
     elif args.output is not None:
         args.output.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False), encoding="utf-8")
     return asdict(report)
@@ -291,7 +294,8 @@ def _calibrate(args):
 
 def _calibrate_loras(args):
     from .adapter import load_adapter
-    from .lora_moments import general_calibration, keep_moments, kept_moments, see_trigger, trigger_of
+    from .lora_moments import general_calibration, keep_moments, kept_moments, see_trigger
+    from .triggers import trigger_of
 
     if args.trigger and len(args.trigger) != len(args.loras):
         raise UserError(f"{len(args.trigger)} triggers for {len(args.loras)} LoRAs: give one for each, in their order")

@@ -38,6 +38,8 @@ def project(
     """
     if mode not in MODES:
         raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
+    if not 0 <= amount <= 1:
+        raise UserError(f"amount is {amount}: give a number from 0 to 1")
     if mode == "weights":
         projected = gram_schmidt(adapters)
     elif mode == "data":

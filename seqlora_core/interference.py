@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, LayerDelta
 from .linalg import orthonormal_basis, principal_angles, ridge
+from .sketch import Sketch
 from .statistics import Moments
 
 
@@ -66,75 +66,58 @@ def sub_gaussian_bound(up: Tensor, down: Tensor, moment: Tensor, delta: float = 
     return math.sqrt(values.sum() + 2 * math.sqrt(values.square().sum() * t) + 2 * values.max() * t)
 
 
-@dataclass
-class Report:
-    """Interference of a stack, as data.
+def dense_energy(change: Tensor, moment: Tensor | Sketch) -> float:
+    """`E |C x|^2 = tr(C S C^T)` of a dense change C [out, in] on inputs of second moment S"""
+    if isinstance(moment, Sketch):
+        floor = moment.floor.to(change)
+        along = change @ moment.vectors.to(change)
+        return float((along.square() * (moment.values.to(change) - floor)).sum() + floor * change.square().sum())
+    return float(((change @ moment.to(change)) * change).sum())
 
-    crosstalk[i][j]: energy of concept i's change on concept j's inputs, divided by the energy of j's own change
-    on them; the diagonal is 1.  overlap[i][j]: shared input subspace as a multiple of chance (weights only).
+
+def energies(deltas: list[LayerDelta | None], moments: list[Tensor | Sketch | None]) -> Tensor:
+    """[i, j]: residual energy of change i on inputs of second moment j, in one layer; 0 where either is None.
+
+    Costs N^2 r d min(d, k) operations for N changes of rank r, k being the kept pairs of a sketch; sketches stay sketches.
     """
-
-    names: list[str]
-    crosstalk: list[list[float]] | None
-    overlap: list[list[float]]
-    worst: list[dict] = field(default_factory=list)
-    advice: list[str] = field(default_factory=list)
-
-    def text(self) -> str:
-        matrix, what = (self.crosstalk, "crosstalk (share of j's own effect that i adds on j's inputs)")
-        if matrix is None:
-            matrix, what = (self.overlap, "overlap of input subspaces, multiples of chance (from weights alone)")
-        width = max(len(n) for n in self.names)
-        lines = [what]
-        for name, row in zip(self.names, matrix):
-            lines.append(f"{name:>{width}}  " + " ".join(f"{v:7.3f}" for v in row))
-        return "\n".join(lines + self.advice)
-
-
-def interference_report(adapters: dict[str, Adapter], moments: dict[str, Moments] | None = None) -> Report:
-    """Who disturbs whom, before any picture is drawn.
-
-    adapters: name -> adapter with its strength applied.  moments: name -> second moments of the inputs that
-    concept sees; None (or a name missing) leaves only what the weights say.
-    """
-    names = list(adapters)
-    overlap = [[_mean_overlap(adapters[a], adapters[b]) for b in names] for a in names]
-    report = Report(names, None, overlap)
-    if moments and all(n in moments for n in names):
-        own = {n: max(adapter_energy(adapters[n], moments[n]), 1e-30) for n in names}
-        report.crosstalk = [[adapter_energy(adapters[i], moments[j]) / own[j] for j in names] for i in names]
-        pairs = [(report.crosstalk[i][j], i, j) for i in range(len(names)) for j in range(len(names)) if i != j]
-        for value, i, j in sorted(pairs, reverse=True)[:3]:
-            layer = max(adapters[names[i]].layers, key=lambda n: _layer_energy(adapters[names[i]], moments[names[j]], n))
-            report.worst.append({"source": names[i], "target": names[j], "crosstalk": value, "layer": layer})
-            if value > 0.25:
-                report.advice.append(
-                    f"{names[i]} adds {value:.0%} of {names[j]}'s own effect on {names[j]}'s inputs, most in {layer}: "
-                    f"lower {names[i]} to {max(0.1, round((0.25 / value) ** 0.5, 1))} or leave it out."
-                )
-    report.advice += _shared_triggers(adapters)
-    return report
+    out = torch.zeros(len(deltas), len(moments), dtype=torch.float64)
+    places = [i for i, d in enumerate(deltas) if d is not None]
+    if not places:
+        return out
+    widest = max(deltas[i].rank for i in places)
+    down = torch.stack([_padded(deltas[i].down, widest) for i in places])
+    grams = torch.stack([_padded(_padded(deltas[i].up.mT @ deltas[i].up, widest).mT, widest) for i in places])
+    plain = down @ down.mT
+    for j, moment in enumerate(moments):
+        if isinstance(moment, Sketch):
+            floor, along = moment.floor.to(down), down @ moment.vectors.to(down)
+            seen = (along * (moment.values.to(down) - floor)) @ along.mT + floor * plain
+        elif moment is not None:
+            seen = (down @ moment.to(down)) @ down.mT
+        else:
+            continue
+        out[places, j] = (grams * seen).sum((1, 2)).double()
+    return out
 
 
-def _layer_energy(adapter: Adapter, moments: Moments, name: str) -> float:
-    delta = adapter.layers[name]
-    return residual_energy(delta.up, delta.down, moments[name]).item() if name in moments.layers else 0.0
+def _padded(matrix: Tensor, rows: int) -> Tensor:
+    """The matrix with rows of zeros below, `rows` in all"""
+    return torch.cat([matrix, matrix.new_zeros(rows - matrix.shape[0], matrix.shape[1])])
 
 
-def _mean_overlap(first: Adapter, second: Adapter) -> float:
-    common = [n for n in first.layers if n in second.layers]
-    if not common:
-        return 0.0
-    return sum(subspace_overlap(first.layers[n].down, second.layers[n].down) for n in common) / len(common)
-
-
-def _shared_triggers(adapters: dict[str, Adapter]) -> list[str]:
-    owners: dict[str, list[str]] = {}
-    for name, adapter in adapters.items():
-        for trigger in adapter.triggers:
-            owners.setdefault(trigger.lower(), []).append(name)
-    return [
-        f"{' and '.join(names)} share the trigger {trigger!r}: one prompt word calls both, retrain one with its own."
-        for trigger, names in owners.items()
-        if len(names) > 1
-    ]
+def overlaps(deltas: list[LayerDelta | None]) -> Tensor:
+    """[i, j]: `subspace_overlap` of the lora_down of changes i and j, in one layer; nan where either is None."""
+    out = torch.full((len(deltas), len(deltas)), math.nan, dtype=torch.float64)
+    places = [i for i, d in enumerate(deltas) if d is not None]
+    if not places:
+        return out
+    bases = [orthonormal_basis(deltas[i].down.mT) for i in places]
+    ranks = torch.tensor([b.shape[1] for b in bases], dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(bases)), ranks.long())
+    cosines = (lambda q: q.mT @ q)(torch.cat(bases, 1)).double().square()
+    sums = torch.zeros(len(bases), cosines.shape[1], dtype=torch.float64).index_add_(0, owner, cosines)
+    sums = torch.zeros(len(bases), len(bases), dtype=torch.float64).index_add_(1, owner, sums)
+    less, more = torch.minimum(ranks[:, None], ranks), torch.maximum(ranks[:, None], ranks)
+    index = torch.tensor(places)
+    out[index[:, None], index] = sums / less * bases[0].shape[0] / more
+    return out

@@ -20,34 +20,7 @@ from .denoiser import Denoiser
 from .errors import UserError
 from .prompts import trigger_prompts
 from .statistics import Moments, moments_from_tensors
-
-
-def trigger_of(metadata: dict[str, str]) -> str:
-    """The words that call a LoRA, from its file's metadata; "" if it names none.
-
-    Ours with the class noun, then modelspec's, then kohya's: the tag that most captions share, or the training folder's
-    name after the number of repeats ("10_ohwx man") where there were no captions.
-    """
-    if metadata.get("seqlora.trigger"):
-        return f"{metadata['seqlora.trigger']} {metadata.get('seqlora.class_noun', '')}".strip()
-    if metadata.get("modelspec.trigger_phrase", "").strip():
-        return metadata["modelspec.trigger_phrase"].strip()
-    counts: dict[str, int] = {}
-    for tags in _parsed(metadata.get("ss_tag_frequency")).values():
-        for tag, count in tags.items() if isinstance(tags, dict) else ():
-            counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
-    if counts:
-        return max(counts, key=counts.get)
-    folders = [re.fullmatch(r"\d+_(.+)", name) for name in _parsed(metadata.get("ss_dataset_dirs"))]
-    return next((match[1].strip() for match in folders if match), "")
-
-
-def _parsed(text: str | None) -> dict:
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+from .triggers import json_object
 
 
 def lora_hash(path: Path) -> str:
@@ -80,7 +53,7 @@ def kept_moments(lora: Path, base: str | None = None) -> tuple[Moments, str] | N
     for path, on in sorted(fitting, key=lambda f: f[0].stat().st_mtime_ns, reverse=True):
         tensors, metadata = read_safetensors(path)
         if metadata.get("seqlora.lora") == lora_hash(lora):
-            return moments_from_tensors(tensors, _parsed(metadata.get("seqlora.shared"))), on
+            return moments_from_tensors(tensors, json_object(metadata.get("seqlora.shared"))), on
     return None
 
 

@@ -25,10 +25,14 @@ class Sketch:
 
     def dense(self) -> Tensor:
         """[d, d]"""
+        eye = torch.eye(len(self.vectors), dtype=self.vectors.dtype, device=self.vectors.device)
+        return (self.vectors * (self.values - self.floor)) @ self.vectors.mT + self.floor * eye
+
+    @property
+    def floor(self) -> Tensor:
+        """Energy in each direction outside V's span"""
         d, k = self.vectors.shape
-        floor = self.rest / max(1, d - k)
-        eye = torch.eye(d, dtype=self.vectors.dtype, device=self.vectors.device)
-        return (self.vectors * (self.values - floor)) @ self.vectors.mT + floor * eye
+        return self.rest / max(1, d - k)
 
     @property
     def missed(self) -> float:

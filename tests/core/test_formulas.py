@@ -12,7 +12,6 @@ from seqlora_core.composition import closed_form, compose, gram_schmidt, norm_co
 from seqlora_core.errors import UserError
 from seqlora_core.interference import (
     cross_energy,
-    interference_report,
     residual_energy,
     sub_gaussian_bound,
     subspace_overlap,
@@ -180,28 +179,6 @@ def test_compose_refuses_nonsense():
         compose([])
     with pytest.raises(UserError, match="statistics"):
         compose([Adapter({"l": delta(1)})], mode="data")
-
-
-def test_crosstalk_has_a_unit_diagonal_and_is_zero_for_disjoint_concepts():
-    g = moment_of(anisotropic(3))
-    metric = subspace.Metric.of(g, eps=1e-12)
-    both = orthonormal_basis(randn(4, IN, 2 * R))
-    adapters = {
-        n: Adapter({"l": LayerDelta(metric.down(b), randn(i, OUT, R))})
-        for i, (n, b) in enumerate(zip("ab", (both[:, :R], both[:, R:])))
-    }
-    # inputs of concept "a" lie along its own whitened basis only
-    x = randn(5, 100, R) @ both[:, :R].mT @ metric.unwhite
-    moments = {"a": Moments({"l": moment_of(x)}), "b": Moments({"l": moment_of(anisotropic(8))})}
-    report = interference_report(adapters, moments)
-    assert report.crosstalk[0][0] == report.crosstalk[1][1] == 1
-    assert report.crosstalk[1][0] < 1e-10
-    assert report.worst[0]["source"] == "a"
-
-
-def test_shared_triggers_are_told():
-    adapters = {n: Adapter({"l": delta(1)}, {"seqlora.trigger": "ohwx"}) for n in "ab"}
-    assert any("share the trigger 'ohwx'" in line for line in interference_report(adapters).advice)
 
 
 def test_overlap_is_a_multiple_of_chance():

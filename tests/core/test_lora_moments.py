@@ -18,9 +18,9 @@ from seqlora_core.lora_moments import (
     lora_hash,
     moments_path,
     see_trigger,
-    trigger_of,
 )
 from seqlora_core.statistics import Moments
+from seqlora_core.triggers import trigger_of
 
 BASE = "0123456789abcdef"
 

@@ -10,14 +10,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
 # a module may import modules of earlier lines only
 LAYERS = [
-    {"errors", "linalg", "prompts", "sketch", "tables"},
+    {"errors", "linalg", "prompts", "sketch", "tables", "triggers"},
     {"names", "adapter", "references"},
     {"attach"},
     {"denoiser", "statistics", "subspace"},
     {"interference", "composition", "calibration", "demo_model", "unet_model", "evaluation", "judge"},
-    {"bilevel", "hypergradient", "plots", "lora_moments"},
-    {"concept", "config"},
-    {"replay", "budget"},
+    {"bilevel", "hypergradient", "lora_moments", "report"},
+    {"concept", "config", "plots"},
+    {"replay", "budget", "report_picture"},
     {"start", "checkpoint"},
     {"trainer"},
     {"library", "ordinary"},

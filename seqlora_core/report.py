@@ -1,0 +1,229 @@
+"""Who disturbs whom in a stack, before a picture is drawn: a report as data and as text.  plots.py draws it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .interference import dense_energy, energies, overlaps
+from .statistics import Moments
+from .triggers import shared_triggers
+
+DISTURBED = 0.25  # of a concept's own effect, from which a pair is worth a word
+LEFT = 0.5  # of a concept's own energy, below which a projection is
+LISTED = 12  # concepts up to which the text shows the whole matrix
+PAIRS = 5  # worst pairs that are named
+LEAST = 1e-30
+
+
+@dataclass
+class Report:
+    """Interference of a stack, as data.  Rows disturb, columns are disturbed.
+
+    crosstalk[i][j]: energy of concept i's change on concept j's inputs, as a share of what j itself does there at strength
+    1; summed over layers.  None if not all moments are known.  overlap[i][j]: shared input directions as a multiple of
+    chance, mean over layers: from the weights alone.  *_after: the same with the projection `mode`; the share is of what j
+    does unprojected.  disturbance[j]: what the whole stack does to j's layers that j alone would not, as such a share.
+    energy_kept[i]: of i's own energy, on its own inputs (of its weights, without moments).
+    """
+
+    names: list[str]
+    crosstalk: list[list[float]] | None
+    overlap: list[list[float]]
+    mode: str = "sum"
+    crosstalk_after: list[list[float]] | None = None
+    overlap_after: list[list[float]] | None = None
+    disturbance: list[float] | None = None
+    disturbance_after: list[float] | None = None
+    energy_kept: list[float] | None = None
+    worst: list[dict] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def measured(self) -> bool:
+        """Whether it rests on moments, not on the weights alone"""
+        return self.crosstalk is not None
+
+    @property
+    def before(self) -> list[list[float]]:
+        return self.crosstalk if self.measured else self.overlap
+
+    @property
+    def after(self) -> list[list[float]] | None:
+        return self.crosstalk_after if self.measured else self.overlap_after
+
+    def text(self) -> str:
+        """The matrix of few concepts, or the most disturbed of many; the worst pairs; advice."""
+        what = "share of a concept's own effect that another adds on its inputs"
+        lines = [
+            f"crosstalk: {what}"
+            if self.measured
+            else "overlap of input directions, in multiples of chance (from weights alone)"
+        ]
+        width = max(len(n) for n in self.names)
+        if len(self.names) <= LISTED:
+            for title, matrix in (("as a plain sum", self.before), (f"with mode '{self.mode}'", self.after)):
+                if matrix is not None:
+                    lines.append(title if self.after is not None else "rows disturb, columns are disturbed")
+                    lines += [f"{n:>{width}}  " + " ".join(f"{v:7.3f}" for v in row) for n, row in zip(self.names, matrix)]
+        if self.measured:
+            lines.append("moved by all others together, the most first" + (f" -> with '{self.mode}'" if self.after else ""))
+            order = sorted(range(len(self.names)), key=lambda j: -self.disturbance[j])
+            for j in order[:LISTED]:
+                then = f" -> {percent(self.disturbance_after[j])}" if self.after else ""
+                lines.append(f"{self.names[j]:>{width}}  {percent(self.disturbance[j])}{then}")
+        for pair in self.worst:
+            then = "" if pair["after"] is None else f" -> {self._value(pair['after'])}"
+            layers = f", most in {', '.join(pair['layers'])}" if pair["layers"] else ""
+            lines.append(f"{pair['source']} on {pair['target']}: {self._value(pair['before'])}{then}{layers}")
+        return "\n".join(lines + self.advice)
+
+    def _value(self, value: float) -> str:
+        return percent(value) if self.measured else f"{value:.1f} x chance"
+
+
+def percent(value: float) -> str:
+    """A share as people read it: "<1%", "35%", "12 times" """
+    if value >= 10:
+        return f"{value:.0f} times"
+    return "<1%" if 0 < value < 0.005 else f"{value:.0%}"
+
+
+def interference_report(
+    adapters: dict[str, Adapter], moments: dict[str, Moments] | None = None, strengths: list[float] | None = None,
+    projected: list[Adapter] | None = None, mode: str = "sum",
+) -> Report:  # fmt: skip
+    """Who disturbs whom, before any picture is drawn.
+
+    adapters: name -> adapter at strength 1.  moments: name -> second moments of the inputs that concept sees; None (or
+    a name missing) leaves only what the weights say.  projected: the adapters as `composition.project` makes them with
+    `mode`, at strength 1.
+    """
+    names, plain = list(adapters), list(adapters.values())
+    strengths = [1.0] * len(names) if strengths is None else strengths
+    known = moments is not None and all(n in moments for n in names)
+    seen = [moments[n] for n in names] if known else None
+    before = _Sums(plain, plain, seen, strengths)
+    report = Report(names, None, before.overlap().tolist())
+    if known:
+        own = before.own()
+        report.crosstalk, report.disturbance = before.crosstalk(own), before.disturbance(own)
+    if projected is not None and mode != "sum":
+        after = _Sums(projected, plain, seen, strengths)
+        report.mode, report.overlap_after = mode, after.overlap().tolist()
+        report.energy_kept = (after.own() / before.own()).tolist()
+        if known:
+            report.crosstalk_after, report.disturbance_after = after.crosstalk(own), after.disturbance(own)
+    report.worst = _worst(report, before)
+    report.advice = _advice(report, strengths)
+    report.advice += [
+        f"{' and '.join(called[:4])}{' and others' if len(called) > 4 else ''} share the trigger {words!r}: "
+        "one prompt word calls them all, give each its own."
+        for words, called in shared_triggers({n: a.metadata for n, a in adapters.items()})
+    ]
+    missing = [n for n in names if moments and n not in moments]
+    if missing:
+        report.advice.append(f"no moments of {', '.join(missing[:4])}: calibrate to see what is really disturbed.")
+    return report
+
+
+class _Sums:
+    """What a report needs of one stack, added up layer by layer.
+
+    stack: adapters at strength 1, projected or not; plain: the same unprojected; moments: of each one's inputs, or None.
+    """
+
+    def __init__(self, stack: list[Adapter], plain: list[Adapter], moments: list[Moments] | None, strengths: list[float]):
+        self.layers = list(dict.fromkeys(n for a in plain for n in a.layers))
+        self.square = torch.tensor(strengths, dtype=torch.float64).square()[:, None]
+        self.energies, self.alike = [], []  # of each layer, [N, N]
+        self.weights = torch.zeros(len(stack), dtype=torch.float64)
+        self.moved = torch.zeros(len(stack), dtype=torch.float64)
+        for name in self.layers:
+            deltas, own = [a.layers.get(name) for a in stack], [a.layers.get(name) for a in plain]
+            self.alike.append(overlaps(deltas))
+            self.weights += torch.tensor([0.0 if d is None else float(d.energy()) for d in deltas], dtype=torch.float64)
+            if moments is not None:
+                seen = [m.layers.get(name) for m in moments]
+                self.energies.append(energies(deltas, seen))
+                whole = sum(s * d.dense() for d, s in zip(deltas, strengths) if d is not None)
+                for j, moment in enumerate(seen):
+                    if moment is not None:
+                        alone = 0 if own[j] is None else strengths[j] * own[j].dense()
+                        self.moved[j] += dense_energy(whole - alone, moment)
+
+    def own(self) -> Tensor:
+        """Energy of each on its own inputs; of its weights, where no moments are known"""
+        return (sum(self.energies).diagonal() if self.energies else self.weights).clamp_min(LEAST)
+
+    def crosstalk(self, own: Tensor) -> list[list[float]]:
+        return (self.square * sum(self.energies) / own).tolist()
+
+    def disturbance(self, own: Tensor) -> list[float]:
+        return (self.moved / own).tolist()
+
+    def overlap(self) -> Tensor:
+        return torch.stack(self.alike).nanmean(0).nan_to_num(0.0)
+
+    def causes(self, source: int, target: int) -> list[str]:
+        """The layers that cause most of a pair's figure: as few as make half of it, at most three"""
+        tables = self.energies or self.alike
+        values = torch.stack([t[source, target] for t in tables]).nan_to_num(0.0)
+        order = values.argsort(descending=True)
+        shares = values[order].cumsum(0) / values.sum().clamp_min(LEAST)
+        count = min(3, int((shares < 0.5).sum()) + 1)
+        return [self.layers[i].removeprefix("diffusion_model.").removeprefix("lora_unet_") for i in order[:count].tolist()]
+
+
+def _worst(report: Report, before: _Sums) -> list[dict]:
+    """The pairs with the largest figures: as a plain sum, since that is what a projection has to repair"""
+    matrix, names = torch.tensor(report.before), report.names
+    matrix.fill_diagonal_(-1)
+    if not report.measured:
+        matrix = matrix.triu()  # an overlap has no direction
+    out = []
+    for index in matrix.flatten().argsort(descending=True, stable=True)[:PAIRS].tolist():
+        i, j = divmod(index, len(names))
+        if matrix[i, j] > 0:
+            then = None if report.after is None else report.after[i][j]
+            pair = {"source": names[i], "target": names[j], "before": report.before[i][j], "after": then}
+            out.append(pair | {"layers": before.causes(i, j)})
+    return out
+
+
+def _advice(report: Report, strengths: list[float]) -> list[str]:
+    """A sentence for each thing that is worth doing, the most useful first"""
+    if not report.measured:
+        return ["the weights alone tell who reads the same directions, not who is disturbed: calibrate the LoRAs to see that."]
+    out, now = [], report.disturbance_after or report.disturbance
+    worst = max(range(len(now)), key=lambda j: now[j])
+    if report.after is not None and report.disturbance[worst] > DISTURBED:
+        out.append(
+            f"the others move {report.names[worst]} by {percent(report.disturbance[worst])} of its own effect as a plain sum, "
+            f"by {percent(now[worst])} with mode '{report.mode}'."
+        )
+    elif now[worst] > DISTURBED:
+        out.append(
+            f"the others move {report.names[worst]} by {percent(now[worst])} of its own effect: Apply Stack's mode 'data' takes "
+            "most of that away."
+        )
+    for pair in report.worst[:3]:
+        value = pair["before"] if pair["after"] is None else pair["after"]
+        if value > DISTURBED:
+            strength = strengths[report.names.index(pair["source"])]
+            lower = abs(strength) * (DISTURBED / value) ** 0.5
+            what = f"lower {pair['source']} to {lower:.1f} or leave it out" if lower >= 0.15 else f"leave {pair['source']} out"
+            out.append(
+                f"{pair['source']} moves {pair['target']} by {percent(value)} of its own effect, most in {pair['layers'][0]}: {what}."
+            )
+    weak = [(kept, name) for name, kept in zip(report.names, report.energy_kept or []) if kept < LEFT]
+    if weak:
+        kept, name = min(weak)
+        more = f" ({len(weak)} are below {LEFT:.0%})" if len(weak) > 1 else ""
+        out.append(
+            f"mode '{report.mode}' leaves {kept:.0%} of {name}'s own energy{more}: raise its strength, or leave out what it is like."
+        )
+    return out

@@ -1,0 +1,53 @@
+"""The words that call a LoRA in a prompt, as its file's metadata has them, and which LoRAs share some."""
+
+from __future__ import annotations
+
+import json
+import re
+
+
+def trigger_of(metadata: dict[str, str]) -> str:
+    """The words that call a LoRA; "" if its file names none.
+
+    Ours with the class noun, then modelspec's, then kohya's: the tag that most captions share, or the training folder's
+    name after the number of repeats ("10_ohwx man") where there were no captions.
+    """
+    if metadata.get("seqlora.trigger"):
+        return f"{metadata['seqlora.trigger']} {metadata.get('seqlora.class_noun', '')}".strip()
+    if metadata.get("modelspec.trigger_phrase", "").strip():
+        return metadata["modelspec.trigger_phrase"].strip()
+    counts: dict[str, int] = {}
+    for tags in json_object(metadata.get("ss_tag_frequency")).values():
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+    if counts:
+        return max(counts, key=counts.get)
+    folders = [re.fullmatch(r"\d+_(.+)", name) for name in json_object(metadata.get("ss_dataset_dirs"))]
+    return next((match[1].strip() for match in folders if match), "")
+
+
+def json_object(text: str | None) -> dict:
+    """The object that a metadata text holds; empty if it is none"""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def shared_triggers(metadata: dict[str, dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """Triggers that call more than one of the named LoRAs: (the words, their names).
+
+    A trigger of ours is its rare word; of others' LoRAs the whole phrase, which also calls those whose phrase holds it.
+    """
+    words: dict[str, frozenset[str]] = {}
+    for name, values in metadata.items():
+        phrase = values.get("seqlora.trigger") or trigger_of(values)
+        if phrase:
+            words[name] = frozenset(re.findall(r"\w+", phrase.lower()))
+    out = []
+    for phrase in dict.fromkeys(words.values()):
+        called = [name for name, own in words.items() if phrase and phrase <= own]
+        if len(called) > 1:
+            out.append((" ".join(sorted(phrase)), called))
+    return out

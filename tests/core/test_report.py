@@ -1,0 +1,166 @@
+"""The report's figures against their plain definitions, in float64; its words; its pictures."""
+
+import math
+
+import pytest
+import torch
+
+from seqlora_core.adapter import Adapter, LayerDelta
+from seqlora_core.composition import project
+from seqlora_core.interference import dense_energy, energies, overlaps, residual_energy, subspace_overlap
+from seqlora_core.linalg import orthonormal_basis
+from seqlora_core.report import Report, interference_report, percent
+from seqlora_core.report_picture import report_picture
+from seqlora_core.sketch import sketch
+from seqlora_core.statistics import Moments
+from seqlora_core.subspace import Metric
+from seqlora_core.triggers import shared_triggers
+
+from .test_formulas import IN, OUT, R, anisotropic, delta, moment_of, randn
+
+
+def stack_of(count, layers=("l", "m")):
+    """Adapters of unlike ranks, and what each sees"""
+    adapters, moments = {}, {}
+    for i in range(count):
+        rank = 1 + i % R
+        adapters[f"c{i}"] = Adapter(
+            {n: LayerDelta(randn(i + 70 * k, rank, IN), randn(i + 9 * k, OUT, rank)) for k, n in enumerate(layers)}
+        )
+        moments[f"c{i}"] = Moments({n: moment_of(anisotropic(20 + i + 40 * k)) for k, n in enumerate(layers)})
+    return adapters, moments
+
+
+@pytest.mark.parametrize("how", ["dense", "sketched"])
+def test_energies_of_all_pairs_equal_those_of_each(how):
+    deltas = [LayerDelta(randn(i, 1 + i, IN), randn(i + 9, OUT, 1 + i)) for i in range(3)] + [None]
+    moments = [moment_of(anisotropic(i)) for i in range(3)] + [None]
+    given = [m if m is None or how == "dense" else sketch(m, 0.9, 5) for m in moments]
+    plain = [m if m is None or how == "dense" else g.dense().double() for m, g in zip(moments, given)]
+    found = energies(deltas, given)
+    for i in range(3):
+        for j in range(3):
+            exact = residual_energy(deltas[i].up, deltas[i].down, plain[j]).item()
+            assert found[i, j].item() == pytest.approx(exact, rel=1e-5 if how == "sketched" else 1e-10)
+            assert dense_energy(deltas[i].dense(), given[j]) == pytest.approx(exact, rel=1e-5 if how == "sketched" else 1e-10)
+    assert (found[3] == 0).all() and (found[:, 3] == 0).all()
+
+
+def test_overlaps_of_all_pairs_equal_those_of_each():
+    deltas = [LayerDelta(randn(i, 1 + i, IN), randn(i + 9, OUT, 1 + i)) for i in range(3)] + [None]
+    found = overlaps(deltas)
+    for i in range(3):
+        for j in range(3):
+            assert found[i, j].item() == pytest.approx(subspace_overlap(deltas[i].down, deltas[j].down), rel=1e-6)
+    assert found[3].isnan().all()
+
+
+def test_crosstalk_and_disturbance_are_shares_of_the_concepts_own_effect():
+    adapters, moments = stack_of(3)
+    strengths = [1.0, 0.5, -2.0]
+    plain = list(adapters.values())
+    projected = project(plain, "data", 1.0, list(moments.values()))
+    report = interference_report(adapters, moments, strengths, projected, "data")
+    own = [sum(residual_energy(d.up, d.down, moments[n][k]) for k, d in a.layers.items()) for n, a in adapters.items()]
+    for j, target in enumerate(adapters):
+        for i in range(3):
+            for stack, matrix in ((plain, report.crosstalk), (projected, report.crosstalk_after)):
+                energy = sum(residual_energy(d.up, d.down, moments[target][k]) for k, d in stack[i].layers.items())
+                assert matrix[i][j] == pytest.approx(float(strengths[i] ** 2 * energy / own[j]), rel=1e-9)
+        for stack, moved in ((plain, report.disturbance), (projected, report.disturbance_after)):
+            total = 0.0
+            for k in ("l", "m"):
+                change = (
+                    sum(s * a.layers[k].dense() for s, a in zip(strengths, stack)) - strengths[j] * plain[j].layers[k].dense()
+                )
+                total += torch.trace(change @ moments[target][k] @ change.mT)
+            assert moved[j] == pytest.approx(float(total / own[j]), rel=1e-9)
+        kept = sum(residual_energy(d.up, d.down, moments[target][k]) for k, d in projected[j].layers.items())
+        assert report.energy_kept[j] == pytest.approx(float(kept / own[j]), rel=1e-9)
+
+
+def test_disjoint_concepts_do_not_disturb():
+    metric = Metric.of(moment_of(anisotropic(3)), eps=1e-12)
+    both = orthonormal_basis(randn(4, IN, 2 * R))
+    adapters = {
+        n: Adapter({"l": LayerDelta(metric.down(b), randn(i, OUT, R))})
+        for i, (n, b) in enumerate(zip("ab", (both[:, :R], both[:, R:])))
+    }
+    # inputs of concept "a" lie along its own whitened basis only
+    x = randn(5, 100, R) @ both[:, :R].mT @ metric.unwhite
+    report = interference_report(adapters, {"a": Moments({"l": moment_of(x)}), "b": Moments({"l": moment_of(anisotropic(8))})})
+    assert report.crosstalk[0][0] == report.crosstalk[1][1] == 1 and report.crosstalk[1][0] < 1e-10
+    assert report.worst[0]["source"] == "a" and report.disturbance[0] < 1e-10
+
+
+def test_layers_that_only_some_concepts_have():
+    adapters = {"a": Adapter({"l": delta(1)}), "b": Adapter({"l": delta(2), "m": delta(3)})}
+    moments = {n: Moments({"l": moment_of(anisotropic(1))}) for n in "ab"}
+    report = interference_report(adapters, moments)
+    assert report.crosstalk[0][0] == 1 and math.isfinite(report.crosstalk[1][0])
+
+
+def test_the_cause_of_a_pair_is_the_layer_that_makes_most_of_it():
+    adapters, moments = stack_of(2)
+    adapters["c0"].layers["m"] = LayerDelta(adapters["c0"].layers["m"].down, 20 * adapters["c0"].layers["m"].up)
+    pair = next(p for p in interference_report(adapters, moments).worst if p["source"] == "c0")
+    assert pair["layers"] == ["m"]
+
+
+def test_advice_names_the_strength_at_which_a_pair_is_quiet():
+    down, up, moment = randn(1, R, IN), randn(2, OUT, R), moment_of(anisotropic(3))
+    adapters = {"quiet": Adapter({"l": LayerDelta(down, 0.1 * up)}), "loud": Adapter({"l": LayerDelta(down, up / 10 * 1.25)})}
+    report = interference_report(adapters, {n: Moments({"l": moment}) for n in adapters})
+    line = next(a for a in report.advice if a.startswith("loud moves quiet"))
+    assert (
+        report.crosstalk[1][0] == pytest.approx(1.5625) and "by 156% of its own effect" in line and "lower loud to 0.4" in line
+    )
+    lowered = interference_report(adapters, {n: Moments({"l": moment}) for n in adapters}, [1.0, 0.39])
+    assert lowered.crosstalk[1][0] == pytest.approx(1.5625 * 0.39**2)
+    assert not any(a.startswith("loud moves") for a in lowered.advice)
+
+
+def test_from_weights_alone_it_says_so_and_counts_in_multiples_of_chance():
+    adapters, moments = stack_of(3)
+    for known in (None, {"c0": moments["c0"]}):
+        report = interference_report(adapters, known, projected=project(list(adapters.values()), "weights"), mode="weights")
+        assert report.crosstalk is None and not report.measured and "multiples of chance" in report.text()
+        assert report.overlap[0][1] == pytest.approx(
+            sum(subspace_overlap(adapters["c0"].layers[k].down, adapters["c1"].layers[k].down) for k in "lm") / 2
+        )
+        assert report.overlap_after[0][1] < 1e-9 and 0 <= report.energy_kept[2] < 1 + 1e-9
+        assert any("calibrate" in line for line in report.advice)
+    assert "no moments of c1, c2" in report.text()
+
+
+def test_shared_triggers():
+    ours = {n: {"seqlora.trigger": "ohwx", "seqlora.class_noun": "cat"} for n in "ab"}
+    assert shared_triggers(ours) == [("ohwx", ["a", "b"])]
+    nouns = {"a": {"modelspec.trigger_phrase": "ohwx man"}, "b": {"modelspec.trigger_phrase": "sks man"}}
+    assert shared_triggers(nouns) == []
+    assert shared_triggers(nouns | {"c": {"modelspec.trigger_phrase": "OHWX"}}) == [("ohwx", ["a", "c"])]
+    assert shared_triggers({"a": {}, "b": {}}) == []
+    adapters = {n: Adapter({"l": delta(1)}, m) for n, m in ours.items()}
+    assert any("a and b share the trigger 'ohwx'" in line for line in interference_report(adapters).advice)
+
+
+def test_text_of_many_concepts_stays_short():
+    matrix = [[1.0 if i == j else 0.01 * i for j in range(101)] for i in range(101)]
+    names = [f"concept_{i}" for i in range(101)]
+    text = Report(names, matrix, matrix, disturbance=[float(i) for i in range(101)]).text()
+    assert len(text.splitlines()) < 30 and max(map(len, text.splitlines())) < 120
+    assert "concept_100  100 times" in text
+
+
+def test_percent_reads_well():
+    assert [percent(v) for v in (0, 0.001, 0.014, 1.5, 12.3)] == ["0%", "<1%", "1%", "150%", "12 times"]
+
+
+@pytest.mark.parametrize("count, mode", [(1, "sum"), (2, "data"), (26, "weights")])
+def test_pictures_fit_a_preview(count, mode):
+    adapters, moments = stack_of(count)
+    projected = project(list(adapters.values()), mode, 1.0, list(moments.values()))
+    for known in (moments, None):
+        picture = report_picture(interference_report(adapters, known, None, projected, mode))
+        assert picture.ndim == 4 and picture.shape[2] == 840 and 400 < picture.shape[1] < 1400
+        assert 0.2 < picture.mean() < 0.99 and picture.std() > 0.05
