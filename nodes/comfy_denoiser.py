@@ -23,9 +23,11 @@ from ..seqlora_core.attach import Site
 from ..seqlora_core.demo_model import CLIP_SIZE, CONTEXT_LENGTH
 from ..seqlora_core.denoiser import Conditioning, fingerprint
 from ..seqlora_core.errors import UserError
+from ..seqlora_core.metadata import Base
 
 # attention projections of every family: q, k, v, out, fused or not; modulation and norms are no adapter's place
 _ATTENTION = re.compile(r"attn|attention")
+_FAMILIES = {"SDXL": "sdxl", "SD3": "sd3", "Flux": "flux", "Lumina2": "lumina2", "QwenImage": "qwen_image"}
 _NOT_ADAPTED = re.compile(r"mod|norm|adaln|embed", re.IGNORECASE)
 
 
@@ -144,6 +146,16 @@ class ComfyDenoiser:
 
     def fingerprint(self) -> str:
         return fingerprint(self.sites())
+
+    def about(self) -> Base:
+        """Without a file: a MODEL link does not say where it was loaded from"""
+        kind = type(self.base).__name__
+        velocity = isinstance(self._sampling, comfy.model_sampling.V_PREDICTION)
+        noise = isinstance(self._sampling, comfy.model_sampling.EPS) and not velocity
+        if kind == "BaseModel":  # SD1 and SD2, told apart by their text encoders' widths
+            wide = self.base.model_config.unet_config.get("context_dim") == 1024
+            kind = ("sd2_v" if velocity else "sd2") if wide else "sd1"
+        return Base(kind, _FAMILIES.get(kind, kind), "v" if velocity else "epsilon" if noise else "")
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         self._restore()

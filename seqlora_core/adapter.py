@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import UserError
+from .metadata import file_hashes, network
 
 
 @dataclass
@@ -105,18 +106,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a readable safetensors file ({error}); download or export it again") from error
 
 
-def save_adapter(path: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
-    """Write an ordinary LoRA file.  Refuses an adapter that does nothing or is not finite."""
-    tensors = {}
+def check_useful(path: Path, adapter: Adapter) -> None:
+    """UserError for an adapter that does nothing or is not finite."""
     for name, delta in adapter.layers.items():
         if not (delta.up.isfinite().all() and delta.down.isfinite().all()):
             raise UserError(f"not saving {path}: layer {name} is not finite; lower the learning rate and train again")
+    if not any(delta.up.any() for delta in adapter.layers.values()):
+        raise UserError(f"not saving {path}: every lora_up is zero, the adapter does nothing; train for more steps")
+
+
+def save_adapter(path: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
+    """Write an ordinary LoRA file, with the hashes that other programs know it by.  Refuses what `check_useful` does."""
+    check_useful(path, adapter)
+    tensors = {}
+    for name, delta in adapter.layers.items():
         tensors[f"{name}.lora_down.weight"] = delta.down.to(dtype)
         tensors[f"{name}.lora_up.weight"] = delta.up.to(dtype)
         tensors[f"{name}.alpha"] = torch.tensor(float(delta.rank))
-    if not any(delta.up.any() for delta in adapter.layers.values()):
-        raise UserError(f"not saving {path}: every lora_up is zero, the adapter does nothing; train for more steps")
-    write_safetensors(path, tensors, adapter.metadata)
+    metadata = {**adapter.metadata, **network(adapter)}
+    write_safetensors(path, tensors, metadata | file_hashes(tensors, metadata))
 
 
 def load_adapter(path: Path) -> Adapter:

@@ -14,6 +14,7 @@ from .adapter import read_safetensors
 from .attach import Site
 from .denoiser import Conditioning, fingerprint
 from .errors import UserError
+from .metadata import Base
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 DEMO_MODEL = DEMO_FOLDER / "model" / "seqlora_demo.safetensors"
@@ -210,6 +211,9 @@ class DemoModel:
 
     def fingerprint(self) -> str:
         return fingerprint(self.sites())
+
+    def about(self) -> Base:
+        return Base(self.path.name, "sd3", file=self.path)
 
 
 def _shifted(sigma: Tensor, shift: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attach import Site
+from .metadata import Base
 
 
 @dataclass
@@ -72,6 +73,9 @@ class Denoiser(Protocol):
 
     def fingerprint(self) -> str:
         """Names the base model: a library belongs to one."""
+
+    def about(self) -> Base:
+        """What a LoRA file says of the model it was trained on"""
 
 
 def loss(denoiser: Denoiser, latents: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .adapter import json_metadata, load_adapter, read_safetensors, save_adapter, write_safetensors
+from .adapter import check_useful, json_metadata, load_adapter, read_safetensors, save_adapter, write_safetensors
 from .calibration import Calibration
 from .checkpoint import FOLDER, SUFFIX
 from .concept import Concept
@@ -129,8 +129,12 @@ class Library:
     def state(self, without: str = "") -> str:
         """Names what a new concept is trained on top of: the calibration, and all concepts but one, in their order."""
         names = [n for n in self.names if n != without]
-        files = [self.folder / "calibration.safetensors", *(p for n in names for p in self.paths(n))]
-        return digest(*(path.read_bytes() for path in files))
+        return digest(self.identity().encode(), *(path.read_bytes() for n in names for path in self.paths(n)))
+
+    def identity(self) -> str:
+        """Names the library by what it rests on, its calibration, whatever its folder is called"""
+        path = self.folder / "calibration.safetensors"
+        return digest(path.read_bytes()) if path.exists() else ""
 
     def require(self, name: str) -> str:
         if name not in self.names:
@@ -164,23 +168,18 @@ class Library:
             entries = list(self.manifest["concepts"])
             place = self.names.index(name) if name in self.names else len(entries)
             order = entries[place]["order"] if place < len(entries) else 1 + max((e["order"] for e in entries), default=-1)
-            concept.adapter.metadata.update(
-                json_metadata(
-                    {
-                        "ss_output_name": name,
-                        "ss_network_module": "networks.lora",
-                        "ss_network_dim": str(max(d.rank for d in concept.adapter.layers.values())),
-                        "ss_tag_frequency": {name: {concept.trigger: max(1, len(concept.captions))}},
-                        "modelspec.title": name,
-                        "modelspec.trigger_phrase": concept.trigger,
-                        "seqlora.name": name,
-                        "seqlora.trigger": concept.trigger,
-                        "seqlora.class_noun": concept.class_noun,
-                        "seqlora.order": str(order),
-                        "seqlora.base": self.manifest["base"],
-                    }
-                )
-            )
+            concept.adapter.metadata |= {
+                "ss_output_name": name,
+                "modelspec.title": name,
+                "modelspec.trigger_phrase": concept.trigger,
+                "seqlora.name": name,
+                "seqlora.trigger": concept.trigger,
+                "seqlora.class_noun": concept.class_noun,
+                "seqlora.library": self.identity(),
+                "seqlora.order": str(order),
+                "seqlora.base": self.manifest["base"],
+            }
+            check_useful(lora, concept.adapter)
             write_safetensors(stats, _stats_tensors(concept), _stats_metadata(concept, order, self.manifest))
             save_adapter(lora, concept.adapter)
             entries[place : place + 1] = [

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 from torch import Tensor
 
+from .adapter import json_metadata
 from .calibration import calibrate
 from .checkpoint import Checkpoints
 from .concept import Concept, References
@@ -14,6 +15,7 @@ from .config import Checkpointing, TrainingConfig, settings
 from .denoiser import Denoiser
 from .errors import UserError
 from .library import Library, digest
+from .metadata import tag_frequency, training
 from .names import safe_name
 from .references import complete_captions
 from .trainer import Fit, Step, fit
@@ -59,7 +61,7 @@ def train_concept(
         checkpoints.clear()
     result = fit(denoiser, References(latents, texts, size), trigger, others, calibration, config, on_step, checkpoints)
     kept = slice(0, config.keep_latents)
-    result.adapter.metadata = settings(config) | {"seqlora.steps_done": str(len(result.losses))}
+    result.adapter.metadata = _metadata(denoiser, name, texts, size, others, config, len(result.losses))
     concept = Concept(
         name, trigger, class_noun.strip(), result.adapter, result.moments, result.bases, latents[kept], texts[kept]
     )  # fmt: skip
@@ -80,3 +82,17 @@ def _identity(
         "captions": digest(repr(texts).encode()),
         "the state of the library": library.state(name),
     }
+
+
+def _metadata(denoiser, name, texts, size, others, config: TrainingConfig, done: int) -> dict[str, str]:
+    """What the file says of how it was trained; the library adds what it knows"""
+    metric = "in the metric of the base model's layer inputs" if config.whitened else "in the plain metric"
+    said = {
+        "ss_tag_frequency": tag_frequency(name, texts),
+        "seqlora.steps_done": str(done),
+        "seqlora.constraint": {
+            "lora_down": f"orthogonal {metric}" if config.orthogonal else "free",
+            "to": [c.name for c in others] if config.orthogonal else [],
+        },
+    }
+    return settings(config) | training(config, texts, size, done) | denoiser.about().metadata() | json_metadata(said)

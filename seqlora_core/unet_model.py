@@ -13,6 +13,7 @@ from torch import Tensor
 from .attach import Site
 from .denoiser import Conditioning, fingerprint
 from .errors import UserError
+from .metadata import Base
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -129,3 +130,13 @@ class UNetModel:
 
     def fingerprint(self) -> str:
         return fingerprint(self.sites())
+
+    def about(self) -> Base:
+        """With the file of the UNet's weights, if they are in one"""
+        folder = Path(self.pipeline.config._name_or_path or "")
+        velocity = self.kind == "v_prediction"
+        sd2 = ("sd2_v" if velocity else "sd2") if self.unet.config.cross_attention_dim == 1024 else "sd1"
+        files = sorted((folder / "unet").glob("*.safetensors"))
+        return Base(
+            folder.name, "sdxl" if self.is_xl else sd2, "v" if velocity else "epsilon", files[0] if len(files) == 1 else None
+        )

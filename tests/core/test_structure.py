@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
 # a module may import modules of earlier lines only
 LAYERS = [
-    {"errors", "linalg", "prompts", "sketch", "tables", "triggers"},
+    {"errors", "linalg", "prompts", "sketch", "tables", "triggers", "metadata"},
     {"names", "adapter", "references"},
     {"attach"},
     {"denoiser", "statistics", "subspace"},

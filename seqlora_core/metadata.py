@@ -1,0 +1,100 @@
+"""What a LoRA file says about itself, in the words that other programs read.
+
+`ss_*` and `sshs_*` are kohya's (sd-scripts), `modelspec.*` is Stability's ModelSpec 1.0.1, `seqlora.*` our own.  Dates
+are left out: one seed gives one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+# family -> ModelSpec's architecture, kohya's name of the base
+FAMILIES = {
+    "sd1": ("stable-diffusion-v1", "sd_v1"),
+    "sd2": ("stable-diffusion-v2-512", "sd_v2"),
+    "sd2_v": ("stable-diffusion-v2-768-v", "sd_v2_v"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "sd3": ("stable-diffusion-3", "sd3"),
+    "flux": ("flux-1-dev", "flux1"),
+    "lumina2": ("lumina-2", "lumina2"),
+    "qwen_image": ("qwen-image", "qwen_image"),
+}
+HOME = "https://github.com/seqlora/seqlora"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base model.  family: one of FAMILIES, or the host's own word; prediction: epsilon, v or "";
+    file: where its weights are, None if the host does not say."""
+
+    name: str
+    family: str
+    prediction: str = ""
+    file: Path | None = None
+
+    def metadata(self) -> dict[str, str]:
+        architecture, version = FAMILIES.get(self.family, (self.family, self.family))
+        said = {
+            "ss_base_model_version": version,
+            "ss_sd_model_name": self.name,
+            "modelspec.architecture": f"{architecture}/lora",
+        }
+        if self.prediction:
+            said["modelspec.prediction_type"] = self.prediction
+        if self.file is not None and self.file.is_file():
+            whole = hashlib.sha256()
+            with open(self.file, "rb") as f:
+                while part := f.read(1 << 20):
+                    whole.update(part)
+                f.seek(0x100000)
+                said["ss_sd_model_hash"] = hashlib.sha256(f.read(0x10000)).hexdigest()[:8]
+            said["ss_new_sd_model_hash"] = whole.hexdigest()
+        return said
+
+
+def tag_frequency(name: str, captions: list[str]) -> dict[str, dict[str, int]]:
+    """How often each comma-separated part of the captions occurs, as kohya counts it"""
+    tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
+    return {name: dict(sorted(tags.items()))}
+
+
+def network(adapter) -> dict[str, str]:
+    """Of any LoRA; the rank is the widest layer's"""
+    rank = str(max(d.rank for d in adapter.layers.values()))
+    return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.implementation": HOME}  # fmt: skip
+
+
+def training(config, captions: list[str], size: tuple[int, int], steps_done: int) -> dict[str, str]:
+    """How it was trained.  config: a TrainingConfig; size: height, width of the pictures, pixels."""
+    height, width = size
+    return {
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_unet_lr": str(config.learning_rate),
+        "ss_steps": str(steps_done),
+        "ss_max_train_steps": str(config.steps),
+        "ss_seed": str(config.seed),
+        "ss_batch_size_per_device": str(config.batch),
+        "ss_num_train_images": str(len(captions)),
+        "ss_resolution": f"({width}, {height})",
+        "modelspec.resolution": f"{width}x{height}",
+    }
+
+
+def file_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    """`sshs_model_hash`, known as AutoV3: SHA-256 of a safetensors file after its header, so of the tensors alone.
+    `sshs_legacy_hash`: of 64 KiB at the first megabyte of the file as it is with its `ss_*` metadata only.
+
+    As sd-webui-additional-networks defined them and kohya's `precalculate_safetensors_hashes` writes them.
+    """
+    blob = save(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    start = 8 + int.from_bytes(blob[:8], "little")
+    model = hashlib.sha256(memoryview(blob)[start:]).hexdigest()
+    legacy = hashlib.sha256(blob[0x100000:0x110000]).hexdigest()[:8]
+    return {"sshs_model_hash": model, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{model}"}

@@ -1,0 +1,83 @@
+"""What a concept's file says about itself, and the hashes other programs know it by."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from seqlora_core.adapter import Adapter, LayerDelta, save_adapter
+from seqlora_core.concept import Concept
+from seqlora_core.demo_model import DEMO_MODEL
+from seqlora_core.errors import UserError
+from seqlora_core.library import Library
+from seqlora_core.metadata import Base
+from seqlora_core.statistics import Moments
+
+
+def header(path):
+    blob = path.read_bytes()
+    length = int.from_bytes(blob[:8], "little")
+    return json.loads(blob[8 : 8 + length])["__metadata__"], blob, 8 + length
+
+
+def test_the_hashes_are_those_of_the_files_bytes(library):
+    """AutoV3: SHA-256 of all that follows the header."""
+    said, blob, start = header(library.paths("octopus")[0])
+    plain = hashlib.sha256(blob[start:]).hexdigest()
+    assert said["sshs_model_hash"] == plain and said["modelspec.hash_sha256"] == f"0x{plain}"
+
+
+def test_the_legacy_hash_is_of_the_file_with_its_ss_metadata_alone(tmp_path):
+    """A file longer than a megabyte, hashed as the old web interface did."""
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        f"diffusion_model.{i}": LayerDelta(torch.randn(8, 4096, generator=generator), torch.randn(4096, 8, generator=generator))
+        for i in range(6)
+    }
+    path, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_adapter(path, Adapter(layers, {"ss_output_name": "猫", "seqlora.trigger": "x"}))
+    said, *_ = header(path)
+    save_file(load_file(path), again, {k: v for k, v in said.items() if k.startswith("ss_")})
+    blob = again.read_bytes()
+    assert said["sshs_legacy_hash"] == hashlib.sha256(blob[0x100000:0x110000]).hexdigest()[:8]
+    assert said["sshs_model_hash"] == hashlib.sha256(blob[8 + int.from_bytes(blob[:8], "little") :]).hexdigest()
+
+
+def test_what_the_file_says(library):
+    said, *_ = header(library.paths("fox")[0])
+    assert said["ss_network_module"] == "networks.lora" and said["ss_network_dim"] == said["ss_network_alpha"] == "4"
+    assert (
+        said["ss_steps"] == said["ss_max_train_steps"] == "12"
+        and said["ss_seed"] == "0"
+        and said["ss_num_train_images"] == "10"
+    )
+    assert said["ss_resolution"] == "(64, 64)" and said["modelspec.resolution"] == "64x64"
+    assert said["ss_base_model_version"] == "sd3" and said["modelspec.architecture"] == "stable-diffusion-3/lora"
+    assert said["ss_new_sd_model_hash"] == hashlib.sha256(DEMO_MODEL.read_bytes()).hexdigest()
+    assert said["modelspec.title"] == "fox" and said["modelspec.trigger_phrase"] == said["seqlora.trigger"] == "foxqi"
+    tags = json.loads(said["ss_tag_frequency"])["fox"]
+    assert tags["a foxqi animal"] == 8 and tags["a small foxqi animal"] == 2 and sum(tags.values()) == 20
+    assert json.loads(said["seqlora.constraint"])["to"] == ["octopus", "penguin"] and said["seqlora.order"] == "2"
+    assert (
+        len(said["seqlora.library"]) == 16
+        and said["seqlora.library"] == header(library.paths("octopus")[0])[0]["seqlora.library"]
+    )
+    assert not any("date" in key or "started" in key or "finished" in key for key in said)
+
+
+def test_a_model_whose_file_is_unknown_says_no_hash():
+    said = Base("x", "flux").metadata()
+    assert said["modelspec.architecture"] == "flux-1-dev/lora" and "ss_new_sd_model_hash" not in said
+
+
+@pytest.mark.parametrize("value, message", [(0.0, "every lora_up is zero"), (float("nan"), "not finite")])
+def test_a_useless_concept_leaves_nothing_in_the_library(tmp_path, value, message):
+    library = Library(tmp_path / "l", "base", create=True)
+    adapter = Adapter({"diffusion_model.a": LayerDelta(torch.ones(2, 8), torch.full((6, 2), value))})
+    concept = Concept("x", "x", "", adapter, Moments({"diffusion_model.a": torch.eye(8)}), {}, torch.zeros(0), [])
+    with pytest.raises(UserError, match=message):
+        library.add(concept)
+    assert library.names == [] and not list(library.folder.glob("*.safetensors"))
