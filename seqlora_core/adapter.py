@@ -1,14 +1,16 @@
 """One LoRA: lora_down and lora_up for each layer, and its file.
 
 A layer's name is the stem of its keys in the file, e.g. `diffusion_model.joint_blocks.0.x_block.attn.qkv`
-(`.lora_down.weight`, `.lora_up.weight`, `.alpha`), the generic spelling that stock ComfyUI loaders read.
+(`.lora_down.weight`, `.lora_up.weight`, `.alpha`), the generic spelling that stock ComfyUI loaders read.  What other
+trainers write is read under the names of `spelling.canonical`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +20,19 @@ from torch import Tensor
 
 from .errors import UserError
 from .metadata import file_hashes, network
+from .spelling import Factors, canonical, factors, other_kind, plain
 
 
 @dataclass
 class LayerDelta:
-    """The change of one weight: `up @ down`, any alpha already folded into `up`.  down [r, in], up [out, r]."""
+    """The change of one weight: `up @ down`, any alpha already folded into `up`.  down [r, in], up [out, r].
+
+    kernel: height and width of a convolution's kernel; its `in` is channels x height x width.  () of a linear layer.
+    """
 
     down: Tensor
     up: Tensor
+    kernel: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -48,10 +55,10 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def scaled(self, strength: float) -> Adapter:
-        return Adapter({n: LayerDelta(d.down, d.up * strength) for n, d in self.layers.items()}, self.metadata)
+        return Adapter({n: replace(d, up=d.up * strength) for n, d in self.layers.items()}, self.metadata)
 
     def to(self, *args, **kwargs) -> Adapter:
-        moved = {n: LayerDelta(d.down.to(*args, **kwargs), d.up.to(*args, **kwargs)) for n, d in self.layers.items()}
+        moved = {n: replace(d, down=d.down.to(*args, **kwargs), up=d.up.to(*args, **kwargs)) for n, d in self.layers.items()}
         return Adapter(moved, self.metadata)
 
     @property
@@ -65,8 +72,15 @@ def concatenate(adapters: list[Adapter]) -> Adapter:
     layers = {}
     for name in names:
         parts = [a.layers[name] for a in adapters if name in a.layers]
-        layers[name] = LayerDelta(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1))
+        down, up = torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1)
+        layers[name] = LayerDelta(down, up, parts[0].kernel)
     return Adapter(layers)
+
+
+def renamed(adapter: Adapter, names: Iterable[str]) -> Adapter:
+    """The adapter with its layers under those of the names that mean the same weights; others keep theirs."""
+    wanted = {plain(n): n for n in names}
+    return Adapter({wanted.get(plain(n), n): d for n, d in adapter.layers.items()}, adapter.metadata)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -99,6 +113,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file at {path}: check the name")
+    with open(path, "rb") as f:
+        start = f.read(4)
+    if not start:
+        raise UserError(f"{path} is not a readable safetensors file (it is empty); download or export it again")
+    if start[:1] == b"\x80" or start == b"PK\x03\x04":  # torch.save, old and new
+        raise UserError(f"{path} is not a safetensors file but a .pt or .ckpt, which can run code: convert it first")
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
@@ -115,41 +135,55 @@ def check_useful(path: Path, adapter: Adapter) -> None:
         raise UserError(f"not saving {path}: every lora_up is zero, the adapter does nothing; train for more steps")
 
 
-def save_adapter(path: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
-    """Write an ordinary LoRA file, with the hashes that other programs know it by.  Refuses what `check_useful` does."""
+def save_adapter(
+    path: Path, adapter: Adapter, dtype: torch.dtype = torch.float32, extra: dict[str, Tensor] | None = None
+) -> None:
+    """Write an ordinary LoRA file, with the hashes that other programs know it by.  Refuses what `check_useful` does.
+
+    extra: tensors that go into it as they are, such as changes of biases.
+    """
     check_useful(path, adapter)
-    tensors = {}
+    tensors = dict(extra or {})
     for name, delta in adapter.layers.items():
-        tensors[f"{name}.lora_down.weight"] = delta.down.to(dtype)
-        tensors[f"{name}.lora_up.weight"] = delta.up.to(dtype)
+        down, up = delta.down.to(dtype), delta.up.to(dtype)
+        if delta.kernel:
+            down, up = down.reshape(delta.rank, -1, *delta.kernel), up[:, :, None, None]
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
         tensors[f"{name}.alpha"] = torch.tensor(float(delta.rank))
     metadata = {**adapter.metadata, **network(adapter)}
     write_safetensors(path, tensors, metadata | file_hashes(tensors, metadata))
 
 
 def load_adapter(path: Path) -> Adapter:
-    """Read a LoRA file in the spelling above, in float32, alpha / rank folded into lora_up."""
+    """Read a LoRA file of any trainer's spelling, in float32, alpha / rank folded into lora_up."""
     tensors, metadata = read_safetensors(path)
-    layers = {}
-    stems = sorted(k.removesuffix(".lora_down.weight") for k in tensors if k.endswith(".lora_down.weight"))
-    for stem in stems:
-        down, up = tensors[f"{stem}.lora_down.weight"].float(), tensors.get(f"{stem}.lora_up.weight")
-        if up is None:
-            raise UserError(f"{path}: {stem} has lora_down but no lora_up; the file is incomplete, get it again")
-        up = up.float()
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
-            raise UserError(
-                f"{path}: {stem} has lora_down {list(down.shape)} and lora_up {list(up.shape)}, which do not multiply; "
-                "it may be a convolution LoRA or a transposed file, load it with the stock LoraLoader instead"
-            )
-        if not (down.isfinite().all() and up.isfinite().all()):
-            raise UserError(f"{path}: {stem} holds values that are not finite; the file is damaged, get it again")
-        alpha = tensors.get(f"{stem}.alpha")
-        scale = float(alpha) / down.shape[0] if alpha is not None else 1.0
-        layers[stem] = LayerDelta(down, up * scale)
-    if not layers:
-        raise UserError(f"{path} holds no '*.lora_down.weight' tensors: it is not a LoRA in kohya's spelling")
-    return Adapter(layers, metadata)
+    kind = other_kind(tensors)
+    if kind:
+        raise UserError(f"{path} is {kind}, no plain LoRA: only the nodes read it, which have ComfyUI's help")
+    found = factors(tensors, str(path))
+    if not found:
+        raise UserError(f"{path} holds no lora_down or lora_A tensors among its {len(tensors)}: it is not a LoRA")
+    two_encoders = any("text_encoder_2." in stem for stem in found)
+    return Adapter({canonical(s, two_encoders): layer_delta(f, f"{path}: {s}") for s, f in found.items()}, metadata)
+
+
+def layer_delta(layer: Factors, source: str) -> LayerDelta:
+    """A layer's factors in float32 and two dimensions; the middle of a Tucker LoCon goes into lora_down."""
+    down, up = layer.down.float(), layer.up.float()
+    fits = down.ndim in (2, 4) and up.ndim in (2, 4) and down.shape[0] == up.shape[1] and up.shape[2:].numel() == 1
+    if layer.mid is not None:
+        fits = fits and layer.mid.ndim == 4 and layer.mid.shape[:2] == (len(down), len(down)) and down.shape[2:].numel() == 1
+    if not fits:
+        raise UserError(
+            f"{source} has lora_down {list(layer.down.shape)} and lora_up {list(layer.up.shape)}, which do not multiply; "
+            "the file may be transposed or damaged, get it again"
+        )
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise UserError(f"{source} holds values that are not finite; the file is damaged, get it again")
+    if layer.mid is not None:
+        down = torch.einsum("r q h w, q i -> r i h w", layer.mid.float(), down.flatten(1))
+    scale = 1.0 if layer.alpha is None else layer.alpha / layer.down.shape[0]
+    return LayerDelta(down.flatten(1), up.flatten(1) * scale, tuple(down.shape[2:]))
 
 
 def json_metadata(values: dict) -> dict[str, str]:

@@ -67,6 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--output", type=Path, required=name == "stack")
         sub.add_argument("--mode", default="sum", choices=["sum", "weights", "data"])
         sub.add_argument("--amount", type=float, default=1.0, help="of the projection, 0..1")
+        if name == "stack":
+            sub.add_argument("--order", default="symmetric", choices=["symmetric", "first", "strongest"],
+                             help="of mode weights: all give way alike, or each to those before it or stronger")  # fmt: skip
+            sub.add_argument("--protect", action="append", default=[], metavar="NAME", help="adapter left whole (repeatable)")
+            sub.add_argument("--restore", action="store_true", help="scale each back to its energy before the projection")
+            sub.add_argument("--norm-control", action="store_true", help="divide all by the square root of their number")
+            sub.add_argument("--layers", default="", metavar="WORDS", help="only layers named so, as in 'up_blocks, -attn1'")
+            sub.add_argument("--rank", type=int, help="at most so many directions a layer (default: exact)")
 
     sample = command("sample", "draw prompts")
     sample.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -180,7 +188,7 @@ def _train(args):
 
 def _adapters(items: list[str], library: Path | None):
     """(name, adapter, strength, moments or None) of files or of a whole library, and what the base model sees"""
-    from .adapter import load_adapter
+    from .adapter import load_adapter, renamed
     from .library import Library, read_statistics
     from .lora_moments import kept_general, kept_moments
 
@@ -200,7 +208,9 @@ def _adapters(items: list[str], library: Path | None):
             moments, base = kept
             general = general or kept_general(path.parent, base)
         out.append((path.stem, adapter, strength, moments))
-    return out, general
+    # kohya's underscored names of a model's own modules and the dotted ones are the same layers
+    dotted = [n for _, a, *_ in out for n in a.layers if n.startswith("diffusion_model.")]
+    return [(name, renamed(adapter, dotted), *rest) for name, adapter, *rest in out], general
 
 
 def _with_strength(item: str) -> tuple[Path, float]:
@@ -215,17 +225,41 @@ def _with_strength(item: str) -> tuple[Path, float]:
 
 
 def _stack(args):
-    from .adapter import save_adapter
-    from .composition import compose
+    from .adapter import concatenate, save_adapter
+    from .composition import Wishes, energy_kept, norm_controlled, project
+    from .low_rank import truncated
+    from .selection import selected
 
     parts, general = _adapters(args.adapters, args.library)
-    moments = [m for *_, m in parts]
+    names, adapters, moments = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts], [m for *_, m in parts]
+    if not parts:
+        raise UserError(f"the library {args.library} is empty: train a concept into it first")
+    for name, adapter in zip(names, adapters):
+        if not adapter.layers:
+            raise UserError(f"the filter {args.layers!r} leaves no layer of {name}: use words that its layers' names hold")
+    if args.rank is not None and args.rank < 1:
+        raise UserError(f"rank is {args.rank}: give a number of at least 1")
+    unknown = set(args.protect) - set(names)
+    if unknown:
+        raise UserError(f"no {sorted(unknown)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")
+    wishes = Wishes(args.order, frozenset(i for i, n in enumerate(names) if n in args.protect), args.restore)
     known = None if any(m is None for m in moments) else moments
-    composed = compose([a for _, a, *_ in parts], [s for _, _, s, _ in parts], args.mode, args.amount, known, general)
-    composed.metadata = {"seqlora.trigger": ", ".join(t for _, a, *_ in parts for t in a.triggers)}
-    save_adapter(args.output, composed)
-    _say(args)(f"{len(parts)} adapters written to {args.output}")
-    return {"output": str(args.output), "adapters": [n for n, *_ in parts]}
+    projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
+    kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
+    together = concatenate(
+        [p.scaled(s) for p, (_, _, s, _) in zip(norm_controlled(projected) if args.norm_control else projected, parts)]
+    )
+    together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
+    written, lost = truncated(together, args.rank)
+    save_adapter(args.output, written)
+    say = _say(args)
+    if args.mode != "sum":
+        say("energy kept: " + ", ".join(f"{n} {k:.0%}" for n, k in zip(names, kept)))
+    say(
+        f"{len(parts)} adapters written to {args.output}"
+        + (f", {lost:.2%} of their energy lost to rank {args.rank}" if args.rank else "")
+    )
+    return {"output": str(args.output), "adapters": names, "energy_kept": dict(zip(names, kept)), "energy_lost": lost}
 
 
 def _report(args):
@@ -257,7 +291,7 @@ def _report(args):
 def _sample(args):
     import torch
 
-    from .adapter import concatenate, load_adapter
+    from .adapter import concatenate, load_adapter, renamed
     from .library import Library
     from .plots import to_pil
     from .preview import draw_with
@@ -266,6 +300,7 @@ def _sample(args):
     if args.library is not None:
         adapters += [c.adapter for c in Library(args.library).concepts()]
     model = _open_model(args)
+    adapters = [renamed(a, [s.name for s in model.sites()]) for a in adapters]
     drawn = draw_with(model, concatenate(adapters) if adapters else None, args.prompts, (model.size, model.size), args.seed)
     to_pil(torch.cat(list(drawn), 1)).save(args.output)
     _say(args)(f"written to {args.output}")

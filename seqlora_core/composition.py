@@ -2,91 +2,172 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, LayerDelta, concatenate
 from .errors import UserError
-from .linalg import orthonormal_basis, project_out, ridge
+from .linalg import nearest_frame, project_out, ridge, span
 from .statistics import Moments
 
 MODES = ("sum", "weights", "data")
+ORDERS = ("symmetric", "first", "strongest")
 RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a user may ask of a projection besides its mode and amount.
+
+    order: of mode "weights"; "symmetric" treats all alike, "first" leaves the first whole and "strongest" the one of most
+    energy, each later one gives way to all before it.  protected: places in the stack that are left whole, the others give
+    way.  restore: scale each projected adapter back to the energy it had.
+    """
+
+    order: str = "symmetric"
+    protected: frozenset[int] = frozenset()
+    restore: bool = False
 
 
 def compose(
     adapters: list[Adapter], strengths: list[float] | None = None, mode: str = "sum", amount: float = 1.0,
-    moments: list[Moments] | None = None, general: Moments | None = None, beta: float = 1.0,
+    moments: list[Moments] | None = None, general: Moments | None = None, beta: float = 1.0, wishes: Wishes = Wishes(),
 ) -> Adapter:  # fmt: skip
     """One adapter of summed rank that does what all of them, projected by `project`, do together."""
     if not adapters:
         raise UserError("nothing to stack: name at least one concept")
     strengths = [1.0] * len(adapters) if strengths is None else strengths
-    projected = project(adapters, mode, amount, moments, general, beta)
+    projected = project(adapters, mode, amount, moments, general, beta, wishes)
     return concatenate([p.scaled(s) for p, s in zip(projected, strengths)])
 
 
 def project(
     adapters: list[Adapter], mode: str = "sum", amount: float = 1.0, moments: list[Moments] | None = None,
-    general: Moments | None = None, beta: float = 1.0,
+    general: Moments | None = None, beta: float = 1.0, wishes: Wishes = Wishes(),
 ) -> list[Adapter]:  # fmt: skip
     """Each adapter as it goes into the stack, at strength 1.
 
-    mode: "sum", what SeqLoRA's concepts are trained for; "weights", Gram-Schmidt of the lora_down rows in the
-    order given, needs no data; "data", the closed form with each concept's `moments` (and `general` ones, G).
+    mode: "sum", what SeqLoRA's concepts are trained for; "weights", the rows of lora_down made orthogonal between
+    adapters, needs no data; "data", the closed form with each concept's `moments` (and `general` ones, G).
     amount 0..1 goes from the plain sum to the full projection.
     """
     if mode not in MODES:
         raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
+    if wishes.order not in ORDERS:
+        raise UserError(f"unknown order {wishes.order!r}: use one of {', '.join(ORDERS)}")
     if not 0 <= amount <= 1:
         raise UserError(f"amount is {amount}: give a number from 0 to 1")
-    if mode == "weights":
-        projected = gram_schmidt(adapters)
+    if mode == "weights" and wishes.order == "symmetric":
+        projected = symmetric(adapters, wishes.protected)
+    elif mode == "weights":
+        projected = gram_schmidt(adapters, sequence(adapters, wishes.order), wishes.protected)
     elif mode == "data":
         if moments is None:
             raise UserError(
                 "mode 'data' needs each concept's statistics file (NAME.stats.safetensors) beside it; use 'sum' or 'weights'"
             )
-        projected = closed_form(adapters, moments, general, beta)
+        projected = closed_form(adapters, moments, general, beta, wishes.protected)
     else:
         projected = adapters
-    return [_mix(a, p, amount) for a, p in zip(adapters, projected)]
+    mixed = [_mix(a, p, amount) for a, p in zip(adapters, projected)]
+    if wishes.restore:
+        mixed = [m.scaled(max(energy_kept(a, m), 1e-12) ** -0.5) if m is not a else m for a, m in zip(adapters, mixed)]
+    return mixed
 
 
-def gram_schmidt(adapters: list[Adapter]) -> list[Adapter]:
+def sequence(adapters: list[Adapter], order: str) -> list[int]:
+    """Who comes first in a sequential projection."""
+    places = list(range(len(adapters)))
+    if order == "strongest":
+        energies = [float(sum(d.energy() for d in a.layers.values())) for a in adapters]
+        places.sort(key=lambda i: -energies[i])
+    return places
+
+
+def gram_schmidt(adapters: list[Adapter], order: Iterable[int] | None = None, protected: Collection[int] = ()) -> list[Adapter]:
     """Each adapter's lora_down rows with the row spaces of all earlier ones taken out (in plain weight space)."""
     taken: dict[str, Tensor] = {}
-    out = []
-    for adapter in adapters:
-        layers = {}
-        for name, delta in adapter.layers.items():
-            down = project_out(delta.down.mT, taken.get(name)).mT
-            layers[name] = LayerDelta(down, delta.up)
-            both = delta.down.mT if name not in taken else torch.cat([taken[name], delta.down.mT], 1)
-            taken[name] = orthonormal_basis(both)[:, : both.shape[0]]
-        out.append(Adapter(layers, adapter.metadata))
+    out = [Adapter({}, a.metadata) for a in adapters]
+    order = range(len(adapters)) if order is None else order
+    for i in [*sorted(protected), *(i for i in order if i not in protected)]:
+        for name, delta in adapters[i].layers.items():
+            free = project_out(delta.down.mT, taken.get(name))
+            out[i].layers[name] = delta if i in protected else replace(delta, down=free.mT)
+            fresh = span(free, torch.linalg.matrix_norm(delta.down).item())
+            taken[name] = torch.cat([taken[name], fresh], 1) if name in taken else fresh
     return out
 
 
-def closed_form(
-    adapters: list[Adapter], moments: list[Moments], general: Moments | None = None, beta: float = 1.0
-) -> list[Adapter]:
-    """`D_i' = D_i S_i (S_i + beta (sum_{j != i} S_j + G) + ridge)^(-1)`; lora_up and rank stay.
+def symmetric(adapters: list[Adapter], protected: Collection[int] = ()) -> list[Adapter]:
+    """Each adapter's lora_down rows within a subspace of its own, orthogonal to all others'; independent of order.
 
-    The minimiser, layer by layer, of what the projection changes on a concept's own inputs plus beta times what
-    it does on everyone else's (one row of a RegMean solution, Jin et al. 2023).  Independent of order.
+    The input directions v of every adapter (right singular vectors of its change) are moved together to the nearest
+    orthonormal ones q: the q minimise `sum energy(v) |q - v|^2` (Löwdin's symmetric orthogonalisation, weighted), so
+    that what acts strongly moves least.  Then `D_i' = D_i Q_i Q_i^T`.  Where the ranks' sum passes the layer's width,
+    directions are shared.
     """
     out = [Adapter({}, a.metadata) for a in adapters]
     for name in dict.fromkeys(n for a in adapters for n in a.layers):
-        everything = sum(m[name].double() for m in moments)
-        if general is not None:
+        members = [i for i, a in enumerate(adapters) if name in a.layers]
+        whole = [i for i in members if i in protected]
+        for i in whole:
+            out[i].layers[name] = adapters[i].layers[name]
+        occupied = span(torch.cat([_directions(adapters[i].layers[name]) for i in whole], 1), 1.0) if whole else None
+        parts = [i for i in members if i not in protected]
+        if not parts:
+            continue
+        weighted = [project_out(_directions(adapters[i].layers[name], weighted=True), occupied) for i in parts]
+        largest = max(w.norm(dim=0).max() for w in weighted).clamp_min(torch.finfo(torch.float64).tiny)
+        frames = nearest_frame(torch.cat(weighted, 1) / largest).split([w.shape[1] for w in weighted], 1)
+        for i, frame in zip(parts, frames):
+            delta = adapters[i].layers[name]
+            frame = frame.to(delta.down.dtype)
+            out[i].layers[name] = replace(delta, down=(delta.down @ frame) @ frame.mT)
+    return out
+
+
+def _directions(delta: LayerDelta, weighted: bool = False) -> Tensor:
+    """Orthonormal input directions of a change [in, r], weighted by their energies if asked for; in float64."""
+    basis, upper = torch.linalg.qr(delta.down.double().mT)
+    up = delta.up.double() @ upper.mT
+    energies, vectors = torch.linalg.eigh(up.mT @ up)
+    return basis @ vectors * energies.clamp_min(0) if weighted else basis @ vectors
+
+
+def closed_form(
+    adapters: list[Adapter], moments: list[Moments], general: Moments | None = None, beta: float = 1.0,
+    protected: Collection[int] = (),
+) -> list[Adapter]:  # fmt: skip
+    """`D_i' = D_i S_i (S_i + beta (sum_{j != i} S_j + G) + ridge)^(-1)`; lora_up and rank stay.
+
+    The minimiser, layer by layer, of what the projection changes on a concept's own inputs plus beta times what
+    it does on everyone else's (one row of a RegMean solution, Jin et al. 2023).  Independent of order.  A layer in
+    which one adapter's inputs were not recorded is projected from the weights (`symmetric`).
+    """
+    out = [Adapter({}, a.metadata) for a in adapters]
+    unseen = {n for a, m in zip(adapters, moments) for n in a.layers if n not in m.layers}
+    for name in dict.fromkeys(n for a in adapters for n in a.layers if n not in unseen):
+        everything = sum(m[name].double() for m in moments if name in m.layers)
+        if general is not None and name in general.layers:
             everything = everything + general[name].double()
-        for adapter, moment, fitted in zip(adapters, moments, out):
+        factor = None  # with beta 1 one and the same for all
+        for i, (adapter, moment) in enumerate(zip(adapters, moments)):
             if name in adapter.layers:
                 delta, own = adapter.layers[name], moment[name].double()
-                system = ridge(own + beta * (everything - own), RIDGE)
-                down = torch.linalg.solve(system, own @ delta.down.double().mT).mT
-                fitted.layers[name] = LayerDelta(down.to(delta.down.dtype), delta.up)
+                if i in protected:
+                    out[i].layers[name] = delta
+                    continue
+                if beta != 1 or factor is None:
+                    factor = torch.linalg.cholesky(ridge(own + beta * (everything - own), RIDGE))
+                down = torch.cholesky_solve(own @ delta.down.double().mT, factor).mT
+                out[i].layers[name] = replace(delta, down=down.to(delta.down.dtype))
+    if unseen:
+        rest = [Adapter({n: d for n, d in a.layers.items() if n in unseen}) for a in adapters]
+        for fitted, other in zip(out, symmetric(rest, protected)):
+            fitted.layers.update(other.layers)
     return out
 
 
@@ -95,8 +176,14 @@ def norm_controlled(adapters: list[Adapter]) -> list[Adapter]:
     return [a.scaled(len(adapters) ** -0.5) for a in adapters]
 
 
+def energy_kept(before: Adapter, after: Adapter) -> float:
+    """Energy (squared Frobenius norm of the change, over all layers) that a projection leaves, as a share."""
+    total = float(sum(d.energy() for d in before.layers.values()))
+    return float(sum(d.energy() for d in after.layers.values())) / total if total else 1.0
+
+
 def _mix(plain: Adapter, projected: Adapter, amount: float) -> Adapter:
     if amount == 1.0 or plain is projected:
         return projected
-    layers = {n: LayerDelta(torch.lerp(d.down, projected.layers[n].down, amount), d.up) for n, d in plain.layers.items()}
+    layers = {n: replace(d, down=torch.lerp(d.down, projected.layers[n].down, amount)) for n, d in plain.layers.items()}
     return Adapter(layers, plain.metadata)

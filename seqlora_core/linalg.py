@@ -26,6 +26,22 @@ def orthonormal_basis(matrix: Tensor) -> Tensor:
     return q * sign.unsqueeze(-2)
 
 
+def span(matrix: Tensor, scale: float, eps: float = 1e-5) -> Tensor:
+    """Orthonormal basis of what the columns of `[d, r]` span, without directions below eps x scale: maybe fewer than r."""
+    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, s > eps * scale]
+
+
+def nearest_frame(matrix: Tensor, eps: float = 1e-10) -> Tensor:
+    """Polar factor of `[d, r]`: the orthonormal columns that are nearest to its own, all treated alike (Löwdin 1950).
+
+    Columns that depend on each other share their directions, with less than unit length each.  In float64.
+    """
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    kept = s > eps * s.max()
+    return (u[:, kept] @ vh[kept]).to(matrix.dtype)
+
+
 def project_out(matrix: Tensor, occupied: Tensor | None) -> Tensor:
     """Component of the columns of `[..., d, r]` orthogonal to the basis `occupied` `[..., d, k]`.
 

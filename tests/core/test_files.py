@@ -66,7 +66,7 @@ def test_useless_adapters_are_not_saved(tmp_path, value, message):
         ({"a.lora_down.weight": torch.ones(2, 8)}, "no lora_up"),
         ({"a.lora_down.weight": torch.ones(8, 2), "a.lora_up.weight": torch.ones(2, 6)}, "do not multiply"),
         ({"a.lora_down.weight": torch.full((2, 8), torch.nan), "a.lora_up.weight": torch.ones(6, 2)}, "not finite"),
-        ({"a.lora_down.weight": torch.ones(2, 8, 3, 3), "a.lora_up.weight": torch.ones(6, 2, 1, 1)}, "do not multiply"),
+        ({"a.lora_down.weight": torch.ones(2, 8, 3, 3), "a.lora_up.weight": torch.ones(6, 2, 3, 3)}, "do not multiply"),
         ({"weight": torch.ones(2)}, "not a LoRA"),
     ],
 )

@@ -11,8 +11,9 @@ CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
 # a module may import modules of earlier lines only
 LAYERS = [
     {"errors", "linalg", "prompts", "sketch", "tables", "triggers", "metadata"},
+    {"spelling"},
     {"names", "adapter", "references"},
-    {"attach"},
+    {"attach", "low_rank", "selection"},
     {"denoiser", "statistics", "subspace"},
     {"interference", "composition", "calibration", "demo_model", "unet_model", "evaluation", "judge"},
     {"bilevel", "hypergradient", "lora_moments", "report"},

@@ -1,0 +1,52 @@
+"""Changes of a weight in as few directions as they need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, LayerDelta
+
+LOSS = 0.01  # share of its energy that a change may lose when it is put into low rank
+
+
+def factorised(change: Tensor, loss: float = LOSS, always: bool = False) -> LayerDelta | None:
+    """The change [out, in] or [out, in, height, width] of a weight in the fewest directions that lose at most `loss` of its
+    energy; None if those would take more room than the matrix itself, unless it shall be done `always`.
+    """
+    matrix = change.double().flatten(1)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = rank_for(s, loss)
+    if rank * sum(matrix.shape) > matrix.numel() and not always:
+        return None
+    root = s[:rank].sqrt()
+    return LayerDelta((root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float(), tuple(change.shape[2:]))
+
+
+def rank_for(values: Tensor, loss: float) -> int:
+    """Fewest singular values (descending) without which at most `loss` of the energy is gone; at least 1."""
+    energy = values.square()
+    missing = energy.sum() - energy.cumsum(0)
+    return min(len(values), int((missing > loss * energy.sum()).sum()) + 1)
+
+
+def truncated(adapter: Adapter, rank: int | None = None) -> tuple[Adapter, float]:
+    """The adapter with at most `rank` directions a layer, the largest, and the share of its energy that is lost.
+
+    Without a rank: exact, in no more directions than a layer has.
+    """
+    layers, lost, total = {}, 0.0, 0.0
+    for name, delta in adapter.layers.items():
+        most = min(delta.down.shape[1], delta.up.shape[0], *([rank] if rank else []))
+        if delta.rank <= most:
+            layers[name] = delta
+            total += float(delta.energy())
+            continue
+        basis, upper = torch.linalg.qr(delta.down.double().mT)
+        left, s, right = torch.linalg.svd(delta.up.double() @ upper.mT, full_matrices=False)
+        root, dtype = s[:most].sqrt(), delta.down.dtype
+        down, up = root[:, None] * (right[:most] @ basis.mT), left[:, :most] * root
+        layers[name] = LayerDelta(down.to(dtype), up.to(dtype), delta.kernel)
+        total += float(s.square().sum())
+        lost += float(s[most:].square().sum())
+    return Adapter(layers, adapter.metadata), lost / total if total else 0.0

@@ -1,0 +1,248 @@
+"""Files of other trainers without ComfyUI, projections from weights, and low-rank forms."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from seqlora_core.adapter import Adapter, LayerDelta, concatenate, load_adapter, save_adapter
+from seqlora_core.composition import Wishes, closed_form, compose, energy_kept, gram_schmidt, project, symmetric
+from seqlora_core.errors import UserError
+from seqlora_core.linalg import orthonormal_basis
+from seqlora_core.low_rank import factorised, truncated
+from seqlora_core.selection import selected
+from seqlora_core.spelling import canonical
+from seqlora_core.statistics import Moments
+
+IN, OUT, R = 24, 20, 3
+
+
+def randn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def adapter(seed, rank=R, scale=1.0, name="l"):
+    return Adapter({name: LayerDelta(randn(seed, rank, IN), scale * randn(seed + 100, OUT, rank))})
+
+
+def dense(a, name="l"):
+    return a.layers[name].dense()
+
+
+# --- projections from weights
+
+
+def test_symmetric_rows_are_orthogonal_and_do_not_depend_on_the_order():
+    adapters = [adapter(i) for i in range(5)]
+    out = symmetric(adapters)
+    for i in range(5):
+        for j in range(i):
+            assert (out[i].layers["l"].down @ out[j].layers["l"].down.mT).abs().max() < 1e-10
+    backward = symmetric(adapters[::-1])[::-1]
+    for one, other in zip(out, backward):
+        assert torch.allclose(dense(one), dense(other), atol=1e-10)
+
+
+def test_symmetric_moves_the_strong_one_least():
+    weak, strong = adapter(0), adapter(1, scale=10.0)
+    kept = [energy_kept(a, p) for a, p in zip([weak, strong], symmetric([weak, strong]))]
+    assert kept[1] > 0.99 > kept[0] > 0.3
+    alike = [energy_kept(a, p) for a, p in zip([weak, adapter(1)], symmetric([weak, adapter(1)]))]
+    assert abs(alike[0] - alike[1]) < abs(kept[0] - kept[1])
+
+
+def test_symmetric_is_the_nearest_orthonormal_frame():
+    """No other orthonormal frame is nearer to the adapters' directions, weighted by energy: 50 random turns of it are farther."""
+    one = [Adapter({"l": LayerDelta(torch.nn.functional.normalize(randn(i, 1, IN)), randn(i + 9, OUT, 1))}) for i in range(4)]
+    directions = torch.cat([a.layers["l"].down.mT for a in one], 1)
+    energy = torch.stack([a.layers["l"].energy() for a in one])
+    out = symmetric(one)
+    frame = torch.cat([torch.nn.functional.normalize(a.layers["l"].down).mT for a in out], 1)
+
+    def distance(q):
+        return (energy * (q - directions).square().sum(0)).sum()
+
+    for seed in range(50):
+        turned = orthonormal_basis(frame + 0.05 * randn(seed, IN, 4))
+        assert distance(turned) > distance(frame)
+
+
+def test_twins_share_what_they_have():
+    a = adapter(0)
+    halves = symmetric([a, a])
+    assert torch.allclose(dense(halves[0]) + dense(halves[1]), dense(a), atol=1e-9)
+
+
+def test_more_ranks_than_a_layer_has_are_shared():
+    out = symmetric([adapter(i) for i in range(12)])
+    assert all(p.layers["l"].down.isfinite().all() for p in out)
+    assert all(0.05 < energy_kept(adapter(i), p) < 1 for i, p in enumerate(out))
+
+
+@pytest.mark.parametrize(
+    "mode, order", [("weights", "symmetric"), ("weights", "first"), ("weights", "strongest"), ("data", "")]
+)
+def test_a_protected_adapter_is_left_whole(mode, order):
+    adapters = [adapter(i) for i in range(3)]
+    moments = [Moments({"l": (lambda x: x.mT @ x / 99)(randn(50 + i, 99, IN))}) for i in range(3)]
+    wishes = Wishes(order or "symmetric", frozenset([1]))
+    out = project(adapters, mode, 1.0, moments, wishes=wishes)
+    assert torch.equal(dense(out[1]), dense(adapters[1]))
+    assert energy_kept(adapters[0], out[0]) < 0.999
+    if mode == "weights":
+        assert (out[0].layers["l"].down @ out[1].layers["l"].down.mT).abs().max() < 1e-10
+
+
+def test_the_strongest_comes_first():
+    adapters = [adapter(0), adapter(1, scale=3.0)]
+    out = project(adapters, "weights", wishes=Wishes("strongest"))
+    assert torch.equal(dense(out[1]), dense(adapters[1])) and energy_kept(adapters[0], out[0]) < 1
+    with pytest.raises(UserError, match="unknown order"):
+        project(adapters, "weights", wishes=Wishes("random"))
+
+
+def test_magnitude_is_restored_on_request():
+    adapters = [adapter(i) for i in range(4)]
+    out = project(adapters, "weights", wishes=Wishes("first", restore=True))
+    for a, p in zip(adapters, out):
+        assert energy_kept(a, p) == pytest.approx(1.0)
+
+
+def test_equal_adapters_take_nothing_from_a_third():
+    """What is left of a twin is rounding, which must not count as a direction that is taken."""
+    twin, other = adapter(0), adapter(1)
+    assert torch.allclose(dense(gram_schmidt([twin, twin, other])[2]), dense(gram_schmidt([twin, other])[1]), atol=1e-10)
+
+
+def test_layers_that_nobody_recorded_are_projected_from_their_weights():
+    both = [Adapter({**adapter(i).layers, **adapter(i + 5, name="unseen").layers}) for i in range(2)]
+    moments = [Moments({"l": (lambda x: x.mT @ x / 99)(randn(50 + i, 99, IN))}) for i in range(2)]
+    out = closed_form(both, moments)
+    seen = closed_form([adapter(0), adapter(1)], moments)
+    apart = symmetric([adapter(5, name="unseen"), adapter(6, name="unseen")])
+    for i in range(2):
+        assert torch.allclose(dense(out[i]), dense(seen[i])) and torch.allclose(
+            dense(out[i], "unseen"), dense(apart[i], "unseen")
+        )
+
+
+# --- filters and ranks
+
+
+def test_filters():
+    names = [
+        "diffusion_model.double_blocks.1.img_attn.qkv",
+        "lora_unet_up_blocks_1_attentions_0_attn2_to_q",
+        "lora_unet_mid_block_x",
+    ]
+    whole = Adapter({n: adapter(0).layers["l"] for n in names})
+    for words, left in (
+        ("", [0, 1, 2]), ("up_blocks", [1]), ("attn2, double_blocks.1", [0, 1]), ("-mid_block", [0, 1]),
+        ("attn, -img_attn", [1]), ("up_blocks*to_q", [1]), ("attn;-up_blocks", [0]), ("nothing", []),
+    ):  # fmt: skip
+        assert list(selected(whole, words).layers) == [names[i] for i in left], words
+
+
+def test_truncation_is_exact_where_it_can_be_and_tells_its_error_otherwise():
+    stack = concatenate([adapter(i) for i in range(10)])
+    exact, lost = truncated(stack)
+    assert exact.layers["l"].rank == OUT and lost < 1e-20 and torch.allclose(dense(exact), dense(stack), atol=1e-9)
+    less, lost = truncated(stack, 5)
+    values = torch.linalg.svdvals(dense(stack)).square()
+    assert less.layers["l"].rank == 5 and lost == pytest.approx(float(values[5:].sum() / values.sum()))
+    assert (dense(less) - dense(stack)).square().sum() / values.sum() == pytest.approx(lost)
+
+
+def test_low_rank_or_not():
+    flat = randn(0, 40, 2) @ randn(1, 2, 30)
+    delta = factorised(flat + 1e-3 * randn(2, 40, 30))
+    assert delta.rank == 2 and (delta.dense() - flat).square().sum() < 0.01 * flat.square().sum()
+    assert factorised(randn(3, 40, 30)) is None
+    assert torch.allclose(factorised(randn(3, 40, 30), 0.0, always=True).dense(), randn(3, 40, 30).float(), atol=1e-4)
+    assert factorised(torch.einsum("oi,ihw->oihw", randn(0, 40, 1), randn(1, 1, 3, 3)[0:1])).kernel == (3, 3)
+
+
+# --- spellings
+
+
+def spelled(folder, stem, down=".lora_down.weight", up=".lora_up.weight", alpha=None, shape=(6, 8), kernel=()):
+    path = folder / "x.safetensors"
+    tensors = {stem + down: torch.ones(2, shape[1], *kernel), stem + up: torch.ones(shape[0], 2, *[1] * len(kernel))}
+    if alpha is not None:
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "stem, down, up",
+    [
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", ".lora_down.weight", ".lora_up.weight"),
+        ("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", ".lora_down.weight", ".lora_up.weight"),
+        ("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", ".lora.down.weight", ".lora.up.weight"),
+        ("base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q", "_lora.down.weight", "_lora.up.weight"),
+    ],
+)
+def test_one_name_for_a_layer(tmp_path, stem, down, up):
+    read = load_adapter(spelled(tmp_path, stem, down, up))
+    assert list(read.layers) == ["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"]
+    assert torch.equal(dense(read, list(read.layers)[0]), torch.full((6, 8), 2.0))
+
+
+def test_text_encoders_are_told_apart():
+    assert canonical("text_encoder.text_model.encoder.layers.0.mlp.fc1") == "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    assert canonical("text_encoder.text_model.x", True) == "lora_te1_text_model_x"
+    assert canonical("text_encoder_2.text_model.x", True) == "lora_te2_text_model_x"
+    assert canonical("base_model.model.text_model.x") == "lora_te_text_model_x"
+
+
+def test_convolutions_and_their_round_trip(tmp_path):
+    read = load_adapter(spelled(tmp_path, "lora_unet_conv_in", alpha=1.0, kernel=(3, 3)))
+    delta = read.layers["lora_unet_conv_in"]
+    assert delta.kernel == (3, 3) and torch.equal(delta.dense(), torch.ones(6, 72))
+    save_adapter(tmp_path / "y.safetensors", concatenate([read, read]))
+    again = load_adapter(tmp_path / "y.safetensors").layers["lora_unet_conv_in"]
+    assert again.kernel == (3, 3) and torch.equal(again.dense(), torch.full((6, 72), 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_precisions(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    save_file({"a.lora_down.weight": torch.ones(2, 8).to(dtype), "a.lora_up.weight": torch.ones(6, 2).to(dtype)}, path)
+    assert torch.equal(dense(load_adapter(path), "a"), torch.full((6, 8), 2.0))
+
+
+@pytest.mark.parametrize("key, kind", [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("oft_blocks", "OFT"), ("diff", "full-difference"), ("dora_scale", "DoRA")])  # fmt: skip
+def test_kinds_that_only_the_nodes_read_are_named(tmp_path, key, kind):
+    path = tmp_path / "x.safetensors"
+    save_file({f"lora_unet_x.{key}": torch.ones(2, 2)}, path)
+    with pytest.raises(UserError, match=f"x.safetensors is an? .*{kind}.*nodes"):
+        load_adapter(path)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02}q\x00.", b"PK\x03\x04" + b"\0" * 50])
+def test_files_that_could_run_code_are_refused(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="can run code"):
+        load_adapter(path)
+
+
+def test_sum_of_files_that_spell_one_layer_differently(tmp_path):
+    from seqlora_core.cli import main
+
+    first = spelled(tmp_path, "diffusion_model.joint_blocks.0.x_block.attn.proj").rename(tmp_path / "a.safetensors")
+    second = spelled(tmp_path, "lora_unet_joint_blocks_0_x_block_attn_proj").rename(tmp_path / "b.safetensors")
+    output = tmp_path / "sum.safetensors"
+    assert main(["stack", str(first), f"{second}:0.5", "--output", str(output)]) == 0
+    total = load_adapter(output)
+    assert torch.allclose(dense(total, "diffusion_model.joint_blocks.0.x_block.attn.proj"), torch.full((6, 8), 3.0))
+
+
+def test_compose_with_wishes_is_the_sum_of_the_projected():
+    adapters = [adapter(i) for i in range(3)]
+    parts = project(adapters, "weights", 0.5, wishes=Wishes("first"))
+    total = compose(adapters, [1.0, 2.0, -1.0], "weights", 0.5, wishes=Wishes("first"))
+    assert torch.allclose(dense(total), dense(parts[0]) + 2 * dense(parts[1]) - dense(parts[2]))
