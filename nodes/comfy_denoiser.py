@@ -1,8 +1,7 @@
-"""ComfyUI's models behind seqlora_core's Denoiser protocol.  The only file that touches ComfyUI's internals.
+"""ComfyUI's models behind seqlora_core's Denoiser protocol.
 
-Facts it rests on: the executor runs under `torch.inference_mode()`, so that weights are inference tensors, which no
-backward pass may save.  While predicting for training they are replaced by equal clones, and put back afterwards:
-left in place, clones break later LoRA loads on quantised models.
+Nothing here names an architecture: what a family's model wants beside the noised latents is asked of ComfyUI, as its
+samplers do.  With `comfy_training` the only file that touches ComfyUI's internals.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import comfy.model_sampling
 import comfy.sample
 import comfy.sd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..seqlora_core.adapter import Adapter
 from ..seqlora_core.attach import Site
@@ -24,9 +23,11 @@ from ..seqlora_core.demo_model import CLIP_SIZE, CONTEXT_LENGTH
 from ..seqlora_core.denoiser import Conditioning, fingerprint
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.metadata import Base
+from .comfy_training import Trainable
 
-# attention projections of every family: q, k, v, out, fused or not; modulation and norms are no adapter's place
-_ATTENTION = re.compile(r"attn|attention")
+# attention projections of every family: q, k, v, out, fused or not, in Flux and its kin with the MLP of a single block;
+# modulation and norms are no adapter's place
+_ATTENTION = re.compile(r"attn|attention|single_blocks\.\d+\.linear")
 _FAMILIES = {"SDXL": "sdxl", "SD3": "sd3", "Flux": "flux", "Lumina2": "lumina2", "QwenImage": "qwen_image"}
 _NOT_ADAPTED = re.compile(r"mod|norm|adaln|embed", re.IGNORECASE)
 
@@ -81,23 +82,17 @@ class ComfyDenoiser:
         self.patcher = model.clone(disable_dynamic=True) if dynamic else model.clone()
         self.clip, self.vae = clip, vae
         self.device = model.load_device
-        self._swapped: list[tuple[dict, str, Tensor]] = []
-        self._hooks: list = []
+        self._trainable: Trainable | None = None
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._sites: list[Site] | None = None
 
     def __enter__(self) -> ComfyDenoiser:
         self._load()
-        # several families add in place to tensors that a LayerNorm has saved for its backward
-        for module in self.base.diffusion_model.modules():
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                self._hooks.append(module.register_forward_pre_hook(lambda m, a: (a[0].clone(), *a[1:])))
+        self._trainable = Trainable(self.base)
         return self
 
     def __exit__(self, *_) -> None:
-        self._restore()
-        for hook in self._hooks:
-            hook.remove()
+        self._trainable.close()
 
     @property
     def base(self):
@@ -108,27 +103,13 @@ class ComfyDenoiser:
             management.load_models_gpu([self.patcher], force_full_load=True)
 
     def _prepare(self) -> None:
-        """Weights that a backward pass may save, from here to `_restore`"""
-        if self._swapped:
-            return
-        self._load()
-        if hasattr(management, "in_training"):
-            management.in_training = True
-        for module in self.base.modules():
-            for kind in (module._parameters, module._buffers):
-                for key, value in kind.items():
-                    if value is None or not (value.is_inference() or value.requires_grad):
-                        continue
-                    self._swapped.append((kind, key, value))
-                    clone = value.detach().clone()
-                    kind[key] = nn.Parameter(clone, requires_grad=False) if kind is module._parameters else clone
+        """Ready for a backward pass, from here to `_restore`"""
+        if not self._trainable.ready:
+            self._load()
+            self._trainable.prepare()
 
     def _restore(self) -> None:
-        for kind, key, value in self._swapped:
-            kind[key] = value
-        self._swapped.clear()
-        if hasattr(management, "in_training"):
-            management.in_training = False
+        self._trainable.restore()
 
     def sites(self) -> list[Site]:
         if self._sites is None:
@@ -162,11 +143,10 @@ class ComfyDenoiser:
         parts = []
         with torch.inference_mode():
             for prompt in prompts:
-                parts.append(self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True))
-        # inference tensors cannot be saved for backward: clone
-        return Conditioning.cat(
-            [Conditioning(*(None if t is None else t.float().clone().to(self.device) for t in p)) for p in parts]
-        )
+                encoded = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True, return_dict=True)
+                # inference tensors cannot be saved for backward: clone
+                parts.append({k: v.clone().to(self.device) for k, v in encoded.items() if torch.is_tensor(v)})
+        return Conditioning.cat([_conditioning(p.pop("cond"), p.pop("pooled_output", None), p) for p in parts])
 
     def encode_images(self, images: Tensor) -> Tensor:
         self._restore()
@@ -213,14 +193,42 @@ class ComfyDenoiser:
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self._prepare()
-        options = {"cross_attn": conditioning.context, "noise": noised, "device": self.device}
-        if conditioning.pooled is not None:
-            options["pooled_output"] = conditioning.pooled
-        height, width = noised.shape[-2] * 8, noised.shape[-1] * 8
-        conditions = self.base.extra_conds(**options, width=width, height=height, prompt_type="positive")
-        extra = {k: v.process_cond(batch_size=len(noised), device=self.device, area=None).cond for k, v in conditions.items()}
-        x0 = self.base.apply_model(noised, sigma, **extra)
+        rows, parts = [], []
+        for part, conditions in self._batches(noised, conditioning):
+            rows += part
+            parts.append(self.base.apply_model(noised[part], sigma[part], **conditions))
+        x0 = torch.cat(parts)[torch.tensor(rows, device=self.device).argsort()]
         return x0.float() / self._error_scale(sigma, noised.ndim)
+
+    def _batches(self, noised: Tensor, conditioning: Conditioning) -> list[tuple[list[int], dict]]:
+        """Rows that may go through the model together, with its keyword conditions.
+
+        As in ComfyUI's sampler: conditions are made prompt by prompt and joined where they say they can be.
+        """
+        if conditioning.more is None and len(set(conditioning.lengths)) == 1:
+            together = self._model_conditions(noised, conditioning)
+            return [(list(range(len(noised))), {k: v.cond for k, v in together.items()})]
+        groups: list[tuple[list[int], list[dict]]] = []
+        for row in range(len(noised)):
+            own = self._model_conditions(noised[row : row + 1], conditioning[row : row + 1])
+            for rows, held in groups:
+                if own.keys() == held[0].keys() and all(held[0][k].can_concat(own[k]) for k in own):
+                    rows.append(row)
+                    held.append(own)
+                    break
+            else:
+                groups.append(([row], [own]))
+        return [(rows, {k: c.concat([h[k] for h in held[1:]]) for k, c in held[0].items()}) for rows, held in groups]
+
+    def _model_conditions(self, noised: Tensor, conditioning: Conditioning) -> dict:
+        """What the family's model takes beside noised latents, for prompts of one length; as ComfyUI's samplers ask"""
+        options = _options(conditioning)
+        height, width = noised.shape[-2] * 8, noised.shape[-1] * 8
+        conditions = self.base.extra_conds(
+            cross_attn=options.pop("context"), noise=noised, device=self.device, width=width, height=height,
+            prompt_type="positive", **options,
+        )  # fmt: skip
+        return {k: c.process_cond(batch_size=len(noised), device=self.device, area=None) for k, c in conditions.items()}
 
     def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return latents / self._error_scale(sigma, latents.ndim)
@@ -229,24 +237,45 @@ class ComfyDenoiser:
         self, conditioning: Conditioning, seed: int, steps: int = 20, guidance: float = 4.0, size: tuple[int, int] = (512, 512)
     ) -> Tensor:
         """Through ComfyUI's own sampler (Euler, simple), so that every family is sampled as its users do"""
-        empty = self.encode_prompts([""])
+        empty = _sampler_input(self.encode_prompts([""]))
         if size not in self._shapes:
             self.encode_images(torch.zeros(1, *size, 3))
-        shape = self._shapes[size]
-        noise = torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(conditioning))]
-        )
-        with torch.inference_mode():
-            latents = comfy.sample.sample(
-                self.patcher, noise, steps, guidance, "euler", "simple", _conditions(conditioning), _conditions(empty),
-                torch.zeros_like(noise), disable_pbar=True, seed=seed,
-            )  # fmt: skip
-        return self.base.process_latent_in(latents.float().clone()).to(self.device)
+        shape, count = self._shapes[size], len(conditioning)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
+        # one condition serves a whole batch of the sampler's: prompts that differ in more than values go one by one
+        alike = conditioning.more is None and len(set(conditioning.lengths)) == 1
+        parts = []
+        self._restore()
+        for rows in [slice(0, count)] if alike else [slice(i, i + 1) for i in range(count)]:
+            wanted = _sampler_input(conditioning[rows])
+            with torch.inference_mode():
+                parts.append(
+                    comfy.sample.sample(
+                        self.patcher, noise[rows], steps, guidance, "euler", "simple", wanted, empty,
+                        torch.zeros_like(noise[rows]), disable_pbar=True, seed=seed,
+                    )
+                )  # fmt: skip
+        return self.base.process_latent_in(torch.cat(parts).float().clone()).to(self.device)
 
 
-def _conditions(conditioning: Conditioning) -> list:
-    extra = {} if conditioning.pooled is None else {"pooled_output": conditioning.pooled.cpu()}
-    return [[conditioning.context.cpu(), extra]]
+def _conditioning(context: Tensor, pooled: Tensor | None, more: dict[str, Tensor]) -> Conditioning:
+    """One prompt's; context [1, tokens, width]"""
+    pooled = None if pooled is None else pooled.float()
+    return Conditioning(context.float(), pooled, [context.shape[1]], [more] if more else None)
+
+
+def _options(conditioning: Conditioning) -> dict[str, Tensor | None]:
+    """Keywords of ComfyUI for prompts of one length: the context without its padding, and all that goes with it"""
+    # a family without a pooled vector asks for it all the same
+    options = {"context": conditioning.context[:, : conditioning.lengths[0]], "pooled_output": conditioning.pooled}
+    for key in conditioning.more[0] if conditioning.more else ():
+        options[key] = torch.cat([m[key] for m in conditioning.more])
+    return options
+
+
+def _sampler_input(conditioning: Conditioning) -> list:
+    options = {k: None if v is None else v.cpu() for k, v in _options(conditioning).items()}
+    return [[options.pop("context"), options]]
 
 
 def _file_names(base) -> dict[str, str]:

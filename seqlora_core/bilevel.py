@@ -55,8 +55,12 @@ def live_layers(groups: list[Group]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def to_adapter(groups: list[Group]) -> Adapter:
-    """The fitted concept as an ordinary LoRA (detached copies)."""
-    return Adapter({n: LayerDelta(d.detach().clone(), u.detach().clone()) for n, (d, u) in live_layers(groups).items()})
+    """The fitted concept as an ordinary LoRA (detached copies).
+
+    Layers that no gradient reached are left out: some models compute what nothing uses, such as the last block's text.
+    """
+    layers = {n: LayerDelta(d.detach().clone(), u.detach().clone()) for n, (d, u) in live_layers(groups).items() if u.any()}
+    return Adapter(layers)
 
 
 def mean_energy(groups: list[Group]) -> Tensor:

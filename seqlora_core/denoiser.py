@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attach import Site
@@ -16,24 +17,49 @@ from .metadata import Base
 
 @dataclass
 class Conditioning:
-    """Encoded prompts, indexable like a batch.  context [n, tokens, width]; pooled [n, width] or None."""
+    """Encoded prompts, indexable like a batch.
+
+    context [n, tokens, width]; pooled [n, width] or None.  lengths: tokens of each prompt, those after them are
+    padding; None if all count.  more: what else a family's text encoder hands to its model (masks, a second text), of
+    each prompt and as it is encoded by itself; None if nothing.
+    """
 
     context: Tensor
     pooled: Tensor | None = None
+    lengths: list[int] | None = None
+    more: list[dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.context)
 
-    def __getitem__(self, index) -> Conditioning:
-        return Conditioning(self.context[index], None if self.pooled is None else self.pooled[index])
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        rows = range(len(self))[index] if isinstance(index, slice) else index.tolist()
+        return Conditioning(
+            self.context[index],
+            None if self.pooled is None else self.pooled[index],
+            None if self.lengths is None else [self.lengths[i] for i in rows],
+            None if self.more is None else [self.more[i] for i in rows],
+        )
 
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
-        """One batch of several.  Contexts of unequal lengths are repeated to a common one, as ComfyUI does: attention
-        over repeated tokens is attention over the tokens."""
-        length = math.lcm(*(p.context.shape[1] for p in parts))
-        context = torch.cat([p.context.repeat(1, length // p.context.shape[1], 1) for p in parts])
-        return Conditioning(context, None if parts[0].pooled is None else torch.cat([p.pooled for p in parts]))
+        """One batch of several.
+
+        Contexts of unequal lengths are padded where the lengths are kept; else they are repeated to a common one, as
+        ComfyUI does for UNets: attention over repeated tokens is attention over the tokens.
+        """
+        first, sizes = parts[0], [p.context.shape[1] for p in parts]
+        if first.lengths is not None:
+            context = torch.cat([F.pad(p.context, (0, 0, 0, max(sizes) - n)) for p, n in zip(parts, sizes)])
+        else:
+            length = math.lcm(*sizes)
+            context = torch.cat([p.context.repeat(1, length // n, 1) for p, n in zip(parts, sizes)])
+        return Conditioning(
+            context,
+            None if first.pooled is None else torch.cat([p.pooled for p in parts]),
+            None if first.lengths is None else [n for p in parts for n in p.lengths],
+            None if first.more is None else [m for p in parts for m in p.more],
+        )
 
 
 class Denoiser(Protocol):

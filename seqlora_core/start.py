@@ -25,6 +25,8 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
     """Groups of layers of one shape, with the concept's first basis and lora_up = 0."""
     device, parts, notes = denoiser.device, {}, []
     for site in denoiser.sites():
+        if site.name not in calibration.moments.layers:  # never ran: a branch for other tasks, as of image editors
+            continue
         moment = calibration.moments[site.name]
         if config.whitened:
             metric = subspace.Metric.of(moment)
