@@ -67,7 +67,7 @@ def prove(family: Family, model, folder: Path) -> dict:
 
         calibration = Calibration(record_moments(denoiser, latents, prompts, passes=1), PROMPTS, latents)
         config = TrainingConfig(
-            rank=2, steps=STEPS, learning_rate=1e-2, basis_rate=1e-3, batch=2, replay_batch=2, replay_weight=0.1, interference_weight=0.01,
+            rank=2, steps=STEPS, learning_rate=3e-2, basis_rate=1e-3, batch=2, replay_batch=2, replay_weight=0.1, interference_weight=0.01,
             drift_budget=0.0, use_decoys=False, planned=4,
         )  # fmt: skip
         result = fit(denoiser, References(latents, PROMPTS, SIZE), "first", [], calibration, config)

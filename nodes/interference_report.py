@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.plots import crosstalk_picture
 from ..seqlora_core.report import interference_report
+from ..seqlora_core.report_picture import report_picture
 from .loading import load_concepts
 from .types import CATEGORY, StackType
 
@@ -26,5 +26,5 @@ class SeqLoRAInterferenceReport(io.ComfyNode):
         concepts = load_concepts(stack)
         adapters = {c.name: c.adapter.scaled(e.strength) for c, e in zip(concepts, stack.entries)}
         report = interference_report(adapters, {c.name: c.moments for c in concepts})
-        picture = crosstalk_picture(report)
+        picture = report_picture(report)
         return io.NodeOutput(report.text(), picture, ui=ui.PreviewImage(picture, cls=cls))
