@@ -1,1 +1,1 @@
-"""ComfyUI nodes: thin wrappers around seqlora_core.  `comfy_denoiser` alone touches ComfyUI's internals."""
+"""ComfyUI nodes: thin wrappers around seqlora_core.  `comfy_denoiser` and `comfy_training` alone touch ComfyUI's internals."""
