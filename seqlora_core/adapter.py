@@ -8,19 +8,17 @@ trainers write is read under the names of `spelling.canonical`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .errors import UserError
 from .metadata import file_hashes, network
 from .spelling import Factors, canonical, factors, other_kind, plain
+from .tensor_file import read_safetensors, write_safetensors
 
 
 @dataclass
@@ -81,49 +79,6 @@ def renamed(adapter: Adapter, names: Iterable[str]) -> Adapter:
     """The adapter with its layers under those of the names that mean the same weights; others keep theirs."""
     wanted = {plain(n): n for n in names}
     return Adapter({wanted.get(plain(n), n): d for n, d in adapter.layers.items()}, adapter.metadata)
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write aside, flush to the disk, rename: the file is whole or not there, whatever is killed when.
-
-    Equal contents give equal bytes: the library writes metadata in an order of its own each time, so the header is
-    put together here.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    end = 8 + int.from_bytes(blob[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(blob[8:end])}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            f.write(memoryview(blob)[end:])
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file at {path}: check the name")
-    with open(path, "rb") as f:
-        start = f.read(4)
-    if not start:
-        raise UserError(f"{path} is not a readable safetensors file (it is empty); download or export it again")
-    if start[:1] == b"\x80" or start == b"PK\x03\x04":  # torch.save, old and new
-        raise UserError(f"{path} is not a safetensors file but a .pt or .ckpt, which can run code: convert it first")
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); download or export it again") from error
 
 
 def check_useful(path: Path, adapter: Adapter) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, read_safetensors, write_safetensors
+from .adapter import Adapter
 from .attach import Attachment, attached
 from .denoiser import Conditioning, Denoiser
+from .errors import UserError
 from .prompts import generic_decoys, generic_prompts
-from .statistics import Moments, Recorder, moments_from_tensors
+from .statistics import Moments, Recorder, json_of, read_statistics
+from .tensor_file import write_safetensors
 
 DRAW_STEPS, DRAW_GUIDANCE = 16, 2.5
 PASSES = 4  # noise levels at which each picture is seen
@@ -40,9 +42,15 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        tensors, metadata = read_safetensors(path)
-        moments = moments_from_tensors(tensors, json.loads(metadata["seqlora.shared"]))
-        return cls(moments, json.loads(metadata["seqlora.prompts"]), tensors["latents"])
+        moments, tensors, metadata = read_statistics(path)
+        prompts, latents = json_of(path, metadata, "seqlora.prompts", list), tensors.get("latents")
+        if (
+            latents is None
+            or len(prompts) != (len(latents) if latents.ndim else 0)
+            or not all(isinstance(p, str) for p in prompts)
+        ):
+            raise UserError(f"{path} is no calibration, or a damaged one: record it again with 'seqlora calibrate'")
+        return cls(moments, prompts, latents)
 
 
 @torch.no_grad()

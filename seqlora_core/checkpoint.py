@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import read_safetensors, write_safetensors
 from .bilevel import Group, LowerLevel, UpperLevel
 from .budget import Budget
 from .errors import UserError
+from .tensor_file import read_safetensors, write_safetensors
 
 FOLDER, SUFFIX = ".checkpoints", ".checkpoint"
 FORMAT = 1
@@ -131,7 +131,7 @@ class Progress:
             "generator": self.generator.get_state(),
             "weight": self.objective.weight,
             "budget": budget,
-            "curves": {name: getattr(self.result, name) for name in CURVES},
+            "curves": {name: torch.tensor(getattr(self.result, name), dtype=torch.float64) for name in CURVES},
         }
 
     def resume(self, checkpoints: Checkpoints) -> int:
@@ -151,5 +151,5 @@ class Progress:
         if self.budget is not None:
             self.budget.weight, self.budget.ratio = state["budget"]["weight"], state["budget"]["ratio"]
         for name in CURVES:
-            setattr(self.result, name, state["curves"][name])
+            setattr(self.result, name, state["curves"][name].tolist())
         return number

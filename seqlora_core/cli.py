@@ -189,8 +189,9 @@ def _train(args):
 def _adapters(items: list[str], library: Path | None):
     """(name, adapter, strength, moments or None) of files or of a whole library, and what the base model sees"""
     from .adapter import load_adapter, renamed
-    from .library import Library, read_statistics
+    from .library import Library
     from .lora_moments import kept_general, kept_moments
+    from .statistics import read_statistics
 
     if bool(items) == bool(library):
         raise UserError("name LoRA files or give --library, one of the two")
@@ -353,7 +354,8 @@ def _calibrate_loras(args):
 
 
 def _library(args):
-    from .library import Library, repair
+    from .library import Library
+    from .repair import repair
 
     say = _say(args)
     if args.action == "repair":

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapter import read_safetensors
 from .attach import Site
 from .denoiser import Conditioning, fingerprint
 from .errors import UserError
 from .metadata import Base
+from .tensor_file import read_safetensors
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 DEMO_MODEL = DEMO_FOLDER / "model" / "seqlora_demo.safetensors"

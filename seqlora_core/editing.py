@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .errors import UserError
 from .interference import adapter_energy
 from .library import Library
 from .linalg import orthonormal_basis
+from .storage import PART, sync_folder
 from .subspace import Metric
 
 
@@ -66,11 +68,18 @@ def refit(sources: list[Library], folder: Path | str, beta: float = 1.0) -> tupl
             out[name] = orthonormal_basis(metric.basis(delta.down))
         return out
 
-    library = Library(folder, bases.pop(), max(max(s.planned for s in sources), len(concepts)), create=True)
+    # made beside its place and renamed: there is a whole library or none
+    part = folder.with_name(f".{folder.name}{PART}")
+    shutil.rmtree(part, ignore_errors=True)
+    library = Library(part, bases.pop(), max(max(s.planned for s in sources), len(concepts)), create=True)
     library.keep_calibration(calibration)
     for concept, adapter in zip(concepts, fitted):
         library.add(replace(concept, adapter=adapter, bases=bases_of(adapter)))
-    return library, _price(names, adapters, fitted, moments)
+    if folder.exists():
+        folder.rmdir()
+    part.rename(folder)
+    sync_folder(folder.parent)
+    return Library(folder), _price(names, adapters, fitted, moments)
 
 
 def _price(names, adapters, fitted, moments) -> Price:

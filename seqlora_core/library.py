@@ -6,32 +6,34 @@
     LIBRARY/NAME.stats.safetensors     its moments, basis and kept references
     LIBRARY/.checkpoints/NAME/         of a run that is not done
 
-Adding a concept writes the statistics, then the LoRA, then the manifest, each aside and renamed: whatever is
-killed when, a concept that the manifest names is whole.
+A change of a concept is whole or has not happened, whatever is killed when: new files are written aside, the manifest names
+the change, the files take their places, the manifest says that it is done (`manifest.py`).  A change that the manifest
+names is finished by whoever opens the library next.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from .adapter import check_useful, json_metadata, load_adapter, read_safetensors, save_adapter, write_safetensors
+from . import manifest
+from .adapter import check_useful, save_adapter
 from .calibration import Calibration
 from .checkpoint import FOLDER, SUFFIX
 from .concept import Concept
+from .concept_files import read_concept, write_concept_statistics
 from .errors import UserError
-from .names import safe_name
-from .statistics import Moments, moments_from_tensors
+from .names import safe_name, safe_text
+from .storage import PART, sync_folder
+from .tensor_file import tensors_hash
 
-FORMAT = 1
 LOCK_SECONDS = 10
+NEW = ".new"  # ends the name of a file that waits to take its place
+READS = 5  # a concept that is replaced while it is read is read again
 
 
 class Library:
@@ -55,7 +57,7 @@ class Library:
 
     @property
     def manifest_path(self) -> Path:
-        return self.folder / "library.json"
+        return self.folder / manifest.FILE
 
     @property
     def names(self) -> list[str]:
@@ -76,42 +78,68 @@ class Library:
             raise UserError(f"cannot create the library {self.folder}: {error.strerror}; choose another folder") from error
         with self.lock():
             if not self.manifest_path.exists():
-                self._write_manifest({"format": FORMAT, "base": base, "planned": planned, "concepts": []})
+                self.rewrite({"base": base, "planned": planned, "concepts": []})
 
     def reload(self) -> None:
-        try:
-            self.manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-            if self.manifest["format"] > FORMAT:
-                raise UserError(f"{self.manifest_path} was written by a newer SeqLoRA: update this pack")
-            for index, concept in enumerate(self.manifest["concepts"]):
-                safe_name(concept["name"], "concept name")
-                concept.setdefault("order", index)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{self.manifest_path} is damaged ({error}): rebuild it with 'seqlora library repair {self.folder}'"
-            ) from error
+        """Read the manifest anew; finish a change that a killed process left half done."""
+        self.manifest = manifest.read(self.folder)
+        if "pending" in self.manifest:
+            with self.changing():
+                pass
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """One writer at a time, over all processes; waits LOCK_SECONDS, then says so."""
+    def lock(self, kind: str = "writing to", file: str = ".lock") -> Iterator[None]:
+        """One writer at a time, over all processes; waits LOCK_SECONDS, then says so.  A killed process holds no lock."""
         from filelock import FileLock, Timeout
 
+        lock = FileLock(str(self.folder / file), timeout=LOCK_SECONDS)
         try:
-            with FileLock(str(self.folder / ".lock"), timeout=LOCK_SECONDS):
-                yield
+            lock.acquire()
         except Timeout as error:
-            raise UserError(f"another process is writing to the library {self.folder.name!r}: wait until it is done") from error
+            raise UserError(f"another process is {kind} the library {self.folder.name!r}: wait until it is done") from error
+        except (OSError, NotImplementedError) as error:
+            raise UserError(f"cannot write to the library {self.folder}: {error}; make the folder writable") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def _write_manifest(self, manifest: dict) -> None:
-        part = self.manifest_path.with_name(f".library.json.{os.getpid()}.part")
-        with open(part, "w", encoding="utf-8") as f:
-            json.dump(manifest, f, indent=1, ensure_ascii=False)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, self.manifest_path)
-        self.manifest = manifest
+    def training(self):
+        """Held for the length of a run: two at once in one library would not stand beside one another."""
+        return self.lock("training into", ".training.lock")
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """The lock, with the library as it is now and nothing half done in it"""
+        with self.lock():
+            self.manifest = manifest.read(self.folder)
+            self.settle()
+            for left in (*self.folder.glob(f".*{PART}"), *self.folder.glob(f".*{NEW}")):
+                left.unlink(missing_ok=True)
+            yield
+
+    def settle(self) -> None:
+        """Finish the change that the manifest names, if it names one; done twice it is done once."""
+        pending = self.manifest.get("pending", {})
+        for kind, name in pending.items():
+            for path in self.paths(name):
+                if kind == "remove":
+                    path.unlink(missing_ok=True)
+                elif _aside(path).exists():
+                    os.replace(_aside(path), path)
+        if pending:
+            sync_folder(self.folder)
+            self.rewrite({k: v for k, v in self.manifest.items() if k != "pending"})
+
+    def _change(self, kind: str, name: str, concepts: list[dict]) -> None:
+        """From here on the change is made, at the latest by the next who opens the library."""
+        self.rewrite({**self.manifest, "concepts": concepts, "pending": {kind: name}})
+        self.settle()
+
+    def rewrite(self, new: dict) -> None:
+        """Only with the lock held"""
+        manifest.write(self.folder, new)
+        self.manifest = new
 
     def paths(self, name: str) -> tuple[Path, Path]:
         """The concept's LoRA file and its statistics file"""
@@ -147,7 +175,7 @@ class Library:
         return Calibration.load(path) if path.exists() else None
 
     def keep_calibration(self, calibration: Calibration) -> None:
-        with self.lock():
+        with self.changing():
             calibration.save(self.folder / "calibration.safetensors", self.manifest["base"])
 
     def check_free(self, name: str, replace_existing: bool = False) -> None:
@@ -161,9 +189,10 @@ class Library:
     def add(self, concept: Concept, replace_existing: bool = False) -> None:
         """Write a concept and append it to the order, or put it in the place of the one it replaces."""
         name = safe_name(concept.name, "concept name")
+        trigger, class_noun = safe_text(concept.trigger, "trigger"), safe_text(concept.class_noun, "class noun")
         lora, stats = self.paths(name)
-        with self.lock():
-            self.reload()
+        check_useful(lora, concept.adapter)
+        with self.changing():
             self.check_free(name, replace_existing)
             entries = list(self.manifest["concepts"])
             place = self.names.index(name) if name in self.names else len(entries)
@@ -171,57 +200,71 @@ class Library:
             concept.adapter.metadata |= {
                 "ss_output_name": name,
                 "modelspec.title": name,
-                "modelspec.trigger_phrase": concept.trigger,
+                "modelspec.trigger_phrase": trigger,
                 "seqlora.name": name,
-                "seqlora.trigger": concept.trigger,
-                "seqlora.class_noun": concept.class_noun,
+                "seqlora.trigger": trigger,
+                "seqlora.class_noun": class_noun,
                 "seqlora.library": self.identity(),
                 "seqlora.order": str(order),
                 "seqlora.base": self.manifest["base"],
             }
-            check_useful(lora, concept.adapter)
-            write_safetensors(stats, _stats_tensors(concept), _stats_metadata(concept, order, self.manifest))
-            save_adapter(lora, concept.adapter)
-            entries[place : place + 1] = [
-                {"name": name, "trigger": concept.trigger, "class_noun": concept.class_noun, "order": order}
-            ]
-            self._write_manifest({**self.manifest, "concepts": entries})
+            entry = {"name": name, "trigger": trigger, "class_noun": class_noun, "order": order}
+            try:
+                save_adapter(_aside(lora), concept.adapter)
+                entry["lora"] = tensors_hash(_aside(lora))
+                write_concept_statistics(_aside(stats), concept, entry, self.manifest)
+                entry["stats"] = tensors_hash(_aside(stats))
+                entries[place : place + 1] = [entry]
+                self._change("write", name, entries)
+            except BaseException:
+                if "pending" not in self.manifest:
+                    for path in (lora, stats):
+                        _aside(path).unlink(missing_ok=True)
+                raise
 
     def load(self, name: str) -> Concept:
         """A concept with everything that training on top of it needs."""
-        lora, stats = self.paths(self.require(name))
-        adapter = load_adapter(lora)
-        moments, tensors, metadata = read_statistics(stats)
-        captions = json.loads(metadata.get("seqlora.captions", "[]"))
-        bases = {k.removeprefix("basis."): v for k, v in tensors.items() if k.startswith("basis.")}
-        entry = next(c for c in self.manifest["concepts"] if c["name"] == name)
-        latents = tensors.get("latents", torch.zeros(0))
-        return Concept(name, entry["trigger"], entry["class_noun"], adapter, moments, bases, latents, captions)
+        for _ in range(READS):
+            entry = self._entry(name)
+            try:
+                found, error = read_concept(entry, *self.paths(name)), None
+            except UserError as caught:
+                found, error = None, caught
+            self.reload()
+            if self._entry(name) == entry:
+                break
+        if error is not None:
+            raise error
+        return found
+
+    def _entry(self, name: str) -> dict:
+        return self.manifest["concepts"][self.names.index(self.require(name))]
 
     def concepts(self) -> list[Concept]:
         return [self.load(name) for name in self.names]
 
     def remove(self, name: str) -> str:
         """Take a concept out; the others stay valid, and later ones may use its space.  Returns what it cost."""
-        with self.lock():
-            self.reload()
-            entry_paths = self.paths(self.require(name))
-            later = self.names[self.names.index(name) + 1 :]
-            self._write_manifest({**self.manifest, "concepts": [c for c in self.manifest["concepts"] if c["name"] != name]})
-            for path in entry_paths:
-                path.unlink(missing_ok=True)
+        with self.changing():
+            self._entry(name)
+            cost = self.cost(name)
+            self._change("remove", name, [c for c in self.manifest["concepts"] if c["name"] != name])
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)
-        trained_on_it = f"; {', '.join(later)} were trained beside it and stay valid" if later else ""
-        return f"removed {name}; its directions are free for the next concept{trained_on_it}"
+        return f"removed {name}; its directions are free for the next concept{cost}"
+
+    def cost(self, name: str) -> str:
+        """What it means for the others that this concept goes or is trained anew, as the end of a sentence"""
+        own = self._entry(name)["order"]
+        later = [e["name"] for e in self.manifest["concepts"] if e["order"] > own]
+        return f"; {', '.join(later)} were trained beside it and stay valid" if later else ""
 
     def reorder(self, names: list[str]) -> None:
         """Put the concepts in this order, in which nodes and reports list them; the sum does not depend on it."""
-        with self.lock():
-            self.reload()
+        with self.changing():
             if sorted(names) != sorted(self.names):
                 raise UserError(f"give every concept once: {', '.join(self.names)}")
             entries = {e["name"]: e for e in self.manifest["concepts"]}
-            self._write_manifest({**self.manifest, "concepts": [entries[n] for n in names]})
+            self.rewrite({**self.manifest, "concepts": [entries[n] for n in names]})
 
     def verify(self) -> list[str]:
         """Problems found, one sentence each; empty if all is well."""
@@ -229,11 +272,16 @@ class Library:
         for name in self.names:
             try:
                 self.load(name)
-            except (UserError, KeyError, ValueError) as error:
+                problems += [
+                    f"{name}: {path.name} is not the file that was saved"
+                    for path, key in zip(self.paths(name), ("lora", "stats"))
+                    if tensors_hash(path) != self._entry(name).get(key, tensors_hash(path))
+                ]
+            except (UserError, OSError) as error:
                 problems.append(f"{name}: {error}")
         try:
             self.calibration()
-        except (UserError, KeyError, ValueError) as error:
+        except UserError as error:
             problems.append(f"calibration: {error}")
         stray = [p.name for p in self.folder.glob("*.safetensors") if p.stem not in self._known_stems()]
         return problems + [f"{name} is not in the manifest" for name in sorted(stray)]
@@ -250,54 +298,5 @@ def digest(*parts: bytes) -> str:
     return total.hexdigest()[:16]
 
 
-def read_statistics(path: Path) -> tuple[Moments, dict[str, torch.Tensor], dict[str, str]]:
-    """A concept's moments, and everything in its statistics file"""
-    tensors, metadata = read_safetensors(path)
-    return moments_from_tensors(tensors, json.loads(metadata.get("seqlora.shared", "{}"))), tensors, metadata
-
-
-def repair(folder: Path | str) -> Library:
-    """Rebuild the manifest from the concept files that are whole, in the order they were trained."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: check the path")
-    found, base, planned = [], "", 32
-    for stats in sorted(folder.glob("*.stats.safetensors")):
-        name = stats.name.removesuffix(".stats.safetensors")
-        try:
-            load_adapter(folder / f"{safe_name(name)}.safetensors")
-            _, metadata = read_safetensors(stats)
-            entry = {k: metadata[f"seqlora.{k}"] for k in ("trigger", "class_noun")}
-            order = int(metadata["seqlora.order"])
-            found.append((order, name, {"name": name, **entry, "order": order}))
-            base, planned = metadata.get("seqlora.base", base), int(metadata.get("seqlora.planned", planned))
-        except (UserError, KeyError, ValueError):
-            continue
-    manifest = {"format": FORMAT, "base": base, "planned": planned, "concepts": [e for _, _, e in sorted(found)]}
-    library = Library.__new__(Library)
-    library.folder = folder
-    with library.lock():
-        library._write_manifest(manifest)
-    return library
-
-
-def _stats_tensors(concept: Concept) -> dict[str, torch.Tensor]:
-    tensors = concept.moments.tensors() | {f"basis.{n}": b for n, b in concept.bases.items()}
-    if len(concept.latents):
-        tensors["latents"] = concept.latents.float()
-    return tensors
-
-
-def _stats_metadata(concept: Concept, order: int, manifest: dict) -> dict[str, str]:
-    return json_metadata(
-        {
-            "seqlora.name": concept.name,
-            "seqlora.trigger": concept.trigger,
-            "seqlora.class_noun": concept.class_noun,
-            "seqlora.order": str(order),
-            "seqlora.base": manifest["base"],
-            "seqlora.planned": str(manifest["planned"]),
-            "seqlora.shared": concept.moments.shared(),
-            "seqlora.captions": concept.captions,
-        }
-    )
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{NEW}")

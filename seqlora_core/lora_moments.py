@@ -9,29 +9,17 @@ A moments file names the hash of the LoRA it was recorded with: a LoRA that was 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
-from .adapter import Adapter, read_safetensors, write_safetensors
+from .adapter import Adapter
 from .calibration import Calibration, calibrate, draw, record_moments
 from .denoiser import Denoiser
 from .errors import UserError
 from .prompts import trigger_prompts
-from .statistics import Moments, moments_from_tensors
-from .triggers import json_object
-
-
-def lora_hash(path: Path) -> str:
-    """SHA-256 of the tensors alone, as the community's AutoV3: it outlives edits of the metadata."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        header = int.from_bytes(f.read(8), "little")
-        f.seek(8 + header)
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+from .statistics import Moments, read_statistics
+from .tensor_file import tensors_hash, write_safetensors
 
 
 def moments_path(lora: Path, base: str) -> Path:
@@ -50,11 +38,18 @@ def kept_moments(lora: Path, base: str | None = None) -> tuple[Moments, str] | N
     pattern = re.compile(re.escape(lora.stem) + r"\.([0-9a-f]{16})\.stats\.safetensors")
     found = [(p, pattern.fullmatch(p.name)) for p in lora.parent.glob("*.stats.safetensors")]
     fitting = [(p, match[1]) for p, match in found if match and base in (None, match[1])]
-    for path, on in sorted(fitting, key=lambda f: f[0].stat().st_mtime_ns, reverse=True):
-        tensors, metadata = read_safetensors(path)
-        if metadata.get("seqlora.lora") == lora_hash(lora):
-            return moments_from_tensors(tensors, json_object(metadata.get("seqlora.shared"))), on
+    for path, on in sorted(fitting, key=lambda f: _changed(f[0]), reverse=True):
+        moments, _, metadata = read_statistics(path)
+        if metadata.get("seqlora.lora") == tensors_hash(lora):
+            return moments, on
     return None
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # gone since it was listed; reading it says so
+        return 0
 
 
 def kept_general(folder: Path, base: str) -> Moments | None:
@@ -67,7 +62,7 @@ def keep_moments(lora: Path, base: str, moments: Moments, trigger: str) -> Path:
     """Write the moments beside the LoRA; returns where."""
     path = moments_path(lora, base)
     metadata = {
-        "seqlora.lora": lora_hash(lora), "seqlora.base": base, "seqlora.trigger": trigger,
+        "seqlora.lora": tensors_hash(lora), "seqlora.base": base, "seqlora.trigger": trigger,
         "seqlora.shared": json.dumps(moments.shared()),
     }  # fmt: skip
     write_safetensors(path, moments.tensors(), metadata)

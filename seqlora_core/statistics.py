@@ -6,13 +6,17 @@ attention) share one moment.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
 from .attach import Attachment, flat
+from .errors import UserError
 from .sketch import Sketch, sketch
+from .tensor_file import read_safetensors
 
 SKETCH_FROM = 641  # inputs of a layer from which its moment is written as a sketch
 
@@ -63,6 +67,37 @@ def moments_from_tensors(tensors: dict[str, Tensor], shared: dict[str, str]) -> 
             layers[name] = Sketch(*(tensors[f"sketch.{name}.{part}"] for part in ("vectors", "values", "rest")))
     layers.update({name: layers[owner] for name, owner in shared.items() if owner in layers})
     return Moments(layers)
+
+
+def read_statistics(path: Path) -> tuple[Moments, dict[str, Tensor], dict[str, str]]:
+    """The moments that a statistics or calibration file holds, with everything else in it, whose tensors are finite."""
+    tensors, metadata = read_safetensors(path)
+    bad = next((n for n, t in tensors.items() if not t.is_floating_point() or not t.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"{path}: {bad[:80]!r} holds values that are not finite; the file is damaged, get it again")
+    shared = json_of(path, metadata, "seqlora.shared", dict)
+    if not all(isinstance(owner, str) for owner in shared.values()):
+        raise UserError(f"{path}: its 'seqlora.shared' does not name layers; the file is damaged, get it again")
+    try:
+        moments = moments_from_tensors(tensors, shared)
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing; the file is incomplete, get it again") from error
+    for name, moment in moments.layers.items():
+        parts = (moment.vectors.mT, moment.vectors) if isinstance(moment, Sketch) else (moment, moment)
+        if any(p.ndim != 2 for p in parts) or not isinstance(moment, Sketch) and moment.shape[0] != moment.shape[1]:
+            raise UserError(f"{path}: the moment of {name[:80]!r} is not square; the file is damaged, get it again")
+    return moments, tensors, metadata
+
+
+def json_of(path: Path, metadata: dict[str, str], key: str, kind: type):
+    """What a metadata text holds: a dict or a list, empty if there is none.  UserError if it is something else."""
+    try:
+        found = json.loads(metadata.get(key) or json.dumps(kind()))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, kind):
+        raise UserError(f"{path}: its {key!r} cannot be read; the file is damaged, get it again")
+    return found
 
 
 def average(moments: Iterable[Moments]) -> Moments | None:

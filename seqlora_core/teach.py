@@ -16,7 +16,7 @@ from .denoiser import Denoiser
 from .errors import UserError
 from .library import Library, digest
 from .metadata import tag_frequency, training
-from .names import safe_name
+from .names import safe_name, safe_text
 from .references import complete_captions
 from .trainer import Fit, Step, fit
 
@@ -36,39 +36,48 @@ def train_concept(
     concept that was saved as it was then is replaced by the whole one.
     Raises UserError before any work for a name that is taken, a missing trigger and the like.
     """
-    name, trigger = safe_name(name, "concept name"), trigger.strip()
+    name, trigger, class_noun = (
+        safe_name(name, "concept name"),
+        safe_text(trigger, "trigger"),
+        safe_text(class_noun, "class noun"),
+    )
     if not trigger:
         raise UserError("the trigger is empty: choose a rare word that calls the concept, such as 'ohwx'")
     checkpointing = checkpointing or Checkpointing()
     checkpointing.validate()
-    unfinished = checkpointing.resume and library.unfinished(name)
-    library.check_free(name, replace_existing or unfinished)
-    if images.ndim != 4 or len(images) == 0:
-        raise UserError("no reference images: give at least one, eight or more are better")
-    texts = complete_captions(captions or [None] * len(images), trigger, class_noun.strip())
-    config = replace(config or TrainingConfig(), planned=library.planned)
-    config.validate()
-    size = (images.shape[1], images.shape[2])
-    calibration = library.calibration()
-    if calibration is None:
-        calibration = calibrate(denoiser, size)
-        library.keep_calibration(calibration)
-    latents = denoiser.encode_images(images).cpu()
-    others = [c for c in library.concepts() if c.name != name]
-    run = _identity(library, name, images, texts, trigger, config)
-    checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
-    if not checkpointing.resume:
-        checkpoints.clear()
-    result = fit(denoiser, References(latents, texts, size), trigger, others, calibration, config, on_step, checkpoints)
-    kept = slice(0, config.keep_latents)
-    result.adapter.metadata = _metadata(denoiser, name, texts, size, others, config, len(result.losses))
-    concept = Concept(
-        name, trigger, class_noun.strip(), result.adapter, result.moments, result.bases, latents[kept], texts[kept]
-    )  # fmt: skip
-    library.add(concept, replace_existing or unfinished)
-    if result.stopped is None:
-        checkpoints.clear()
-    return concept, result
+    with library.training():
+        library.reload()
+        unfinished = checkpointing.resume and library.unfinished(name)
+        library.check_free(name, replace_existing or unfinished)
+        if images.ndim != 4 or len(images) == 0:
+            raise UserError("no reference images: give at least one, eight or more are better")
+        texts = complete_captions(captions or [None] * len(images), trigger, class_noun)
+        config = replace(config or TrainingConfig(), planned=library.planned)
+        config.validate()
+        size = (images.shape[1], images.shape[2])
+        calibration = library.calibration()
+        if calibration is None:
+            calibration = calibrate(denoiser, size)
+            library.keep_calibration(calibration)
+        latents = denoiser.encode_images(images).cpu()
+        others = [c for c in library.concepts() if c.name != name]
+        run = _identity(library, name, images, texts, trigger, config)
+        checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
+        if not checkpointing.resume:
+            checkpoints.clear()
+        result = fit(denoiser, References(latents, texts, size), trigger, others, calibration, config, on_step, checkpoints)
+        kept = slice(0, config.keep_latents)
+        result.adapter.metadata = _metadata(denoiser, name, texts, size, others, config, len(result.losses))
+        concept = Concept(
+            name, trigger, class_noun, result.adapter, result.moments, result.bases, latents[kept], texts[kept]
+        )  # fmt: skip
+        again = name in library.names and library.cost(name)
+        library.add(concept, replace_existing or unfinished)
+        if again:
+            result.notes.append(f"{name} was trained anew, beside all others{again}")
+        if result.stopped is None:
+            checkpoints.clear()
+        return concept, result
 
 
 def _identity(

@@ -19,7 +19,7 @@ def trigger_of(metadata: dict[str, str]) -> str:
     counts: dict[str, int] = {}
     for tags in json_object(metadata.get("ss_tag_frequency")).values():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
-            counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+            counts[tag.strip()] = counts.get(tag.strip(), 0) + count if isinstance(count, int) else 1
     if counts:
         return max(counts, key=counts.get)
     folders = [re.fullmatch(r"\d+_(.+)", name) for name in json_object(metadata.get("ss_dataset_dirs"))]
@@ -30,7 +30,7 @@ def json_object(text: str | None) -> dict:
     """The object that a metadata text holds; empty if it is none"""
     try:
         found = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -8,7 +8,8 @@ import torch
 from seqlora_core.composition import closed_form
 from seqlora_core.editing import refit
 from seqlora_core.errors import UserError
-from seqlora_core.library import Library, repair
+from seqlora_core.library import Library
+from seqlora_core.repair import repair
 from seqlora_core.report import interference_report
 
 from .conftest import teach

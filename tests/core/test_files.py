@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter, write_safetensors
 from seqlora_core.errors import UserError
-from seqlora_core.library import Library, repair
+from seqlora_core.library import Library
 from seqlora_core.names import safe_name
 from seqlora_core.references import complete_captions, load_pictures
+from seqlora_core.repair import repair
 
 
 def adapter(up=1.0):
@@ -148,8 +149,8 @@ def test_two_writers_wait_or_are_told(copy, monkeypatch):
 
 
 def test_nothing_but_safetensors_and_the_manifest_is_written(library):
-    assert {p.suffix for p in library.folder.iterdir() if p.name != ".lock"} == {".safetensors", ".json"}
-    assert json.loads(library.manifest_path.read_text())["format"] == 1
+    assert {p.suffix for p in library.folder.iterdir() if not p.name.endswith(".lock")} == {".safetensors", ".json"}
+    assert json.loads(library.manifest_path.read_text())["format"] == 2
 
 
 def test_pictures(tmp_path):

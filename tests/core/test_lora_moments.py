@@ -15,11 +15,11 @@ from seqlora_core.lora_moments import (
     keep_moments,
     kept_general,
     kept_moments,
-    lora_hash,
     moments_path,
     see_trigger,
 )
 from seqlora_core.statistics import Moments
+from seqlora_core.tensor_file import tensors_hash
 from seqlora_core.triggers import trigger_of
 
 BASE = "0123456789abcdef"
@@ -70,9 +70,9 @@ def test_moments_outlive_new_metadata_but_not_new_weights(tmp_path, model):
     lora, adapter = tmp_path / "a.safetensors", adapter_of(model)
     save_adapter(lora, adapter)
     keep_moments(lora, BASE, Moments({"q": torch.eye(3)}), "ohwx")
-    before = lora_hash(lora)
+    before = tensors_hash(lora)
     save_adapter(lora, Adapter(adapter.layers, {"modelspec.title": "renamed"}))
-    assert lora_hash(lora) == before and kept_moments(lora) is not None
+    assert tensors_hash(lora) == before and kept_moments(lora) is not None
     save_adapter(lora, adapter.scaled(2.0))
     assert kept_moments(lora) is None
 

@@ -11,8 +11,9 @@ CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
 # a module may import modules of earlier lines only
 LAYERS = [
     {"errors", "linalg", "prompts", "sketch", "tables", "triggers", "metadata"},
-    {"spelling"},
-    {"names", "adapter", "references"},
+    {"spelling", "names", "references", "storage"},
+    {"tensor_file", "manifest"},
+    {"adapter"},
     {"attach", "low_rank", "selection"},
     {"denoiser", "statistics", "subspace"},
     {"interference", "composition", "calibration", "demo_model", "unet_model", "evaluation", "judge"},
@@ -21,8 +22,9 @@ LAYERS = [
     {"replay", "budget", "report_picture"},
     {"start", "checkpoint"},
     {"trainer"},
+    {"concept_files"},
     {"library", "ordinary"},
-    {"teach", "preview", "editing"},
+    {"teach", "preview", "editing", "repair"},
     {"identity"},
     {"sheets"},
     {"demo"},

@@ -1,0 +1,46 @@
+"""The two files of a concept: NAME.safetensors, an ordinary LoRA, and NAME.stats.safetensors, what later concepts need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapter import json_metadata, load_adapter
+from .concept import Concept
+from .errors import UserError
+from .statistics import json_of, read_statistics
+from .tensor_file import write_safetensors
+
+
+def read_concept(entry: dict[str, Any], lora: Path, stats: Path) -> Concept:
+    """entry: the concept's in the manifest.  UserError for files that are damaged or do not belong together."""
+    adapter = load_adapter(lora)
+    moments, tensors, metadata = read_statistics(stats)
+    captions = json_of(stats, metadata, "seqlora.captions", list)
+    bases = {k.removeprefix("basis."): v for k, v in tensors.items() if k.startswith("basis.")}
+    latents = tensors.get("latents", torch.zeros(0))
+    unfit = any(b.ndim != 2 or n not in adapter.layers or len(b) != adapter.layers[n].down.shape[1] for n, b in bases.items())
+    if unfit or latents.ndim == 0 or len(captions) != len(latents) or not all(isinstance(c, str) for c in captions):
+        raise UserError(f"{stats} does not belong to {lora.name}: one of them is damaged or from another run, get both again")
+    return Concept(entry["name"], entry["trigger"], entry["class_noun"], adapter, moments, bases, latents, captions)
+
+
+def write_concept_statistics(path: Path, concept: Concept, entry: dict[str, Any], library: dict[str, Any]) -> None:
+    """library: its manifest; all that a lost manifest is rebuilt from is written into the file."""
+    tensors = concept.moments.tensors() | {f"basis.{n}": b for n, b in concept.bases.items()}
+    if len(concept.latents):
+        tensors["latents"] = concept.latents.float()
+    metadata = {
+        "seqlora.name": entry["name"],
+        "seqlora.trigger": entry["trigger"],
+        "seqlora.class_noun": entry["class_noun"],
+        "seqlora.order": str(entry["order"]),
+        "seqlora.lora": entry["lora"],
+        "seqlora.base": library["base"],
+        "seqlora.planned": str(library["planned"]),
+        "seqlora.shared": concept.moments.shared(),
+        "seqlora.captions": concept.captions,
+    }
+    write_safetensors(path, tensors, json_metadata(metadata))

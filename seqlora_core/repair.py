@@ -1,0 +1,52 @@
+"""A manifest rebuilt from the files of its library."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from . import manifest
+from .adapter import load_adapter
+from .errors import UserError
+from .library import Library
+from .names import safe_name, safe_text
+from .statistics import read_statistics
+from .tensor_file import tensors_hash
+
+
+def repair(folder: Path | str) -> Library:
+    """Rebuild the manifest from the concepts that are whole, in the order they were trained; a manifest that can be read
+    has its half done change finished first.  Files that are not whole are left where they are."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: check the path")
+    library = Library.__new__(Library)  # an ordinary one opens what is not there
+    library.folder = folder
+    with library.lock():
+        with contextlib.suppress(UserError):
+            library.manifest = manifest.read(folder)
+            library.settle()
+        concepts, base, planned = _whole_concepts(folder)
+        library.rewrite({"base": base, "planned": planned, "concepts": concepts})
+    return library
+
+
+def _whole_concepts(folder: Path) -> tuple[list[dict], str, int]:
+    """Entries of the concepts whose two files are whole and belong together; base model and planned size that they name"""
+    found, base, planned = [], "", 32
+    for stats in sorted(folder.glob("*.stats.safetensors")):
+        name = stats.name.removesuffix(".stats.safetensors")
+        lora = folder / f"{name}.safetensors"
+        try:
+            safe_name(name)
+            load_adapter(lora)
+            _, _, metadata = read_statistics(stats)
+            hashes = {"lora": tensors_hash(lora), "stats": tensors_hash(stats)}
+            if metadata.get("seqlora.lora", hashes["lora"]) != hashes["lora"]:
+                continue
+            said = {k: safe_text(metadata[f"seqlora.{k}"], k) for k in ("trigger", "class_noun")}
+            found.append({"name": name, **said, "order": int(metadata["seqlora.order"]), **hashes})
+            base, planned = metadata.get("seqlora.base", base), max(1, int(metadata.get("seqlora.planned", planned)))
+        except (UserError, OSError, KeyError, ValueError):
+            continue
+    return sorted(found, key=lambda e: (e["order"], e["name"])), base, planned
