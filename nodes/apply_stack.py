@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..seqlora_core.composition import MODES
-from ..seqlora_core.report import interference_report
 from .comfy_denoiser import apply_adapter
+from .interference_report import report_of
 from .loading import compose_stack
 from .types import CATEGORY, StackType
 
@@ -40,10 +40,7 @@ class SeqLoRAApplyStack(io.ComfyNode):
     def execute(cls, model, clip, stack, mode, amount) -> io.NodeOutput:
         composed, concepts = compose_stack(stack, mode, amount)
         model, clip, missing = apply_adapter(model, clip, composed)
-        strengths = [e.strength for e in stack.entries]
-        report = interference_report(
-            {c.name: c.adapter.scaled(s) for c, s in zip(concepts, strengths)}, {c.name: c.moments for c in concepts}
-        ).text()
+        report = report_of(stack, mode, amount).text()
         if missing:
             report += f"\n{len(missing)} layers of the stack have no place in this model, first {missing[0]}: it was trained on another kind."
         triggers = ", ".join(f"{c.trigger} {c.class_noun}".strip() for c in concepts)

@@ -7,6 +7,7 @@ samplers do.  With `comfy_training` the only file that touches ComfyUI's interna
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import comfy.lora
@@ -14,6 +15,7 @@ import comfy.model_management as management
 import comfy.model_sampling
 import comfy.sample
 import comfy.sd
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -73,10 +75,10 @@ class ComfyDenoiser:
     """`seqlora_core.denoiser.Denoiser` for any image model that ComfyUI loads.
 
     Use as a context manager, inside `torch.inference_mode(False)`.  Latents handed out are the model's own
-    (after process_latent_in).
+    (after process_latent_in).  layers: of LoRA files, whose linear ones are then the sites; else all attention projections.
     """
 
-    def __init__(self, model, clip, vae):
+    def __init__(self, model, clip, vae, layers: Iterable[str] | None = None):
         dynamic = getattr(model, "is_dynamic", lambda: False)()
         # a dynamic patcher may evict weights between forward and backward: train on a plain one
         self.patcher = model.clone(disable_dynamic=True) if dynamic else model.clone()
@@ -84,7 +86,7 @@ class ComfyDenoiser:
         self.device = model.load_device
         self._trainable: Trainable | None = None
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._sites: list[Site] | None = None
+        self._layers, self._sites, self._attention = layers, None, None
 
     def __enter__(self) -> ComfyDenoiser:
         self._load()
@@ -113,20 +115,37 @@ class ComfyDenoiser:
 
     def sites(self) -> list[Site]:
         if self._sites is None:
-            names = _file_names(self.base)
-            self._sites = []
-            for path, module in self.base.diffusion_model.named_modules():
-                # quantised layers are not nn.Linear, but they are called Linear
-                linear = type(module).__name__ == "Linear" and getattr(module, "weight", None) is not None
-                if linear and _ATTENTION.search(path) and not _NOT_ADAPTED.search(path):
-                    out, width = module.weight.shape
-                    self._sites.append(Site(names.get(path, f"diffusion_model.{path}"), (module,), width, out))
-            if not self._sites:
-                raise UserError(f"{type(self.base).__name__} has no attention layers that can be adapted: use another model")
+            self._sites = self._attention_sites() if self._layers is None else self._sites_of(self._layers)
         return self._sites
 
+    def _attention_sites(self) -> list[Site]:
+        if self._attention is None:
+            names, self._attention = _file_names(self.base), []
+            for path, module in self.base.diffusion_model.named_modules():
+                if _is_linear(module) and _ATTENTION.search(path) and not _NOT_ADAPTED.search(path):
+                    self._attention.append(_site(names.get(path, f"diffusion_model.{path}"), module))
+            if not self._attention:
+                raise UserError(f"{type(self.base).__name__} has no attention layers that can be adapted: use another model")
+        return self._attention
+
+    def _sites_of(self, layers: Iterable[str]) -> list[Site]:
+        """The linear layers of the diffusion model that ComfyUI would patch under these names of a LoRA file"""
+        keys, found = comfy.lora.model_lora_keys_unet(self.base, {}), []
+        for name in sorted(layers):
+            key = keys.get(name)
+            key = key[0] if isinstance(key, tuple) else key  # a part of a fused layer
+            if key is not None:
+                module = comfy.utils.get_attr(self.base, key.removesuffix(".weight"))
+                if _is_linear(module):
+                    found.append(_site(name, module))
+        if not found:
+            raise UserError(
+                "the LoRAs do not fit this model: none of their layers is in it; load the model they were trained on"
+            )
+        return found
+
     def fingerprint(self) -> str:
-        return fingerprint(self.sites())
+        return fingerprint(self._attention_sites())
 
     def about(self) -> Base:
         """Without a file: a MODEL link does not say where it was loaded from"""
@@ -192,7 +211,7 @@ class ComfyDenoiser:
         return s.calculate_denoised(sigma, one, one * 0) - s.calculate_denoised(sigma, one * 0, one * 0)
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        self._prepare()
+        self._prepare() if torch.is_grad_enabled() else self._load()
         rows, parts = [], []
         for part, conditions in self._batches(noised, conditioning):
             rows += part

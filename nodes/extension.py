@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_stack import SeqLoRAApplyStack
+from .calibrate import SeqLoRACalibrate
 from .concept import SeqLoRAConcept
 from .concept_images import SeqLoRAConceptImages
 from .demo_model import SeqLoRADemoModel
@@ -16,6 +17,7 @@ NODES: list[type[io.ComfyNode]] = [
     SeqLoRATrainConcept,
     SeqLoRAConcept,
     SeqLoRALibrary,
+    SeqLoRACalibrate,
     SeqLoRAApplyStack,
     SeqLoRAInterferenceReport,
     SeqLoRASaveStack,

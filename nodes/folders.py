@@ -22,6 +22,16 @@ def library_folder(library: str) -> Path:
     return libraries_folder() / safe_name(library, "library name")
 
 
+def lora_file(name: str) -> Path:
+    """A file of models/loras by its name there, with or without .safetensors."""
+    name = name.strip().replace("\\", "/")
+    for spelled in (name, f"{name}.safetensors"):
+        found = folder_paths.get_full_path("loras", spelled) if name else None
+        if found is not None:
+            return Path(found)
+    raise UserError(f"no LoRA {name!r} in models/loras: check the name, with its folder below models/loras")
+
+
 def open_library(library: str) -> Library:
     return Library(library_folder(library))
 

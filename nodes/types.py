@@ -22,11 +22,15 @@ class ConceptImages:
 
 @dataclass(frozen=True)
 class Entry:
-    """One concept of a library, at a strength."""
+    """One concept of a library, or with an empty library one file of models/loras, at a strength.
+
+    base: of a file, the fingerprint of the base model on which its moments count; "" for whichever is there.
+    """
 
     library: str
     name: str
     strength: float = 1.0
+    base: str = ""
 
 
 @dataclass

@@ -15,14 +15,14 @@ class Concept:
     """A trained concept: an ordinary LoRA, and what later concepts need to know of it.
 
     bases: layer -> [d, r] in the library's whitened coordinates; latents [n, ...] and captions: references kept
-    for replay (may be empty).
+    for replay (may be empty).  moments: None of a LoRA that was not calibrated.
     """
 
     name: str
     trigger: str
     class_noun: str
     adapter: Adapter
-    moments: Moments
+    moments: Moments | None
     bases: dict[str, Tensor]
     latents: Tensor
     captions: list[str]

@@ -1,0 +1,108 @@
+"""Record what anyone's LoRAs see on this model, so that mode 'data' and the report work on them."""
+
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+
+from ..seqlora_core.errors import UserError
+from ..seqlora_core.lora_moments import general_calibration, keep_moments, kept_moments, see_trigger
+from ..seqlora_core.triggers import trigger_of
+from .comfy_denoiser import ComfyDenoiser, apply_adapter
+from .concept import STRENGTH
+from .folders import libraries_folder, lora_file
+from .library import parse_list
+from .loading import load_concepts
+from .types import CATEGORY, Entry, Stack, StackType
+
+
+class SeqLoRACalibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SeqLoRACalibrate",
+            display_name="Calibrate LoRAs (SeqLoRA)",
+            category=CATEGORY,
+            description="Lets each LoRA draw its trigger on this model and records what its layers see. Done once: it is kept "
+            "beside the LoRA's file. Apply Stack's mode 'data' and the report rest on it.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, without LoRAs."),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                io.String.Input(
+                    "loras", default="", multiline=True, placeholder="file: strength (one a line)",
+                    tooltip="Files in models/loras, one a line, each with an optional strength.",
+                ),
+                io.String.Input(
+                    "triggers", default="", multiline=True, placeholder="file: words that call it (only where its file does not say)",
+                    tooltip="What calls a LoRA in a prompt, such as 'ohwx man'. Read from the file's metadata where it is there.",
+                ),
+                io.Int.Input("resolution", default=512, min=32, max=2048, step=16, tooltip="Of the pictures drawn; 64 for the demo model."),
+                io.Int.Input("pictures", default=0, min=0, max=1000, tooltip="For each LoRA; 0: 6 of them, 32 of small ones."),
+                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False),
+                StackType.Input("stack", optional=True, tooltip="LoRAs to calibrate too, and concepts to stand beside them."),
+            ],
+            outputs=[StackType.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, loras, stack=None, **_):
+        """Runs again when a file is another one"""
+        try:
+            return [lora_file(name).stat().st_mtime_ns for name, _ in parse_list(loras, STRENGTH["default"])]
+        except UserError:
+            return loras
+
+    @classmethod
+    def execute(cls, model, clip, vae, loras, triggers, resolution, pictures, seed, stack=None) -> io.NodeOutput:
+        given = [Entry("", name, strength) for name, strength in parse_list(loras, STRENGTH["default"])]
+        whole = (stack or Stack()).plus(*given)
+        files = [e for e in whole.entries if not e.library]
+        if not files:
+            raise UserError("no LoRA to calibrate: name files of models/loras, one a line; concepts of a library need none")
+        adapters = {e.name: c.adapter for e, c in zip(whole.entries, load_concepts(whole)) if not e.library}
+        calls = _triggers(triggers, files, adapters)
+        layers, size, lines = {n for a in adapters.values() for n in a.layers}, (resolution, resolution), []
+        bar = comfy.utils.ProgressBar(len(files) + 1)
+        with torch.inference_mode(False), torch.no_grad():
+            with ComfyDenoiser(model, clip, vae, layers) as denoiser:
+                base = denoiser.fingerprint()
+                general_calibration(denoiser, libraries_folder(), size, seed=seed)
+            bar.update(1)
+            for entry in files:
+                management.throw_exception_if_processing_interrupted()
+                path = lora_file(entry.name)
+                if kept_moments(path, base) is None:
+                    patched, text, missing = apply_adapter(model, clip, adapters[entry.name])
+                    with ComfyDenoiser(patched, text, vae, layers) as denoiser:
+                        moments = see_trigger(denoiser, None, calls[entry.name], size, pictures, seed)
+                    keep_moments(path, base, moments, calls[entry.name])
+                    lines.append(
+                        f"{entry.name}: drew {calls[entry.name]!r}"
+                        + (f", {len(missing)} layers have no place here" if missing else "")
+                    )
+                else:
+                    lines.append(f"{entry.name}: was recorded before")
+                bar.update(1)
+        named = [e if e.library else Entry("", e.name, e.strength, base) for e in whole.entries]
+        report = "\n".join(lines)
+        return io.NodeOutput(Stack(named), report, ui=ui.PreviewText(report))
+
+
+def _triggers(text: str, files: list[Entry], adapters: dict) -> dict[str, str]:
+    """What calls each file's LoRA: as it is written in the node, else as its metadata says"""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(files) == len(lines) == 1 and ":" not in lines[0]:
+        lines = [f"{files[0].name}: {lines[0]}"]
+    written = {Path(name.strip()).stem: words.strip() for name, _, words in (line.partition(":") for line in lines)}
+    unknown = set(written) - {Path(e.name).stem for e in files}
+    if unknown:
+        raise UserError(f"a trigger is given for {sorted(unknown)[0]!r}, which is not among the LoRAs: write 'file: words'")
+    found = {e.name: written.get(Path(e.name).stem) or trigger_of(adapters[e.name].metadata) for e in files}
+    silent = [name for name, words in found.items() if not words]
+    if silent:
+        raise UserError(f"{silent[0]} does not say what calls it: write '{silent[0]}: its trigger' into triggers")
+    return found

@@ -1,0 +1,124 @@
+"""Anyone's LoRAs inside a real ComfyUI server: calibrate, stack by data, draw; the report; errors."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
+from seqlora_core.lora_moments import general_path, see_trigger
+from seqlora_core.statistics import moments_from_tensors
+
+from .comfy_server import Failed
+from .test_training import BASE, draw, pixels
+
+TRIGGERS = {"one": "octzu animal", "two": "pengvo animal"}
+MLP = "lora_unet_joint_blocks_0_x_block_mlp_fc1"  # kohya's spelling, and no place of our own concepts
+
+
+@pytest.fixture(scope="module")
+def loras(server, model, calibration):
+    """Two LoRAs as files: attention in one spelling, a feed-forward layer in another; the second names its trigger."""
+    folder = server.base / "models" / "loras" / "theirs"
+    for seed, name in enumerate(TRIGGERS):
+        g = torch.Generator().manual_seed(seed)
+        sites = [(s.name, s.in_features, s.out_features) for s in model.sites()[:4]] + [(MLP, 192, 768)]
+        layers = {n: LayerDelta(torch.randn(2, i, generator=g), 0.05 * torch.randn(o, 2, generator=g)) for n, i, o in sites}
+        metadata = {"modelspec.trigger_phrase": TRIGGERS[name]} if name == "two" else {}
+        save_adapter(folder / f"{name}.safetensors", Adapter(layers, metadata))
+    # as if an earlier calibration had drawn its general pictures; the feed-forward layer is not in it yet
+    calibration.save(general_path(server.base / "models" / "loras" / "seqlora", model.fingerprint()), model.fingerprint())
+    return folder
+
+
+def calibrate(loras="theirs/one: 0.8\ntheirs/two.safetensors", triggers="one: octzu animal", **change):
+    inputs = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "loras": loras, "triggers": triggers, "resolution": 64, "pictures": 4, "seed": 0}  # fmt: skip
+    return {**BASE, "3": {"class_type": "SeqLoRACalibrate", "inputs": inputs | change}}
+
+
+def apply(mode, stack=("3", 0)):
+    inputs = {"model": ["1", 0], "clip": ["1", 1], "stack": list(stack), "mode": mode, "amount": 1.0}
+    return {"5": {"class_type": "SeqLoRAApplyStack", "inputs": inputs}}
+
+
+def test_calibrate_then_stack_by_data_then_draw(server, model, loras):
+    outputs = server.run(draw(calibrate() | apply("data"), ["5", 0], ["5", 1], "an octzu animal"))
+    assert "drew 'octzu animal'" in outputs["3"]["text"][0] and "drew 'pengvo animal'" in outputs["3"]["text"][0]
+    by_data = pixels(server, outputs)
+    summed = pixels(server, server.run(draw(calibrate() | apply("sum"), ["5", 0], ["5", 1], "an octzu animal")))
+    assert np.abs(by_data.astype(int) - summed).max() > 10
+    again = server.run(calibrate(seed=1))
+    assert again["3"]["text"][0].count("was recorded before") == 2
+    general = load_file(general_path(server.base / "models" / "loras" / "seqlora", model.fingerprint()))
+    assert f"moment.{MLP}" in general
+    assert "lora key not loaded" not in server.log_path.read_text()
+
+
+def test_the_node_records_what_the_core_records(server, model, loras):
+    """Two hosts, two samplers' code: the same prompts, seeds and steps.  A LoRA that both can adapt, attention only."""
+    adapter = load_adapter(loras / "one.safetensors")
+    assert load_file(loras / f"one.{model.fingerprint()}.stats.safetensors")[f"moment.{MLP}"].shape == (192, 192)
+    del adapter.layers[MLP]
+    save_adapter(loras / "attention.safetensors", adapter.scaled(0.3))
+    server.run(calibrate("theirs/attention", TRIGGERS["one"]))
+    found = moments_from_tensors(load_file(loras / f"attention.{model.fingerprint()}.stats.safetensors"), {})
+    own = see_trigger(model, adapter.scaled(0.3), TRIGGERS["one"], (64, 64), pictures=4)
+    for name in list(adapter.layers)[:2]:
+        assert (found[name] - own[name]).norm() < 0.15 * own[name].norm()
+
+
+def test_the_report_node_compares_with_the_projection(server, loras):
+    graph = calibrate() | {"6": {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["3", 0]}}}
+    outputs = server.run(graph)
+    picture = Image.open(io.BytesIO(server.picture(outputs["6"]["images"][0])))
+    assert picture.size[0] == 840 and np.asarray(picture.convert("L")).std() > 10
+    graph["7"] = {"class_type": "PreviewAny", "inputs": {"source": ["6", 2]}}
+    data = json.loads(server.run(graph)["7"]["text"][0])
+    assert data["names"] == ["one", "two"] and data["mode"] == "data"
+    assert data["crosstalk"][0][0] == pytest.approx(0.64) and data["crosstalk_after"][1][0] < data["crosstalk"][1][0]
+    assert min(data["energy_kept"]) > 0 and max(data["energy_kept"]) < 1 + 1e-6
+
+
+def test_a_stack_of_a_library_and_a_file(server, loras):
+    from .test_training import train
+
+    stack = {"4": {"class_type": "SeqLoRACalibrate", "inputs": calibrate("theirs/two", "")["3"]["inputs"] | {"stack": ["2", 0]}},
+             "2": {"class_type": "SeqLoRALibrary", "inputs": {"library": "base", "concepts": "", "strength": 1.0}}}  # fmt: skip
+    server.run(train("base", steps=2))
+    outputs = server.run(
+        {**BASE, **stack, **apply("data", ("4", 0)), "8": {"class_type": "PreviewAny", "inputs": {"source": ["5", 2]}}}
+    )
+    assert outputs["8"]["text"][0] == "octzu animal, pengvo animal"
+
+
+BAD = [
+    (dict(loras=""), "no LoRA to calibrate"),
+    (dict(loras="theirs/three"), "no LoRA 'theirs/three'"),
+    (dict(loras="../../../etc/passwd"), "no LoRA"),
+    (dict(loras="theirs/one: much"), "no number after the colon"),
+    (dict(loras="theirs/one", triggers=""), "theirs/one does not say what calls it"),
+    (dict(triggers="thre: ohwx"), "a trigger is given for 'thre'"),
+    (dict(loras="theirs/foreign", triggers="ohwx"), "do not fit this model"),
+    (dict(resolution=5), "smaller than min"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=lambda v: str(v)[:30])
+def test_bad_input_gets_one_clear_sentence(server, loras, change, message):
+    foreign = Adapter({"lora_unet_nowhere": LayerDelta(torch.ones(1, 4), torch.ones(4, 1))})
+    save_adapter(loras / "foreign.safetensors", foreign)
+    with pytest.raises(Failed, match=message):
+        server.run(calibrate(**change))
+
+
+def test_a_lora_that_changed_is_recorded_again(server, loras):
+    server.run(calibrate())
+    path = loras / "two.safetensors"
+    adapter = load_adapter(path)
+    save_adapter(path, adapter.scaled(1.5))
+    text = server.run(calibrate())["3"]["text"][0]
+    assert "two.safetensors: drew" in text and "one: was recorded before" in text
