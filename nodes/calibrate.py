@@ -63,19 +63,22 @@ class SeqLoRACalibrate(io.ComfyNode):
         files = [e for e in whole.entries if not e.library]
         if not files:
             raise UserError("no LoRA to calibrate: name files of models/loras, one a line; concepts of a library need none")
-        adapters = {e.name: c.adapter for e, c in zip(whole.entries, load_concepts(whole)) if not e.library}
+        concepts = load_concepts(whole)
+        adapters = {e.name: c.adapter for e, c in zip(whole.entries, concepts) if not e.library}
         calls = _triggers(triggers, files, adapters)
-        layers, size, lines = {n for a in adapters.values() for n in a.layers}, (resolution, resolution), []
+        layers, size, lines = {n for c in concepts for n in c.adapter.layers}, (resolution, resolution), []
         bar = comfy.utils.ProgressBar(len(files) + 1)
         with torch.inference_mode(False), torch.no_grad():
             with ComfyDenoiser(model, clip, vae, layers) as denoiser:
-                base = denoiser.fingerprint()
+                base, seen = denoiser.fingerprint(), {s.name for s in denoiser.sites()}
                 general_calibration(denoiser, libraries_folder(), size, seed=seed)
             bar.update(1)
             for entry in files:
                 management.throw_exception_if_processing_interrupted()
                 path = lora_file(entry.name)
-                if kept_moments(path, base) is None:
+                kept = kept_moments(path, base)
+                # what it sees in the other LoRAs' layers counts too
+                if kept is None or not seen <= set(kept[0].layers):
                     patched, text, missing = apply_adapter(model, clip, adapters[entry.name])
                     with ComfyDenoiser(patched, text, vae, layers) as denoiser:
                         moments = see_trigger(denoiser, None, calls[entry.name], size, pictures, seed)

@@ -10,8 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
+from seqlora_core.config import TrainingConfig
+from seqlora_core.demo import load_subject
+from seqlora_core.library import Library
 from seqlora_core.lora_moments import general_path, see_trigger
 from seqlora_core.statistics import moments_from_tensors
+from seqlora_core.teach import train_concept
 
 from .comfy_server import Failed
 from .test_training import BASE, draw, pixels
@@ -30,6 +34,9 @@ def loras(server, model, calibration):
         layers = {n: LayerDelta(torch.randn(2, i, generator=g), 0.05 * torch.randn(o, 2, generator=g)) for n, i, o in sites}
         metadata = {"modelspec.trigger_phrase": TRIGGERS[name]} if name == "two" else {}
         save_adapter(folder / f"{name}.safetensors", Adapter(layers, metadata))
+    g = torch.Generator().manual_seed(9)
+    wide = {MLP.replace("fc1", "fc2"): LayerDelta(torch.randn(2, 768, generator=g), 0.05 * torch.randn(192, 2, generator=g))}
+    save_adapter(folder / "wide.safetensors", Adapter(wide))
     # as if an earlier calibration had drawn its general pictures; the feed-forward layer is not in it yet
     calibration.save(general_path(server.base / "models" / "loras" / "seqlora", model.fingerprint()), model.fingerprint())
     return folder
@@ -59,7 +66,8 @@ def test_calibrate_then_stack_by_data_then_draw(server, model, loras):
 
 
 def test_the_node_records_what_the_core_records(server, model, loras):
-    """Two hosts, two samplers' code: the same prompts, seeds and steps.  A LoRA that both can adapt, attention only."""
+    """Two hosts: the same prompts and seeds, other samplers and other noise levels, so alike but not equal.  A LoRA that
+    both can adapt: attention only."""
     adapter = load_adapter(loras / "one.safetensors")
     assert load_file(loras / f"one.{model.fingerprint()}.stats.safetensors")[f"moment.{MLP}"].shape == (192, 192)
     del adapter.layers[MLP]
@@ -68,7 +76,9 @@ def test_the_node_records_what_the_core_records(server, model, loras):
     found = moments_from_tensors(load_file(loras / f"attention.{model.fingerprint()}.stats.safetensors"), {})
     own = see_trigger(model, adapter.scaled(0.3), TRIGGERS["one"], (64, 64), pictures=4)
     for name in list(adapter.layers)[:2]:
-        assert (found[name] - own[name]).norm() < 0.15 * own[name].norm()
+        a, b = found[name].flatten(), own[name].flatten()
+        print(name, torch.cosine_similarity(a, b, 0), a.norm() / b.norm(), a[:5], b[:5])
+        assert torch.cosine_similarity(a, b, 0) > 0.9 and 0.7 < a.norm() / b.norm() < 1.4
 
 
 def test_the_report_node_compares_with_the_projection(server, loras):
@@ -83,16 +93,20 @@ def test_the_report_node_compares_with_the_projection(server, loras):
     assert min(data["energy_kept"]) > 0 and max(data["energy_kept"]) < 1 + 1e-6
 
 
-def test_a_stack_of_a_library_and_a_file(server, loras):
-    from .test_training import train
-
+def test_a_stack_of_a_library_and_a_file(server, model, calibration, loras):
+    library = Library(server.base / "models" / "loras" / "seqlora" / "mixed", model.fingerprint(), create=True)
+    library.keep_calibration(calibration)
+    s = load_subject(model, "octopus")
+    train_concept(model, library, s.images, "octopus", "octzu", "animal", s.references.captions, TrainingConfig(steps=2))
     stack = {"4": {"class_type": "SeqLoRACalibrate", "inputs": calibrate("theirs/two", "")["3"]["inputs"] | {"stack": ["2", 0]}},
-             "2": {"class_type": "SeqLoRALibrary", "inputs": {"library": "base", "concepts": "", "strength": 1.0}}}  # fmt: skip
-    server.run(train("base", steps=2))
+             "2": {"class_type": "SeqLoRALibrary", "inputs": {"library": "mixed", "concepts": "", "strength": 1.0}}}  # fmt: skip
     outputs = server.run(
         {**BASE, **stack, **apply("data", ("4", 0)), "8": {"class_type": "PreviewAny", "inputs": {"source": ["5", 2]}}}
     )
     assert outputs["8"]["text"][0] == "octzu animal, pengvo animal"
+    # another LoRA's layers joined: what this one sees there is recorded too
+    assert "theirs/two: drew" in server.run(calibrate("theirs/two\ntheirs/wide", "wide: ohwx"))["3"]["text"][0]
+    assert "theirs/two: was recorded before" in server.run(calibrate("theirs/two", ""))["3"]["text"][0]
 
 
 BAD = [
