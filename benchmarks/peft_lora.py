@@ -24,11 +24,9 @@ def train_peft(references: References, rate: float, steps: int = STEPS, seed: in
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.training_utils import compute_density_for_timestep_sampling
     from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
 
     start, model = time.perf_counter(), DemoModel()
-    paths = {module: path for path, module in model.mmdit.named_modules()}
-    places = {site.name: [paths[m] for m in site.modules] for site in model.sites()}
+    places = layer_paths(model)
     prompts, latents = model.encode_prompts(references.captions), references.latents
     sigmas = FlowMatchEulerDiscreteScheduler(shift=SHIFT).sigmas
     with torch.random.fork_rng(devices=[]):
@@ -45,10 +43,23 @@ def train_peft(references: References, rate: float, steps: int = STEPS, seed: in
             optimiser.zero_grad()
             (prediction - (noise - latents[pick])).square().mean().backward()
             optimiser.step()
-    state = get_peft_model_state_dict(model.mmdit)
-    adapter = Adapter({name: fused([_factors(state, p) for p in parts]) for name, parts in places.items()})
+    adapter = adapter_of(model, places)
     adapter.metadata["seconds"] = f"{time.perf_counter() - start:.2f}"
     return adapter
+
+
+def layer_paths(model: DemoModel) -> dict[str, list[str]]:
+    """Layer -> its modules' paths in diffusers' transformer; to be asked before peft wraps them"""
+    paths = {module: path for path, module in model.mmdit.named_modules()}
+    return {site.name: [paths[m] for m in site.modules] for site in model.sites()}
+
+
+def adapter_of(model: DemoModel, places: dict[str, list[str]]) -> Adapter:
+    """What peft has put into the transformer; alpha must be the rank"""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model.mmdit)
+    return Adapter({name: fused([_factors(state, p) for p in parts]) for name, parts in places.items()})
 
 
 def _factors(state: dict[str, Tensor], path: str) -> LayerDelta:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqlora_core import ordinary
-from seqlora_core.adapter import Adapter, LayerDelta
+from seqlora_core.adapter import Adapter, LayerDelta, concatenate
 from seqlora_core.ordinary import Combine
 
 # everything that is ours, off
@@ -79,5 +79,19 @@ def dare_ties(adapters: list[Adapter], density: float = 0.5, seed: int = 0) -> A
         return merged(adapters, lambda parts: merge(parts, torch.ones(len(parts)), density))
 
 
+def svd(adapters: list[Adapter]) -> Adapter:
+    """The sum cut to the rank of one adapter, layer by layer: what peft's add_weighted_adapter does with
+    combination_type "svd" and weights of 1"""
+
+    def cut(name: str, delta: LayerDelta) -> LayerDelta:
+        rank = max(a.layers[name].rank for a in adapters if name in a.layers)
+        u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
+        return LayerDelta(vh[:rank], u[:, :rank] * s[:rank])
+
+    return Adapter({n: cut(n, d) for n, d in concatenate(adapters).layers.items()})
+
+
 # with those of the demo, all rows of ordinary LoRAs together
-COMBINED: dict[str, Combine] = ordinary.COMBINED | {"ties": lambda a, m, g: ties(a), "dare_ties": lambda a, m, g: dare_ties(a)}
+COMBINED: dict[str, Combine] = ordinary.COMBINED | {
+    "ties": lambda a, m, g: ties(a), "dare_ties": lambda a, m, g: dare_ties(a), "svd": lambda a, m, g: svd(a),
+}  # fmt: skip
