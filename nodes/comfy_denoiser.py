@@ -297,6 +297,16 @@ def _sampler_input(conditioning: Conditioning) -> list:
     return [[options.pop("context"), options]]
 
 
+def _is_linear(module) -> bool:
+    # quantised layers are not nn.Linear, but they are called Linear
+    return type(module).__name__ == "Linear" and getattr(module, "weight", None) is not None
+
+
+def _site(name: str, module) -> Site:
+    out, width = module.weight.shape
+    return Site(name, (module,), width, out)
+
+
 def _file_names(base) -> dict[str, str]:
     """Module path -> the name that LoRA files use.  SD1.5 and SDXL: diffusers' spelling in kohya's form, which both
     ComfyUI and diffusers read; other families: `diffusion_model.<path>`."""
