@@ -59,13 +59,17 @@ class Loras:
 
     @property
     def rate(self) -> float:
-        """Best of RATES by held-out loss alone of two tuning concepts"""
+        """Best of RATES by held-out loss alone of two tuning concepts; kept in the cache"""
+        kept = self.cache / "rate.json"
+        if self._rate is None and kept.exists():
+            self._rate = json.loads(kept.read_text(encoding="utf-8"))["rate"]
         if self._rate is None:
             losses = {
                 r: mean([held_out_loss(self.model, load_subject(self.model, n).held_out, self._load(n, r)) for n in TUNING[:2]])
                 for r in RATES
             }
             self._rate = min(losses, key=losses.get)
+            kept.write_text(json.dumps({"rate": self._rate, "losses": losses}), encoding="utf-8")
             print(f"learning rate {self._rate:g}, of {losses}", flush=True)
         return self._rate
 
@@ -103,17 +107,17 @@ class Table:
         self.base_generic = held_out_loss(model, self.generic)
         self._identity: tuple[Identity, dict] | None = None
 
-    def row(self, name: str, combine, judged: bool = True) -> dict:
+    def row(self, name: str, combine) -> dict:
         start = time.perf_counter()
-        whole = combine(self.adapters, self.moments, self.general)
+        combine(self.adapters, self.moments, self.general)
         seconds = time.perf_counter() - start
         stack = combined(combine, self.adapters, self.moments, self.general)
         losses = measure(self.model, self.adapters, stack, self.held_outs, self.generic, self.pairs)
         result = evaluation.row(name, losses, self.base, self.best, self.base_generic) | {"seconds": seconds}
-        result |= {"losses": dict(zip(self.names, losses.stack))}
-        return result | self.identity(whole) if judged else result
+        return result | {"losses": dict(zip(self.names, losses.stack))}
 
-    def identity(self, whole: Adapter) -> dict:
+    def identity(self, combine) -> dict:
+        whole = combine(self.adapters, self.moments, self.general)
         if self._identity is None:
             import torch
 
@@ -138,12 +142,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output.exists() and not args.again:
         kept = json.loads(args.output.read_text(encoding="utf-8"))
         done = {r["row"]: r for r in kept["rows"]} if kept["meta"]["alone"] == about["alone"] else {}
-    for name in args.rows:
-        if name not in done:
-            done[name] = table.row(name, ROWS[name])
-            print(markdown([done[name]]).splitlines()[-1], flush=True)
-            rows = won_back([done[r] for r in ROWS if r in done])
-            args.output.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    for key, add in (("row", table.row), ("identity_stack", lambda name, combine: table.identity(combine))):
+        for name in args.rows:
+            if key not in done.get(name, {}):
+                done[name] = done.get(name, {}) | add(name, ROWS[name])
+                print(markdown([done[name]]).splitlines()[-1], flush=True)
+                rows = won_back([done[r] for r in ROWS if r in done])
+                args.output.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def won_back(rows: list[dict]) -> list[dict]:
