@@ -20,6 +20,9 @@ from .metadata import file_hashes, network
 from .spelling import Factors, canonical, factors, other_kind, plain
 from .tensor_file import read_safetensors, write_safetensors
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_SCALE = 1000  # alpha over rank that is still believed
+
 
 @dataclass
 class LayerDelta:
@@ -119,26 +122,57 @@ def load_adapter(path: Path) -> Adapter:
     if not found:
         raise UserError(f"{path} holds no lora_down or lora_A tensors among its {len(tensors)}: it is not a LoRA")
     two_encoders = any("text_encoder_2." in stem for stem in found)
-    return Adapter({canonical(s, two_encoders): layer_delta(f, f"{path}: {s}") for s, f in found.items()}, metadata)
+    tensors.clear()  # what is converted is let go: a file of half precision takes twice its size, not three times
+    layers: dict[str, LayerDelta] = {}
+    for stem in list(found):
+        name = canonical(stem, two_encoders)
+        if name in layers:
+            raise UserError(f"{path} holds the layer {name} twice, under two spellings; the file is damaged, get it again")
+        layers[name] = layer_delta(found.pop(stem), f"{path}: {stem}")
+    return Adapter(layers, metadata)
 
 
 def layer_delta(layer: Factors, source: str) -> LayerDelta:
     """A layer's factors in float32 and two dimensions; the middle of a Tucker LoCon goes into lora_down."""
+    _check_numbers(layer, source)
     down, up = layer.down.float(), layer.up.float()
     fits = down.ndim in (2, 4) and up.ndim in (2, 4) and down.shape[0] == up.shape[1] and up.shape[2:].numel() == 1
     if layer.mid is not None:
         fits = fits and layer.mid.ndim == 4 and layer.mid.shape[:2] == (len(down), len(down)) and down.shape[2:].numel() == 1
     if not fits:
+        turned = down.ndim == up.ndim == 2 and down.shape[1] == up.shape[0]
         raise UserError(
             f"{source} has lora_down {list(layer.down.shape)} and lora_up {list(layer.up.shape)}, which do not multiply; "
-            "the file may be transposed or damaged, get it again"
+            f"{'both are transposed, write them as [rank, in] and [out, rank]' if turned else 'the file is damaged, get it again'}"
         )
     if not (down.isfinite().all() and up.isfinite().all()):
         raise UserError(f"{source} holds values that are not finite; the file is damaged, get it again")
     if layer.mid is not None:
         down = torch.einsum("r q h w, q i -> r i h w", layer.mid.float(), down.flatten(1))
     scale = 1.0 if layer.alpha is None else layer.alpha / layer.down.shape[0]
-    return LayerDelta(down.flatten(1), up.flatten(1) * scale, tuple(down.shape[2:]))
+    delta = LayerDelta(down.flatten(1), up.flatten(1) * scale, tuple(down.shape[2:]))
+    if not delta.energy().isfinite():
+        raise UserError(
+            f"{source} holds values so large that lora_up @ lora_down is not finite; the file is damaged, get it again"
+        )
+    return delta
+
+
+def _check_numbers(layer: Factors, source: str) -> None:
+    """UserError for factors of a wrong type, without a rank, or with an alpha that no training sets."""
+    for part in (layer.down, layer.up, layer.mid):
+        if part is not None and part.dtype not in FLOATS:
+            raise UserError(
+                f"{source} is of {str(part.dtype).removeprefix('torch.')}: convert the LoRA to float16 or float32 first"
+            )
+        if part is not None and part.numel() == 0:
+            raise UserError(f"{source} is of rank 0 or of no size, {list(part.shape)}: the file is damaged, get it again")
+    rank = layer.down.shape[0] if layer.down.ndim else 0
+    if layer.alpha is not None and not abs(layer.alpha) <= LARGEST_SCALE * max(rank, 1):
+        raise UserError(
+            f"{source} has alpha {layer.alpha:g} at rank {rank}, more than {LARGEST_SCALE} times the rank: it would drown "
+            "everything else; the file is damaged, or its alpha must be set right"
+        )
 
 
 def json_metadata(values: dict) -> dict[str, str]:

@@ -75,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--norm-control", action="store_true", help="divide all by the square root of their number")
             sub.add_argument("--layers", default="", metavar="WORDS", help="only layers named so, as in 'up_blocks, -attn1'")
             sub.add_argument("--rank", type=int, help="at most so many directions a layer (default: exact)")
+            sub.add_argument("--cap", type=float, metavar="F",
+                             help="cut singular values above F times the median of an adapter's layers (10 is reported)")  # fmt: skip
 
     sample = command("sample", "draw prompts")
     sample.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -230,6 +232,7 @@ def _stack(args):
     from .composition import Wishes, energy_kept, norm_controlled, project
     from .low_rank import truncated
     from .selection import selected
+    from .spectrum import capped
 
     parts, general = _adapters(args.adapters, args.library)
     names, adapters, moments = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts], [m for *_, m in parts]
@@ -240,6 +243,10 @@ def _stack(args):
             raise UserError(f"the filter {args.layers!r} leaves no layer of {name}: use words that its layers' names hold")
     if args.rank is not None and args.rank < 1:
         raise UserError(f"rank is {args.rank}: give a number of at least 1")
+    if args.cap is not None:
+        if not args.cap >= 1:
+            raise UserError(f"cap is {args.cap}: give a number of at least 1, such as 10")
+        adapters = [capped(a, args.cap) for a in adapters]
     unknown = set(args.protect) - set(names)
     if unknown:
         raise UserError(f"no {sorted(unknown)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")

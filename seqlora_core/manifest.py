@@ -12,13 +12,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import strict_json
 from .errors import UserError
 from .names import safe_name
 from .storage import written_aside
 
 FORMAT = 2
 FILE = "library.json"
-LONGEST = 16 << 20  # bytes; a hundred thousand concepts
+LONGEST = 1 << 20  # bytes; about three thousand concepts
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -27,11 +28,11 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LONGEST:
             raise ValueError(f"it is larger than {LONGEST:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json.parse(path.read_bytes(), strict_json.SMALL)
         if isinstance(found["format"], int) and found["format"] > FORMAT:
             raise UserError(f"{path} was written by a newer SeqLoRA: update this pack")
         return _checked(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError) and "newer SeqLoRA" in str(error):
             raise
         raise UserError(f"{path} is damaged ({error}): rebuild it with 'seqlora library repair {folder}'") from error

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .interference import dense_energy, energies, overlaps
+from .spectrum import spikes
 from .statistics import Moments
 from .triggers import shared_triggers
 
@@ -124,6 +125,14 @@ def interference_report(
         "one prompt word calls them all, give each its own."
         for words, called in shared_triggers({n: a.metadata for n, a in adapters.items()})
     ]
+    for name, adapter in adapters.items():
+        found = spikes(adapter)
+        if found:
+            report.advice.append(
+                f"{name} pushes {found[0].layer} {found[0].times:.0f} times as hard as its middle layer"
+                f"{f', and {len(found) - 1} more layers' if found[1:] else ''}: a sign of training that ran away; "
+                "'seqlora stack --cap 10' cuts it down."
+            )
     missing = [n for n in names if moments and n not in moments]
     if missing:
         report.advice.append(f"no moments of {', '.join(missing[:4])}: calibrate to see what is really disturbed.")

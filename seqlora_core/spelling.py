@@ -54,6 +54,8 @@ def factors(tensors: dict[str, Tensor], source: str) -> dict[str, Factors]:
                 f"{source}: {stem} has {here.strip('._')} but no {absent.strip('._')}; the file is incomplete, get it again"
             )
         alpha = tensors.get(f"{stem}.alpha")
+        if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
+            raise UserError(f"{source}: {stem} has an alpha of shape {list(alpha.shape)}, not one number; get the file again")
         found[stem] = Factors(
             sides[0], sides[1], tensors.get(f"{stem}.lora_mid.weight"), None if alpha is None else float(alpha)
         )
@@ -97,7 +99,10 @@ def _diffusers_block(name: str) -> str:
     if middle:
         part, rest = int(middle[1]), middle[2]
         return f"mid_block_attentions_0_{rest}" if part == 1 else f"mid_block_resnets_{part // 2}_{_RESNET.get(rest, rest)}"
-    side, index, part, rest = re.fullmatch(r"(input|output)_blocks_(\d+)_(\d+)_(.+)", name).groups()
+    outer = re.fullmatch(r"(input|output)_blocks_([0-9]{1,3})_([0-9]{1,3})_(.+)", name)
+    if not outer:
+        return name
+    side, index, part, rest = outer.groups()
     if side == "input":
         if index == "0":
             return "conv_in"

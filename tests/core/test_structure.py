@@ -11,10 +11,10 @@ CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
 # a module may import modules of earlier lines only
 LAYERS = [
     {"errors", "linalg", "prompts", "sketch", "tables", "triggers", "metadata"},
-    {"spelling", "names", "references", "storage"},
+    {"spelling", "strict_json", "names", "references", "storage"},
     {"tensor_file", "manifest"},
     {"adapter"},
-    {"attach", "low_rank", "selection"},
+    {"attach", "low_rank", "selection", "spectrum"},
     {"denoiser", "statistics", "subspace"},
     {"interference", "composition", "calibration", "demo_model", "unet_model", "evaluation", "judge"},
     {"bilevel", "hypergradient", "lora_moments", "report"},
