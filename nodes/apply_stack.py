@@ -2,11 +2,31 @@
 
 from comfy_api.latest import io
 
-from ..seqlora_core.composition import MODES
-from .comfy_denoiser import apply_adapter
+from ..seqlora_core.composition import MODES, ORDERS, Wishes
+from .comfy_patches import Weights, patch_model
+from .concept import LAYERS
 from .interference_report import report_of
 from .loading import compose_stack
-from .types import CATEGORY, StackType
+from .types import CATEGORY, Stack, StackType
+
+
+def projection_inputs() -> list:
+    """How LoRAs are kept apart, beyond mode and amount"""
+    return [
+        io.Combo.Input(
+            "order", options=list(ORDERS), default="symmetric", optional=True,
+            tooltip="Of mode weights. symmetric: all give way alike. first: each gives way to those before it in the stack. "
+            "strongest: each gives way to the stronger ones.",
+        ),
+        io.Boolean.Input(
+            "restore", default=False, optional=True,
+            tooltip="Scale each LoRA back to the strength it had before the projection.",
+        ),
+        io.Boolean.Input(
+            "norm_control", default=False, optional=True,
+            tooltip="Divide all by the square root of their number, so that many LoRAs together are about as strong as one.",
+        ),
+    ]  # fmt: skip
 
 
 class SeqLoRAApplyStack(io.ComfyNode):
@@ -23,10 +43,16 @@ class SeqLoRAApplyStack(io.ComfyNode):
                 StackType.Input("stack"),
                 io.Combo.Input(
                     "mode", options=list(MODES), default="sum",
-                    tooltip="sum: as they are, what SeqLoRA's concepts are trained for. weights: Gram-Schmidt in the "
-                    "stack's order. data: the closed form with what each concept sees, for LoRAs trained apart.",
+                    tooltip="sum: as they are, what SeqLoRA's concepts are trained for. weights: made orthogonal, no data "
+                    "needed. data: the closed form with what each concept sees, for LoRAs trained apart.",
                 ),
                 io.Float.Input("amount", default=1.0, min=0.0, max=1.0, step=0.05, tooltip="How much of the projection: 0 is the plain sum."),
+                *projection_inputs(),
+                io.Float.Input(
+                    "strength", default=1.0, min=-4.0, max=4.0, step=0.05, optional=True,
+                    tooltip="Of the whole stack, times each concept's own.",
+                ),
+                io.String.Input("layers", default="", optional=True, tooltip=LAYERS),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -37,11 +63,20 @@ class SeqLoRAApplyStack(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, clip, stack, mode, amount) -> io.NodeOutput:
-        composed, concepts = compose_stack(stack, mode, amount)
-        model, clip, missing = apply_adapter(model, clip, composed)
-        report = report_of(stack, mode, amount).text()
+    def execute(
+        cls, model, clip, stack, mode, amount, order="symmetric", restore=False, norm_control=False, strength=1.0, layers=""
+    ) -> io.NodeOutput:
+        weights, wishes = Weights(model, clip), Wishes(order, restore=restore)
+        stack = Stack([e.times(strength, layers) for e in stack.entries])
+        composed = compose_stack(stack, mode, amount, wishes, weights, norm_control)
+        model, clip, missing = patch_model(model, clip, composed.parts, weights)
+        lines = [report_of(composed, mode).text(), *composed.notes(mode)]
+        if mode != "sum":
+            lines.append(
+                "energy kept: " + ", ".join(f"{p.source} {kept:.0%}" for p, kept in zip(composed.parts, composed.kept))
+            )
         if missing:
-            report += f"\n{len(missing)} layers of the stack have no place in this model, first {missing[0]}: it was trained on another kind."
-        triggers = ", ".join(f"{c.trigger} {c.class_noun}".strip() for c in concepts)
-        return io.NodeOutput(model, clip, triggers, report)
+            lines.append(
+                f"{len(missing)} layers of the stack have no place in this model, first {missing[0]}: it was trained on another kind."
+            )
+        return io.NodeOutput(model, clip, composed.triggers, "\n".join(lines))

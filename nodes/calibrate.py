@@ -10,11 +10,12 @@ from comfy_api.latest import io, ui
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.lora_moments import general_calibration, keep_moments, kept_moments, see_trigger
 from ..seqlora_core.triggers import trigger_of
-from .comfy_denoiser import ComfyDenoiser, apply_adapter
+from .comfy_denoiser import ComfyDenoiser
+from .comfy_patches import Part, Weights, patch_model
 from .concept import STRENGTH
 from .folders import libraries_folder, lora_file
 from .library import parse_list
-from .loading import load_concepts
+from .loading import load_members
 from .types import CATEGORY, Entry, Stack, StackType
 
 
@@ -63,10 +64,12 @@ class SeqLoRACalibrate(io.ComfyNode):
         files = [e for e in whole.entries if not e.library]
         if not files:
             raise UserError("no LoRA to calibrate: name files of models/loras, one a line; concepts of a library need none")
-        concepts = load_concepts(whole)
-        adapters = {e.name: c.adapter for e, c in zip(whole.entries, concepts) if not e.library}
+        weights = Weights(model, clip)
+        members = load_members(whole, weights)
+        loras = {m.entry.name: m.fitted for m in members if not m.entry.library}
+        adapters = {name: fitted.adapter for name, fitted in loras.items()}
         calls = _triggers(triggers, files, adapters)
-        layers, size, lines = {n for c in concepts for n in c.adapter.layers}, (resolution, resolution), []
+        layers, size, lines = {n for m in members for n in m.fitted.names(weights)}, (resolution, resolution), []
         bar = comfy.utils.ProgressBar(len(files) + 1)
         with torch.inference_mode(False), torch.no_grad():
             with ComfyDenoiser(model, clip, vae, layers) as denoiser:
@@ -79,7 +82,9 @@ class SeqLoRACalibrate(io.ComfyNode):
                 kept = kept_moments(path, base)
                 # what it sees in the other LoRAs' layers counts too
                 if kept is None or not seen <= set(kept[0].layers):
-                    patched, text, missing = apply_adapter(model, clip, adapters[entry.name])
+                    fitted = loras[entry.name]
+                    part = Part(entry.name, 1.0, fitted.adapter, fitted.patches)
+                    patched, text, missing = patch_model(model, clip, [part], weights)
                     with ComfyDenoiser(patched, text, vae, layers) as denoiser:
                         moments = see_trigger(denoiser, None, calls[entry.name], size, pictures, seed)
                     keep_moments(path, base, moments, calls[entry.name])

@@ -1,7 +1,7 @@
 """ComfyUI's models behind seqlora_core's Denoiser protocol.
 
 Nothing here names an architecture: what a family's model wants beside the noised latents is asked of ComfyUI, as its
-samplers do.  With `comfy_training` the only file that touches ComfyUI's internals.
+samplers do.  With `comfy_training` and `comfy_patches` the only file that touches ComfyUI's internals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..seqlora_core.adapter import Adapter
 from ..seqlora_core.attach import Site
 from ..seqlora_core.demo_model import CLIP_SIZE, CONTEXT_LENGTH
 from ..seqlora_core.denoiser import Conditioning, fingerprint
@@ -52,23 +51,6 @@ def _full_clip_config(small: dict) -> dict:
 
     stock = Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json")
     return {**json.loads(stock.read_text(encoding="utf-8")), **small}
-
-
-def apply_adapter(model, clip, adapter: Adapter):
-    """Patched clones of model and clip, and the adapter's layers that have no place in either."""
-    tensors = {}
-    for name, delta in adapter.layers.items():
-        tensors[f"{name}.lora_down.weight"] = delta.down.contiguous()
-        tensors[f"{name}.lora_up.weight"] = delta.up.contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(delta.rank))
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    if clip is not None:
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-    missing = [name for name in adapter.layers if name not in keys]
-    if len(missing) == len(adapter.layers):
-        raise UserError("the stack does not fit this model: none of its layers is in it; load the model it was trained on")
-    known = {k: v for k, v in tensors.items() if k.rsplit(".", 2)[0] in keys or k.rsplit(".", 1)[0] in keys}
-    return (*comfy.sd.load_lora_for_models(model, clip, known, 1.0, 1.0), missing)
 
 
 class ComfyDenoiser:
@@ -120,7 +102,7 @@ class ComfyDenoiser:
 
     def _attention_sites(self) -> list[Site]:
         if self._attention is None:
-            names, self._attention = _file_names(self.base), []
+            names, self._attention = file_names(self.base), []
             for path, module in self.base.diffusion_model.named_modules():
                 if _is_linear(module) and _ATTENTION.search(path) and not _NOT_ADAPTED.search(path):
                     self._attention.append(_site(names.get(path, f"diffusion_model.{path}"), module))
@@ -307,7 +289,7 @@ def _site(name: str, module) -> Site:
     return Site(name, (module,), width, out)
 
 
-def _file_names(base) -> dict[str, str]:
+def file_names(base) -> dict[str, str]:
     """Module path -> the name that LoRA files use.  SD1.5 and SDXL: diffusers' spelling in kohya's form, which both
     ComfyUI and diffusers read; other families: `diffusion_model.<path>`."""
     names = {}

@@ -32,6 +32,14 @@ def lora_file(name: str) -> Path:
     raise UserError(f"no LoRA {name!r} in models/loras: check the name, with its folder below models/loras")
 
 
+def file_state(name: str) -> str:
+    """Changes whenever the LoRA file does: for fingerprint_inputs."""
+    try:
+        return str(lora_file(name).stat().st_mtime_ns)
+    except (OSError, UserError):
+        return "none"
+
+
 def open_library(library: str) -> Library:
     return Library(library_folder(library))
 

@@ -8,8 +8,9 @@ from comfy_api.latest import io, ui
 from ..seqlora_core.composition import MODES
 from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
-from .loading import load_concepts, names_of, project_stack
-from .types import CATEGORY, Stack, StackType
+from .comfy_patches import Weights
+from .loading import Composed, compose_stack, load_members, names_of
+from .types import CATEGORY, StackType
 
 AUTO = "auto"
 
@@ -30,6 +31,8 @@ class SeqLoRAInterferenceReport(io.ComfyNode):
                     tooltip="The projection to compare with the plain sum. auto: 'data' where every LoRA has been calibrated, else 'weights'.",
                 ),
                 io.Float.Input("amount", default=1.0, min=0.0, max=1.0, step=0.05, optional=True, tooltip="As in Apply Stack."),
+                io.Model.Input("model", optional=True, tooltip="To read LoRAs of other kinds than plain ones: LoHa, LoKr, DoRA ..."),
+                io.Clip.Input("clip", optional=True),
             ],
             outputs=[
                 io.String.Output(display_name="report"),
@@ -39,19 +42,21 @@ class SeqLoRAInterferenceReport(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, stack, mode=AUTO, amount=1.0) -> io.NodeOutput:
-        report = report_of(stack, mode, amount)
+    def execute(cls, stack, mode=AUTO, amount=1.0, model=None, clip=None) -> io.NodeOutput:
+        weights = Weights(model, clip) if model is not None else None
+        if mode == AUTO:
+            mode = "data" if all(m.concept.moments is not None for m in load_members(stack, weights)) else "weights"
+        report = report_of(compose_stack(stack, mode, amount, weights=weights), mode)
         picture = report_picture(report)
         data = json.dumps(asdict(report), ensure_ascii=False)
         return io.NodeOutput(report.text(), picture, data, ui=ui.PreviewImage(picture, cls=cls))
 
 
-def report_of(stack: Stack, mode: str, amount: float) -> Report:
-    """The stack as a plain sum beside its projection"""
-    if mode == AUTO:
-        mode = "data" if all(c.moments is not None for c in load_concepts(stack)) else "weights"
-    projected, concepts = project_stack(stack, mode, amount)
+def report_of(composed: Composed, mode: str) -> Report:
+    """The stack as a plain sum beside its projection, as far as it is low-rank"""
+    concepts = composed.concepts
     names = names_of(concepts)
     moments = {n: c.moments for n, c in zip(names, concepts) if c.moments is not None}
     adapters = {n: c.adapter for n, c in zip(names, concepts)}
-    return interference_report(adapters, moments, [e.strength for e in stack.entries], projected, mode)
+    strengths = [p.strength for p in composed.parts]
+    return interference_report(adapters, moments, strengths, [p.adapter for p in composed.parts], mode)

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..seqlora_core.errors import UserError
 from .concept import STRENGTH
-from .folders import library_state, open_library
+from .folders import file_state, library_state, lora_file, open_library
 from .types import CATEGORY, Entry, Stack, StackType
 
 
@@ -17,7 +17,10 @@ class SeqLoRALibrary(io.ComfyNode):
             category=CATEGORY,
             description="Stacks all concepts of a library, or those that are listed.",
             inputs=[
-                io.String.Input("library", default="my_library", tooltip="Folder in models/loras/seqlora."),
+                io.String.Input(
+                    "library", default="my_library",
+                    tooltip="Folder in models/loras/seqlora. Empty: the list below names files of models/loras.",
+                ),
                 io.String.Input(
                     "concepts", default="", multiline=True, placeholder="name: strength (one a line; empty for all)",
                     tooltip="Concepts to take, one a line, each with an optional strength. Empty takes the whole library.",
@@ -30,10 +33,17 @@ class SeqLoRALibrary(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, library, concepts, strength, stack=None):
-        return library_state(library)
+        if library.strip():
+            return library_state(library)
+        return [file_state(name) for name, _ in parse_list(concepts, strength)]
 
     @classmethod
     def execute(cls, library, concepts, strength, stack=None) -> io.NodeOutput:
+        if not library.strip():
+            files = [Entry("", name, value) for name, value in parse_list(concepts, strength)]
+            for entry in files:
+                lora_file(entry.name)
+            return io.NodeOutput((stack or Stack()).plus(*files))
         opened = open_library(library)
         wanted = parse_list(concepts, strength) or [(name, strength) for name in opened.names]
         if not wanted:

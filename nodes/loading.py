@@ -2,55 +2,181 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from glob import escape
 from pathlib import Path
 
 import torch
 
-from ..seqlora_core.adapter import Adapter, concatenate, load_adapter
-from ..seqlora_core.composition import project
+from ..seqlora_core.adapter import Adapter, load_adapter, read_safetensors
+from ..seqlora_core.composition import Wishes, energy_kept, project
 from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.lora_moments import kept_general, kept_moments, moments_path
+from ..seqlora_core.selection import selected
 from ..seqlora_core.statistics import Moments
 from ..seqlora_core.triggers import trigger_of
+from .comfy_denoiser import ComfyDenoiser
+from .comfy_patches import Fitted, Part, Weights, fit, in_low_rank
 from .folders import libraries_folder, library_folder, lora_file
 from .types import Entry, Stack
 
+KEPT = 256  # LoRA files in memory
 
-@lru_cache(maxsize=128)
-def _read(folder: Path, name: str, changed: int) -> Concept:
+
+@dataclass
+class Member:
+    """One entry of a stack, read.  fitted: what it does to a model, with what ComfyUI alone can read."""
+
+    entry: Entry
+    concept: Concept
+    fitted: Fitted
+
+
+@dataclass
+class Composed:
+    """A stack ready for a model.  kept: energy that the projection leaves each of `parts`, as shares."""
+
+    members: list[Member]
+    parts: list[Part]
+    kept: list[float]
+
+    @property
+    def concepts(self) -> list[Concept]:
+        """With their layers as they were before the projection"""
+        return [replace(m.concept, adapter=m.fitted.adapter) for m in self.members]
+
+    @property
+    def triggers(self) -> str:
+        return ", ".join(filter(None, (f"{c.trigger} {c.class_noun}".strip() for c in self.concepts)))
+
+    def notes(self, mode: str) -> list[str]:
+        """What of the files does not act as one might think, a sentence each"""
+        out = []
+        for member in self.members:
+            name, unknown = member.concept.name, member.fitted.unknown
+            if unknown:
+                out.append(f"{name}: {len(unknown)} tensors have no place in this model, first {unknown[0]}.")
+            left = [t if isinstance(t, str) else t[0] for t in member.fitted.patches]
+            if left and mode != "sum":
+                out.append(
+                    f"{name}: {len(left)} weights change in more than low rank and are summed unprojected, first {left[0]}."
+                )
+        return out
+
+
+_files: OrderedDict[tuple, Fitted] = OrderedDict()
+_projected: OrderedDict[tuple, list[Adapter]] = OrderedDict()
+
+
+def _remembered(cache: OrderedDict, most: int, key: tuple, make: Callable):
+    if key not in cache:
+        cache[key] = make()
+    cache.move_to_end(key)
+    while len(cache) > most:
+        cache.popitem(last=False)
+    return cache[key]
+
+
+@lru_cache(maxsize=KEPT)
+def _read_concept(folder: Path, name: str, changed: int) -> Concept:
     return Library(folder).load(name)
 
 
-@lru_cache(maxsize=128)
-def _read_file(path: Path, base: str, changed: tuple) -> Concept:
-    """A LoRA file as a concept that has no library, with its moments if it was calibrated"""
-    adapter, kept = load_adapter(path), kept_moments(path, base or None)
-    moments = kept[0] if kept else None
-    return Concept(path.stem, trigger_of(adapter.metadata), "", adapter, moments, {}, torch.zeros(0), [])
+@lru_cache(maxsize=KEPT)
+def _read_moments(path: Path, base: str, changed: tuple) -> Moments | None:
+    kept = kept_moments(path, base or None)
+    return kept[0] if kept else None
 
 
-def _changed(path: Path, base: str) -> tuple:
-    stats = [moments_path(path, base)] if base else sorted(path.parent.glob(f"{escape(path.stem)}.*.stats.safetensors"))
+def _path(entry: Entry) -> Path:
+    if not entry.library:
+        return lora_file(entry.name)
+    path = Library(library_folder(entry.library)).paths(entry.name)[0]
+    if not path.exists():
+        raise UserError(f"the concept {entry.name!r} of library {entry.library!r} is gone: {path.name} does not exist")
+    return path
+
+
+def _changed(path: Path, base: str = "") -> tuple:
+    """Changes whenever the LoRA does, or its moments"""
+    stats = [moments_path(path, base)] if base else sorted(path.parent.glob(f"{escape(path.stem)}.*stats.safetensors"))
     return tuple(p.stat().st_mtime_ns for p in [path, *stats] if p.exists())
 
 
+def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
+    """What the stack's entries are and do to a model's weights.  Without those only plain LoRAs can be read."""
+    if not stack.entries:
+        raise UserError("the stack is empty: add a concept")
+    return [_load(entry, weights) for entry in stack.entries]
+
+
+def _load(entry: Entry, weights: Weights | None) -> Member:
+    path = _path(entry)
+    if entry.library:
+        concept = _read_concept(library_folder(entry.library), entry.name, path.stat().st_mtime_ns)
+        fitted = Fitted(concept.adapter)
+    else:
+        key = (path, path.stat().st_mtime_ns, weights and weights.signature)
+        fitted = _remembered(_files, KEPT, key, lambda: _read_file(path, weights))
+        moments, trigger = _read_moments(path, entry.base, _changed(path, entry.base)), trigger_of(fitted.adapter.metadata)
+        concept = Concept(path.stem, trigger, "", fitted.adapter, moments, {}, torch.zeros(0), [])
+    adapter = selected(fitted.adapter, entry.layers)
+    if fitted.adapter.layers and not adapter.layers:
+        first = next(iter(fitted.adapter.layers))
+        raise UserError(
+            f"the filter {entry.layers!r} leaves no layer of {concept.name}: use words of their names, as in {first}"
+        )
+    return Member(entry, concept, replace(fitted, adapter=adapter))
+
+
+def _read_file(path: Path, weights: Weights | None) -> Fitted:
+    return fit(*read_safetensors(path), weights, path.name) if weights else Fitted(load_adapter(path))
+
+
 def load_concepts(stack: Stack) -> list[Concept]:
-    out = []
-    for entry in stack.entries:
-        if not entry.library:
-            path = lora_file(entry.name)
-            out.append(_read_file(path, entry.base, _changed(path, entry.base)))
-            continue
-        folder = library_folder(entry.library)
-        lora = Library(folder).paths(entry.name)[0]
-        if not lora.exists():
-            raise UserError(f"the concept {entry.name!r} of library {entry.library!r} is gone: {lora.name} does not exist")
-        out.append(_read(folder, entry.name, lora.stat().st_mtime_ns))
-    return out
+    return [m.concept for m in load_members(stack)]
+
+
+def compose_stack(
+    stack: Stack, mode: str, amount: float, wishes: Wishes | None = None, weights: Weights | None = None,
+    norm_control: bool = False, exact: bool = False,
+) -> Composed:  # fmt: skip
+    """The stack projected, for a model's weights or, without them, of plain LoRAs for any.
+
+    exact: every change of a matrix becomes low-rank factors, for a file.  With a new strength everything else is found kept.
+    """
+    if weights and mode == "data":
+        base = ComfyDenoiser(weights.model, None, None).fingerprint()
+        stack = Stack([e if e.library or e.base else replace(e, base=base) for e in stack.entries])
+    members = load_members(stack, weights)
+    for member in members:
+        if member.fitted.patches and (exact or mode != "sum"):
+            member.fitted = in_low_rank(member.fitted, weights, exact)
+    adapters = [m.fitted.adapter for m in members]
+    wishes = replace(wishes or Wishes(), protected=frozenset(i for i, m in enumerate(members) if m.entry.protected))
+    states = tuple((_path(m.entry), _changed(_path(m.entry), m.entry.base), m.entry.layers) for m in members)
+    key = (states, mode, amount, wishes, exact, weights and weights.signature)
+    projected = _remembered(_projected, 2, key, lambda: _project(members, adapters, mode, amount, wishes))
+    share = len(members) ** -0.5 if norm_control else 1.0
+    parts = [
+        Part(m.concept.name, m.entry.strength * share, a, m.fitted.patches, m.entry.start, m.entry.end)
+        for m, a in zip(members, projected)
+    ]
+    return Composed(members, parts, [energy_kept(a, p) for a, p in zip(adapters, projected)])
+
+
+def _project(members: list[Member], adapters: list[Adapter], mode: str, amount: float, wishes: Wishes) -> list[Adapter]:
+    moments = [m.concept.moments for m in members]
+    silent = [m.concept.name for m in members if m.concept.moments is None]
+    if mode == "data" and silent:
+        raise UserError(f"mode 'data' needs to know what {silent[0]!r} sees: put a Calibrate node before, or use 'weights'")
+    general = general_moments([m.entry for m in members]) if mode == "data" else None
+    return project(adapters, mode, amount, None if silent else moments, general, wishes=wishes)
 
 
 def general_moments(entries: list[Entry]) -> Moments | None:
@@ -65,27 +191,6 @@ def general_moments(entries: list[Entry]) -> Moments | None:
         if found is not None:
             return found
     return None
-
-
-def project_stack(stack: Stack, mode: str, amount: float) -> tuple[list[Adapter], list[Concept]]:
-    """Each of the stack's adapters as it is projected, at strength 1, and the concepts themselves."""
-    if not stack.entries:
-        raise UserError("the stack is empty: add a concept")
-    concepts = load_concepts(stack)
-    silent = [c.name for c in concepts if c.moments is None]
-    if mode == "data" and silent:
-        raise UserError(f"mode 'data' needs to know what {silent[0]!r} sees: put a Calibrate node before, or use 'weights'")
-    general = general_moments(stack.entries) if mode == "data" else None
-    moments = None if silent else [c.moments for c in concepts]
-    return project([c.adapter for c in concepts], mode, amount, moments, general), concepts
-
-
-def compose_stack(stack: Stack, mode: str, amount: float) -> tuple[Adapter, list[Concept]]:
-    """The stack as one adapter, and its concepts."""
-    projected, concepts = project_stack(stack, mode, amount)
-    composed = concatenate([p.scaled(e.strength) for p, e in zip(projected, stack.entries)])
-    composed.metadata = {"seqlora.trigger": ", ".join(c.trigger for c in concepts), "modelspec.title": "SeqLoRA stack"}
-    return composed, concepts
 
 
 def names_of(concepts: list[Concept]) -> list[str]:

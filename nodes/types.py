@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -24,13 +24,23 @@ class ConceptImages:
 class Entry:
     """One concept of a library, or with an empty library one file of models/loras, at a strength.
 
-    base: of a file, the fingerprint of the base model on which its moments count; "" for whichever is there.
+    base: of a file, the fingerprint of the base model on which its moments count; "" for whichever is there.  start, end:
+    shares of the sampling between which it acts.  protected: no projection touches it.  layers: which of its layers act,
+    see `selection.selected`.
     """
 
     library: str
     name: str
     strength: float = 1.0
     base: str = ""
+    start: float = 0.0
+    end: float = 1.0
+    protected: bool = False
+    layers: str = ""
+
+    def times(self, strength: float, layers: str = "") -> Entry:
+        """This entry weaker or stronger, and with a second filter on its layers"""
+        return replace(self, strength=self.strength * strength, layers=";".join(filter(None, (self.layers, layers))))
 
 
 @dataclass

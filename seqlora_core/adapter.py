@@ -106,7 +106,7 @@ def save_adapter(
         down, up = delta.down.to(dtype), delta.up.to(dtype)
         if delta.kernel:
             down, up = down.reshape(delta.rank, -1, *delta.kernel), up[:, :, None, None]
-        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down.contiguous(), up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(float(delta.rank))
     metadata = {**adapter.metadata, **network(adapter)}
     write_safetensors(path, tensors, metadata | file_hashes(tensors, metadata))

@@ -70,6 +70,8 @@ class Graph:
                     outgoing.setdefault((source, index), []).append(link)
                     slot["link"] = link
                 slots.append(slot)
+            while values and values[-1] is None:  # optional widgets at the end: the page takes their defaults
+                values.pop()
             entry = {
                 "id": ids[name], "type": node["kind"], "pos": list(node["at"]), "size": list(node["size"]), "flags": {},
                 "order": order, "mode": 0, "inputs": slots, "outputs": schema["outputs"],

@@ -25,8 +25,8 @@ module = importlib.util.module_from_spec(spec)
 sys.modules["seqlora_pack"] = module
 spec.loader.exec_module(module)
 
-from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, apply_adapter, load_demo_model  # noqa: E402
-from seqlora_pack.seqlora_core.composition import compose  # noqa: E402
+from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, load_demo_model  # noqa: E402
+from seqlora_pack.nodes.comfy_patches import Part, Weights, patch_model  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.library import Library  # noqa: E402
 
@@ -60,7 +60,8 @@ def weights(patched):
 
 
 predict("plain", model)
-stacked, _, missing = apply_adapter(model, None, compose(adapters))
+parts = [Part(str(i), 1.0, a) for i, a in enumerate(adapters)]
+stacked, _, missing = patch_model(model, None, parts, Weights(model, None))
 assert not missing, missing
 predict("stack", stacked)
 chained = model

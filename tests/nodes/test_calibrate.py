@@ -114,7 +114,7 @@ BAD = [
     (dict(loras="theirs/one: much"), "no number after the colon"),
     (dict(loras="theirs/one", triggers=""), "theirs/one does not say what calls it"),
     (dict(triggers="thre: ohwx"), "a trigger is given for 'thre'"),
-    (dict(loras="theirs/foreign", triggers="ohwx"), "do not fit this model"),
+    (dict(loras="theirs/foreign", triggers="ohwx"), "does not fit this model"),
     (dict(resolution=5), "smaller than min"),
 ]
 

@@ -1,0 +1,93 @@
+"""LoRA files of every kind do what the stock loader makes of them; broken ones are told in a sentence."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .comfy_server import PACK, find_comfyui
+
+PLAIN = ["diffusers", "diffusers_old", "kohya", "kohya_bfloat16", "kohya_float16", "kohya_float8_e4m3fn", "peft", "locon", "locon_tucker"]  # fmt: skip
+OTHER = ["loha", "loha_tucker", "lokr", "lokr_full", "dora", "dora_rows", "oft", "boft", "full"]
+SD3 = ["sd3_diffusers", "sd3_onetrainer", "sd3_musubi", "sd3_ai_toolkit", "text_diffusers", "text_kohya"]
+WORDS = {
+    "truncated": "not a readable safetensors", "header_cut": "not a readable safetensors", "text": "not a readable safetensors",
+    "empty": "it is empty", "pickle": "can run code", "no_tensors": "none of its 0 tensors", "no_up": "no lora_up",
+    "no_down": "no lora_down", "nan": "not finite", "inf": "not finite", "other_size": r"\[48, 32\], this model's is \[32, 32\]",
+    "ranks_differ": "do not multiply", "another_model": "does not fit this model", "no_lora": "does not fit this model",
+    "half_loha": "incomplete or damaged", "loha_other_size": "another kind of model", "lokr_other_size": "another kind of model",
+    "full_other_size": "another kind of model",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    comfy = find_comfyui()
+    if isinstance(comfy, str):
+        pytest.skip(comfy)
+    pytest.importorskip("lycoris", reason="no lycoris-lora: pip install -r requirements-dev.txt")
+    from . import lora_files
+
+    folder = tmp_path_factory.mktemp("files")
+    for part in ("good", "sd3", "broken"):
+        (folder / part).mkdir()
+    logging.disable(logging.INFO)
+    with contextlib.redirect_stdout(io.StringIO()):
+        lora_files.unet_files(folder / "good")
+        lora_files.sd3_files(folder / "sd3")
+        lora_files.broken_files(folder / "broken")
+    logging.disable(logging.NOTSET)
+    root, python = comfy
+    script, output = Path(__file__).with_name("files_in_process.py"), folder / "found.json"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [python, str(script), str(root), str(PACK), str(folder), str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("name", PLAIN + OTHER + SD3)
+def test_our_sum_is_what_the_stock_loader_makes(found, name):
+    """Equal to rounding in float32, every weight, all of which the file really changes; and the model is as it was."""
+    one = found[name]
+    assert one["same_weights"] and one["weights"] >= 1 and one["unknown"] == 0 and one["restored"]
+    assert one["difference"] < 1e-6 and one["change"] > 2e-5
+
+
+def test_what_is_plain_and_what_becomes_low_rank(found):
+    for name in PLAIN + SD3:
+        assert found[name]["patches"] == 0 and found[name]["plain"] == found[name]["weights"]
+    for name in OTHER:
+        assert found[name]["plain"] == 0 and found[name]["patches"] == found[name]["weights"]
+    assert found["loha"]["patches_left"] < 5  # rank 4 x 4 in layers 32 wide and wider
+    assert found["full"]["patches_left"] == found["full"]["patches"]  # random full matrices
+    assert found["dora"]["patches_left"] == found["dora"]["patches"]  # every column scaled at random
+
+
+def test_many_files_are_one_patch_a_weight(found):
+    assert found["stack_plain"]["per_weight"] == 1 and found["stack_plain"]["stock_per_weight"] == 4
+    assert found["stack_plain"]["difference"] < 1e-6 and found["stack_plain"]["same_weights"]
+    # a DoRA and a LoHa keep a patch of their own, the two others share one
+    assert found["stack"]["per_weight"] == 3 and found["stack"]["difference"] < 1e-6
+
+
+def test_a_quantised_model_is_patched_as_the_stock_loader_does(found):
+    """fp8 weights: within one step of the format, 1/8 of a value, where rounding falls the other way"""
+    assert found["stack_on_fp8"]["same_weights"] and found["stack_on_fp8"]["difference"] <= 1 / 8
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_broken_files_get_one_sentence(found, name):
+    import re
+
+    said = found["errors"][name]
+    assert said and re.search(WORDS[name], said) and f"{name}.safetensors" in said and "\n" not in said
+
+
+def test_broken_files_leave_the_model_untouched(found):
+    assert found["untouched"] and set(found["errors"]) == set(WORDS)
