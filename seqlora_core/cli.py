@@ -6,18 +6,19 @@ Exit codes: 0, or 2 with one sentence for the user's mistake, 1 for ours.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+from . import train_command
 from .config import TrainingConfig
 from .errors import UserError
+from .options import GROUPS, add_options, build
+from .terminal import bar, open_model, say
 
 
-def build_parser() -> argparse.ArgumentParser:
-    default = TrainingConfig()
+def _common(seed: int | str = 0) -> argparse.ArgumentParser:
+    """Options of all commands"""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--model",
@@ -25,41 +26,30 @@ def build_parser() -> argparse.ArgumentParser:
         help="base model: a diffusers folder of SD1.5, SD2 or SDXL, or a file of the demo model's layout (default: the demo model)",
     )
     common.add_argument("--library", type=Path, help="folder of the library")
-    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--seed", type=int, default=seed, help="of all that is random (default: 0)")
     common.add_argument("--device", default="cpu", help="cpu, cuda ...")
     common.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the base model")
     common.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    return common
 
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="seqlora", description="Concepts that stack: train them one after another, add them up."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, parents=[common])
+        return commands.add_parser(name, help=text, description=text, parents=[_common()])
 
-    training = argparse.ArgumentParser(add_help=False)
-    training.add_argument("--rank", type=int, default=default.rank)
-    training.add_argument("--steps", type=int, default=default.steps)
-    training.add_argument("--batch", type=int, default=default.batch)
-    training.add_argument("--learning-rate", type=float, default=default.learning_rate, help="of lora_up")
-    training.add_argument("--lambda", dest="interference_weight", type=float, default=default.interference_weight,
-                          metavar="F", help="weight of the interference energy")  # fmt: skip
-    training.add_argument("--drift-budget", type=float, default=default.drift_budget, metavar="SHARE",
-                          help="how far the planned concepts together may move unrelated prompts (0.02: two percent)")  # fmt: skip
-
-    demo = commands.add_parser("demo", help="teach sample concepts, stack them, compare", parents=[common, training])
+    demo = command("demo", "teach sample concepts, stack them, compare")
     demo.add_argument("--output", type=Path, default=Path("demo_output"))
     demo.add_argument("--concepts", nargs="+", metavar="NAME", help="sample concepts (default: five)")
+    add_options(demo, {"the method": GROUPS["the method"]})
 
-    train = commands.add_parser("train", help="teach a library one more concept", parents=[common, training])
-    train.add_argument(
-        "--images", type=Path, required=True, help="folder of reference pictures, captions in .txt files beside them"
-    )
-    train.add_argument("--trigger", required=True, help="rare word that calls the concept")
-    train.add_argument("--class-noun", default="", help="what it is: animal, person ...")
-    train.add_argument("--name", help="name in the library (default: the folder's)")
-    train.add_argument("--planned", type=int, default=32, help="concepts a new library is planned for")
+    text = "teach a library one more concept, or all of a recipe"
+    train = commands.add_parser("train", help=text, description=text, parents=[_common(argparse.SUPPRESS)])
+    train_command.add_arguments(train)
 
     for name, text in (("stack", "write several concepts as one ordinary LoRA"), ("report", "who disturbs whom")):
         sub = command(name, text)
@@ -112,80 +102,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _say(args):
-    """Progress goes to stderr when stdout is for a machine"""
-    return lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
-
-
-def _open_model(args):
-    import torch
-
-    from .demo_model import DEMO_MODEL, DemoModel
-    from .unet_model import UNetModel
-
-    path, dtype = args.model or DEMO_MODEL, getattr(torch, args.dtype)
-    return (UNetModel.open if path.is_dir() else DemoModel)(path, args.device, dtype)
-
-
-def _config(args) -> TrainingConfig:
-    names = ("rank", "steps", "batch", "learning_rate", "interference_weight", "drift_budget", "seed")
-    config = replace(TrainingConfig(), **{n: getattr(args, n) for n in names})
-    config.validate()
-    return config
-
-
-@contextlib.contextmanager
-def _bar(name: str, steps: int):
-    """A progress bar that appears with the first step, so that an error before it stands alone"""
-    from tqdm import tqdm
-
-    bars = []
-
-    def on_step(step) -> None:
-        if not bars:
-            bars.append(tqdm(total=steps, desc=name, unit="step", leave=False))
-        bars[0].set_postfix(loss=f"{step.loss:.3f}", refresh=False)
-        bars[0].update()
-
-    try:
-        yield on_step
-    finally:
-        for bar in bars:
-            bar.close()
-
-
 def _demo(args):
     from .demo import CONCEPTS, run_demo
 
     if args.model is not None and args.model.is_dir():
         raise UserError("the demo runs on the demo model: leave --model out")
 
-    rows = run_demo(_open_model(args), args.output, list(args.concepts or CONCEPTS), _config(args), _say(args), _bar)
+    rows = run_demo(
+        open_model(args), args.output, list(args.concepts or CONCEPTS), build(TrainingConfig, vars(args)), say(args), bar
+    )
     return {"output": str(args.output), "rows": rows}
-
-
-def _train(args):
-    from .library import Library
-    from .references import load_pictures
-    from .teach import train_concept
-
-    config, name = _config(args), args.name or args.images.resolve().name
-    if args.library is None:
-        raise UserError("no library: name its folder with --library")
-    model = _open_model(args)
-    images, captions = load_pictures(args.images, model.size)
-    library = Library(args.library, model.fingerprint(), args.planned, create=True)
-    with _bar(name, config.steps) as on_step:
-        concept, fit = train_concept(model, library, images, name, args.trigger, args.class_noun, captions, config, on_step)
-    path = library.paths(concept.name)[0]
-    say = _say(args)
-    if fit.stopped is not None:
-        say(f"stopped after {len(fit.losses)} steps; what was trained is in {path}")
-        raise fit.stopped
-    for note in fit.notes:
-        say(note)
-    say(f"{concept.name}: {len(fit.losses)} steps, written to {path}")
-    return {"name": concept.name, "path": str(path), "losses": fit.losses, "energies": fit.energies, "notes": fit.notes}
 
 
 def _adapters(items: list[str], library: Path | None):
@@ -260,10 +186,10 @@ def _stack(args):
     together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
     written, lost = truncated(together, args.rank)
     save_adapter(args.output, written)
-    say = _say(args)
+    tell = say(args)
     if args.mode != "sum":
-        say("energy kept: " + ", ".join(f"{n} {k:.0%}" for n, k in zip(names, kept)))
-    say(
+        tell("energy kept: " + ", ".join(f"{n} {k:.0%}" for n, k in zip(names, kept)))
+    tell(
         f"{len(parts)} adapters written to {args.output}"
         + (f", {lost:.2%} of their energy lost to rank {args.rank}" if args.rank else "")
     )
@@ -285,7 +211,7 @@ def _report(args):
     known = list(moments.values()) if len(moments) == len(parts) else None
     projected = project(list(adapters.values()), args.mode, args.amount, known, general)
     report = interference_report(adapters, moments, [s for _, _, s, _ in parts], projected, args.mode)
-    _say(args)(report.text())
+    say(args)(report.text())
     if args.output is not None and args.output.suffix.lower() == ".png":
         from .plots import to_pil
         from .report_picture import report_picture
@@ -307,11 +233,11 @@ def _sample(args):
     adapters = [load_adapter(p).scaled(s) for p, s in map(_with_strength, args.adapter)]
     if args.library is not None:
         adapters += [c.adapter for c in Library(args.library).concepts()]
-    model = _open_model(args)
+    model = open_model(args)
     adapters = [renamed(a, [s.name for s in model.sites()]) for a in adapters]
     drawn = draw_with(model, concatenate(adapters) if adapters else None, args.prompts, (model.size, model.size), args.seed)
     to_pil(torch.cat(list(drawn), 1)).save(args.output)
-    _say(args)(f"written to {args.output}")
+    say(args)(f"written to {args.output}")
     return {"output": str(args.output)}
 
 
@@ -323,7 +249,7 @@ def _calibrate(args):
         raise UserError("name LoRA files or give --library, one of the two")
     if args.loras:
         return _calibrate_loras(args)
-    model = _open_model(args)
+    model = open_model(args)
     library = Library(args.library, model.fingerprint(), create=True)
     if len(library):
         raise UserError(
@@ -331,7 +257,7 @@ def _calibrate(args):
         )
     calibration = calibrate(model, (model.size, model.size), args.pictures, seed=args.seed)
     library.keep_calibration(calibration)
-    _say(args)(f"{len(calibration.prompts)} pictures seen; written to {library.folder}")
+    say(args)(f"{len(calibration.prompts)} pictures seen; written to {library.folder}")
     return {"pictures": len(calibration.prompts)}
 
 
@@ -347,13 +273,13 @@ def _calibrate_loras(args):
     for path, trigger in zip(args.loras, triggers):
         if not trigger.strip():
             raise UserError(f"{path.name} does not say what calls it: give its trigger with --trigger")
-    say, model, done = _say(args), _open_model(args), []
+    tell, model, done = say(args), open_model(args), []
     base, size = model.fingerprint(), (model.size, model.size)
     for path, adapter, trigger in zip(args.loras, adapters, triggers):
         new = kept_moments(path, base) is None
         if new:
             keep_moments(path, base, see_trigger(model, adapter, trigger, size, args.pictures or 0, args.seed), trigger)
-        say(f"{path.stem}: {f'drew {trigger!r}, moments kept beside it' if new else 'was recorded before'}")
+        tell(f"{path.stem}: {f'drew {trigger!r}, moments kept beside it' if new else 'was recorded before'}")
         done.append({"lora": str(path), "trigger": trigger, "new": new})
     for folder in dict.fromkeys(path.parent for path in args.loras):
         general_calibration(model, folder, size, seed=args.seed)
@@ -364,40 +290,40 @@ def _library(args):
     from .library import Library
     from .repair import repair
 
-    say = _say(args)
+    tell = say(args)
     if args.action == "repair":
         library = repair(args.folder)
-        say(f"{len(library)} concepts: {', '.join(library.names)}")
+        tell(f"{len(library)} concepts: {', '.join(library.names)}")
         return {"names": library.names}
     library = Library(args.folder)
     if args.action == "list":
         for entry in library.manifest["concepts"]:
-            say(f"{entry['name']}\t{entry['trigger']} {entry['class_noun']}".rstrip())
+            tell(f"{entry['name']}\t{entry['trigger']} {entry['class_noun']}".rstrip())
         return library.manifest
     if args.action == "remove":
         if len(args.rest) != 1:
             raise UserError("which concept? give one name after the folder")
         message = library.remove(args.rest[0])
-        say(message)
+        tell(message)
         return {"removed": args.rest[0], "message": message}
     if args.action == "reorder":
         library.reorder(args.rest)
-        say(", ".join(library.names))
+        tell(", ".join(library.names))
         return {"names": library.names}
     if args.action in ("rebase", "merge"):
-        return _refit(args, library, say)
+        return _refit(args, library, tell)
     problems = library.verify()
     for problem in problems:
-        say(problem)
+        tell(problem)
     if problems:
         raise UserError(
             f"{len(problems)} problems in {args.folder}: 'seqlora library repair' rebuilds the manifest from whole files"
         )
-    say(f"{len(library)} concepts, all well")
+    tell(f"{len(library)} concepts, all well")
     return {"problems": problems}
 
 
-def _refit(args, library, say):
+def _refit(args, library, tell):
     from dataclasses import asdict
 
     from .editing import refit
@@ -408,12 +334,12 @@ def _refit(args, library, say):
     if args.output is None:
         raise UserError("no folder for the new library: name it with --output; the old ones stay as they are")
     made, price = refit([library, *map(Library, args.rest)], args.output)
-    say(price.text())
-    say(f"written to {made.folder}")
+    tell(price.text())
+    tell(f"written to {made.folder}")
     return {"output": str(made.folder), **asdict(price)}
 
 
 COMMANDS = {
-    "demo": _demo, "train": _train, "stack": _stack, "report": _report, "sample": _sample, "calibrate": _calibrate,
+    "demo": _demo, "train": train_command.run, "stack": _stack, "report": _report, "sample": _sample, "calibrate": _calibrate,
     "library": _library,
 }  # fmt: skip

@@ -28,6 +28,9 @@ LAYERS = [
     {"identity"},
     {"sheets"},
     {"demo"},
+    {"options", "terminal"},
+    {"recipe"},
+    {"train_command"},
     {"cli"},
 ]
 

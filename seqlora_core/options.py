@@ -1,0 +1,119 @@
+"""The options of training as the command line and recipes name them: config's fields, in groups, with what they mean.
+
+An option that is not given is absent from the parsed arguments, so that what was given can be told from a default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from .config import Checkpointing, TrainingConfig
+from .errors import UserError
+
+# group -> option -> what it means
+GROUPS: dict[str, dict[str, str]] = {
+    "the method": {
+        "rank": "directions a layer gives the concept",
+        "steps": "training steps",
+        "batch": "pictures a step",
+        "learning_rate": "of lora_up",
+        "basis_rate": "of lora_down's basis",
+        "interference_weight": "of the interference energy: how strongly others are protected",
+        "drift_budget": "how far the planned concepts together may move unrelated prompts (0.02: two percent; 0: no limit)",
+        "keep_latents": "references stored in the library, in latent form, for replay by later concepts (0: none)",
+        "retraction": "how the basis stays orthonormal: qr or polar",
+    },
+    "prior preservation": {
+        "replay_weight": "of replay: pictures that the model itself drew for unrelated prompts, for the class word and for "
+        "the captions with other triggers, on which it must go on predicting what it predicted; 0: none",
+        "replay_batch": "replayed pictures a step",
+        "replay_every": "steps between replays",
+        "replay_target": "what they are held to: base, or before (this concept)",
+        "use_decoys": "replay the class word and other triggers too",
+    },
+    "two levels": {
+        "lower_steps": "lora_up steps to one basis step (0: both at once)",
+        "hypergradient": "of the basis step: none, neumann:K or cg:K",
+    },
+    "earlier concepts": {
+        "earlier_active": "train on top of them",
+        "concept_dropout": "switch them on and off at random meanwhile",
+        "protection": "weight of what they see in the interference energy",
+        "orthogonal": "keep out of their directions",
+        "whitened": "measure that in what the layers see",
+        "data_start": "start from the directions in which the concept stands out",
+        "learn_basis": "move the directions while training",
+    },
+    "stopping": {
+        "every": "steps between checkpoints (0: only when stopped with Ctrl-C)",
+        "keep": "checkpoints kept",
+        "resume": "go on with an unfinished run of this concept; without, it is begun anew",
+    },
+}
+CLASSES = (TrainingConfig, Checkpointing)
+FLAGS = {"interference_weight": "lambda", "every": "checkpoint-every", "keep": "checkpoint-keep"}
+_NAMES = {"seed", *(name for options in GROUPS.values() for name in options)}
+DEFAULTS: dict[str, Any] = {f.name: f.default for c in CLASSES for f in fields(c) if f.name in _NAMES}
+
+
+def flag(name: str) -> str:
+    """ "learning_rate" -> "learning-rate": as on the command line and, with '_', in a recipe"""
+    return FLAGS.get(name, name).replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, dict[str, str]] = GROUPS) -> None:
+    """All options of these groups, absent from the result unless given"""
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for name, text in options.items():
+            default = DEFAULTS[name]
+            if isinstance(default, bool):
+                kind = {"action": argparse.BooleanOptionalAction}
+                shown = "yes" if default else "no"
+            else:
+                kind = {"type": type(default), "metavar": {int: "N", float: "X", str: "WORD"}[type(default)]}
+                shown = default if default != "" else "none"
+            group.add_argument(
+                f"--{flag(name)}", dest=name, default=argparse.SUPPRESS, help=f"{text} (default: {shown})".replace("%", "%%"), **kind
+            )  # fmt: skip
+
+
+def build(cls: type, given: dict[str, Any]) -> Any:
+    """A config of this class from those options that belong to it, checked"""
+    config = cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
+    config.validate()
+    return config
+
+
+def from_recipe(values: dict[str, Any], others: dict[str, type], where: str) -> dict[str, Any]:
+    """A recipe's table with options under their own names, each of its own kind.
+
+    others: words that may stand beside options, with their kinds.  Raises UserError for an unknown word or a value of
+    another kind.
+    """
+    names = {flag(n).replace("-", "_"): n for n in DEFAULTS} | {word: word for word in others}
+    out = {}
+    for word, value in values.items():
+        name = names.get(word.replace("-", "_"))
+        if name is None:
+            near = difflib.get_close_matches(word, list(names), 1)
+            raise UserError(f"{where}: unknown option {word!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        wanted = others.get(word) or type(DEFAULTS[name])
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise UserError(f"{where}: {word} is {value!r}: give {_KINDS[wanted]}")
+        out[name] = value
+    return out
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    bool: "true or false",
+    list: "tables that begin with [[concept]]",
+}

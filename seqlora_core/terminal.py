@@ -1,0 +1,57 @@
+"""What the commands share: the model they work on, what they say, the bar of a run and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+
+
+def say(args):
+    """Progress goes to stderr when stdout is for a machine"""
+    return lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+
+def open_model(args):
+    import torch
+
+    from .demo_model import DEMO_MODEL, DemoModel
+    from .unet_model import UNetModel
+
+    path, dtype = args.model or DEMO_MODEL, getattr(torch, args.dtype)
+    return (UNetModel.open if path.is_dir() else DemoModel)(path, args.device, dtype)
+
+
+@contextlib.contextmanager
+def bar(name: str, steps: int):
+    """Function to call after each step: a progress bar, and the place where Ctrl-C (or SIGTERM) ends a run.
+
+    The bar appears with the first step, so that an error before it stands alone.  From then on a signal lets the step
+    finish and ends the run with KeyboardInterrupt; a second one ends it where it is.
+    """
+    from tqdm import tqdm
+
+    bars, asked, before = [], [], {}
+
+    def ask(number, frame):
+        asked.append(number)
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+    def on_step(step) -> None:
+        if not bars:
+            bars.append(tqdm(total=steps, initial=step.number - 1, desc=name, unit="step", leave=False))
+            with contextlib.suppress(ValueError):  # signals belong to the main thread
+                before.update({which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)})
+        bars[0].set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+        bars[0].update()
+        if asked:
+            raise KeyboardInterrupt
+
+    try:
+        yield on_step
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+        for shown in bars:
+            shown.close()

@@ -1,0 +1,108 @@
+"""`seqlora train`: one concept, or all of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .config import Checkpointing, TrainingConfig
+from .errors import UserError
+from .options import DEFAULTS, add_options, build
+from .recipe import Job, read_recipe
+from .terminal import bar, open_model, say
+
+EXAMPLE = """\
+examples:
+  seqlora train --library my_library --images photos/cat --trigger ohwx --class-noun cat
+  seqlora train --recipe library.toml
+  accelerate launch -m seqlora_core train --recipe library.toml
+
+a recipe (TOML; the same options, with '_' for '-'; concepts already trained are skipped, a run that was killed goes on):
+  library = "my_library"
+  steps = 400
+
+  [[concept]]
+  images = "photos/cat"
+  trigger = "ohwx"
+  class_noun = "cat"
+
+  [[concept]]
+  images = "photos/mug"
+  trigger = "zwx"
+  steps = 250
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to train; how comes from options.py"""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    parser.usage = "seqlora train --library DIR (--images DIR --trigger WORD | --recipe FILE) [options]"
+    what = parser.add_argument_group("the concept")
+    what.add_argument("--images", type=Path, metavar="DIR", help="reference pictures, captions in .txt files beside them")
+    what.add_argument("--trigger", metavar="WORD", help="rare word that calls the concept")
+    what.add_argument("--class-noun", metavar="NOUN", help="what it is: animal, person ...")
+    what.add_argument("--name", help="name in the library (default: the folder's)")
+    what.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file that names many concepts, instead of the above")
+    what.add_argument("--planned", type=int, metavar="N", help="concepts a new library is planned for (default: 32)")
+    add_options(parser)
+
+
+def run(args) -> dict:
+    given = {name: value for name, value in vars(args).items() if name in DEFAULTS and name != "planned"}
+    if args.recipe is None:
+        missing = next((word for word in ("images", "trigger") if not getattr(args, word)), None)
+        if missing:
+            raise UserError(f"no {missing} given: use --images DIR and --trigger WORD, or --recipe FILE")
+        name = args.name or args.images.resolve().name
+        return _train(args, [Job(args.images, name, args.trigger, args.class_noun or "", given)])[0]
+    for word in ("images", "trigger", "class_noun", "name"):
+        if getattr(args, word):
+            raise UserError(f"--{word.replace('_', '-')} and --recipe exclude one another: put it into the recipe")
+    recipe = read_recipe(args.recipe)
+    for word, value in recipe.settings.items():
+        if getattr(args, word) is None:
+            setattr(args, word, value)
+    for job in recipe.jobs:
+        job.options |= given  # what is said on the command line goes before what is written
+    return {"library": str(args.library), "concepts": _train(args, recipe.jobs, skip=True)}
+
+
+def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
+    """skip: concepts that the library holds whole are left as they are"""
+    from .library import Library
+    from .references import load_pictures
+
+    configs = [(build(TrainingConfig, job.options), build(Checkpointing, job.options)) for job in jobs]
+    if args.library is None:
+        raise UserError("no library: name its folder with --library")
+    model = open_model(args)
+    pictures = [load_pictures(job.images, model.size) for job in jobs]  # all, before any work: a mistake shows at once
+    library = Library(args.library, model.fingerprint(), args.planned or max(TrainingConfig.planned, len(jobs)), create=True)
+    done = []
+    for job, (config, checkpointing), (images, captions) in zip(jobs, configs, pictures):
+        if skip and job.name in library.names and not library.unfinished(job.name):
+            say(args)(f"{job.name}: trained already")
+            done.append({"name": job.name, "skipped": True})
+        else:
+            done.append(_train_one(args, model, library, job, config, checkpointing, images, captions))
+    return done
+
+
+def _train_one(args, model, library, job: Job, config, checkpointing, images, captions) -> dict:
+    from .teach import train_concept
+
+    with bar(job.name, config.steps) as on_step:
+        concept, fit = train_concept(
+            model, library, images, job.name, job.trigger, job.class_noun, captions, config, on_step,
+            checkpointing=checkpointing,
+        )  # fmt: skip
+    path, tell = library.paths(concept.name)[0], say(args)
+    if fit.stopped is not None:
+        tell(
+            f"stopped after {len(fit.losses)} of {config.steps} steps; what was trained is in {path}; the same command goes on"
+        )
+        raise fit.stopped
+    for note in fit.notes:
+        tell(note)
+    tell(f"{concept.name}: {len(fit.losses)} steps, written to {path}")
+    return {"name": concept.name, "path": str(path), "losses": fit.losses, "energies": fit.energies, "notes": fit.notes}

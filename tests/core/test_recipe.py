@@ -1,0 +1,153 @@
+"""`seqlora train`: a recipe for a whole library, killed and run again; what a recipe may get wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from seqlora_core.checkpoint import FOLDER, SUFFIX
+from seqlora_core.cli import main
+from seqlora_core.demo_model import DEMO_FOLDER
+from seqlora_core.library import Library
+from seqlora_core.recipe import read_recipe
+
+ROOT = DEMO_FOLDER.parent
+CONCEPTS = (DEMO_FOLDER / "concepts").as_posix()
+QUICK = "use_decoys = false\nreplay_batch = 4\nbatch = 2\ncheckpoint_every = 1\n"
+TWO = f"""
+library = "{{library}}"
+steps = 3
+planned = 12
+{QUICK}
+[[concept]]
+images = "{CONCEPTS}/octopus"
+trigger = "octzu"
+class_noun = "animal"
+
+[[concept]]
+images = "{CONCEPTS}/penguin"
+name = "bird"
+trigger = "pengvo"
+class_noun = "animal"
+steps = {{steps}}
+"""
+
+
+def write(folder, library, steps=4):
+    path = folder / f"{library}.toml"
+    path.write_text(TWO.format(library=library, steps=steps), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def calibrated(model, calibration, tmp_path):
+    def make(name):
+        library = Library(tmp_path / name, model.fingerprint(), create=True)
+        library.keep_calibration(calibration)
+        return library
+
+    return make
+
+
+def files(library):
+    return {p.name: p.read_bytes() for p in library.folder.iterdir() if p.suffix in (".safetensors", ".json")}
+
+
+def launch(path, *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "seqlora_core", "train", "--recipe", str(path), *more], cwd=ROOT, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_checkpoint(library, name, process):
+    for _ in range(1800):
+        if any((library.folder / FOLDER / name).glob(f"*{SUFFIX}")):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError("no checkpoint came")
+
+
+def test_a_killed_recipe_goes_on_where_it_was(calibrated, tmp_path, capsys):
+    """SIGKILL within the second concept; run again: the same files as from a run that nobody killed."""
+    killed, whole = calibrated("killed"), calibrated("whole")
+    path = write(tmp_path, "killed", steps=12)
+    process = launch(path)
+    wait_for_checkpoint(killed, "bird", process)
+    process.kill()
+    process.wait()
+    assert Library(killed.folder).names == ["octopus"] and process.returncode == -signal.SIGKILL
+    assert main(["train", "--recipe", str(path)]) == 0
+    assert "octopus: trained already" in capsys.readouterr().out
+    assert main(["train", "--recipe", str(write(tmp_path, "whole", steps=12))]) == 0
+    assert files(killed) == files(whole)
+    assert main(["train", "--recipe", str(path)]) == 0
+    assert capsys.readouterr().out.count("trained already") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals to another process are POSIX")
+def test_ctrl_c_keeps_what_was_trained(calibrated, tmp_path):
+    library = calibrated("l")
+    process = launch(write(tmp_path, "l"), "--steps", "5000")
+    wait_for_checkpoint(library, "octopus", process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "stopped after" in out and "seqlora: stopped" in err and "Traceback" not in err
+    assert Library(library.folder).load("octopus").adapter.layers and library.unfinished("octopus")
+
+
+def test_what_a_recipe_says(tmp_path):
+    recipe = read_recipe(write(tmp_path, "l"))
+    assert recipe.settings == {"library": tmp_path / "l", "planned": 12}
+    first, second = recipe.jobs
+    assert (first.name, first.trigger, first.class_noun, first.options["steps"]) == ("octopus", "octzu", "animal", 3)
+    assert (second.name, second.options["steps"], second.options["every"]) == ("bird", 4, 1)
+
+
+ONE = '[[concept]]\nimages = "x"\ntrigger = "y"\n'
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("steps = ", "is not TOML"),
+        ("steps = 3", "names no concepts"),
+        ("concept = 3", "names no concepts"),
+        ("step = 3\n" + ONE, "unknown option 'step'; did you mean 'steps'"),
+        ('steps = "many"\n' + ONE, "steps is 'many': give a whole number"),
+        ("use_decoys = 1\n" + ONE, "use_decoys is 1: give true or false"),
+        ("library = 3\n" + ONE, "library is 3: give a text"),
+        (ONE + "rnak = 3", "concept 1: unknown option 'rnak'; did you mean 'rank'"),
+        ('[[concept]]\nimages = "x"\n', "concept 1: trigger is missing"),
+        ('[[concept]]\ntrigger = "x"\n', "concept 1: images is missing"),
+        (ONE + ONE, "two concepts are called 'x'"),
+        (ONE + 'name = "../x"', "cannot be a file name"),
+        (ONE + "steps = 0", "steps is 0"),
+        (ONE, "no library"),
+        ('library = "l"\n' + ONE, "no folder"),
+        (b"\xff\xfe", "not UTF-8"),
+        (None, "cannot read the recipe"),
+    ],
+)
+def test_a_wrong_recipe_gets_one_sentence(tmp_path, capsys, text, message):
+    import re
+
+    path = tmp_path / "r.toml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["train", "--recipe", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_help_is_a_page_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    page = capsys.readouterr().out
+    for title in ("the concept:", "the method:", "prior preservation:", "stopping:", "examples:"):
+        assert title in page
+    assert "--recipe FILE" in page and "(default: 320)" in page
