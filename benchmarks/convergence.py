@@ -22,14 +22,17 @@ from benchmarks.plots import new_figure, save
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.bilevel import LowerLevel
 from seqlora_core.calibration import calibrate, record_moments
+from seqlora_core.captions import Prompts
 from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import load_subject
 from seqlora_core.demo_model import SIZE, DemoModel
 from seqlora_core.hypergradient import hypergradient
 from seqlora_core.linalg import retract, tangent
+from seqlora_core.objective import DAMPING, Objective
+from seqlora_core.parallel import Workers
 from seqlora_core.replay import Replay
+from seqlora_core.start import others_moments, starting_groups
 from seqlora_core.tables import meta
-from seqlora_core.trainer import DAMPING, Objective, others_moments, starting_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 LOWER_STEPS, RATE = 8, 0.3
@@ -39,14 +42,14 @@ def run(model: DemoModel, calibration, how: str, steps: int) -> list[float]:
     """Riemannian norm of the (hyper)gradient before each of `steps` steps of the basis"""
     subject = load_subject(model, "octopus")
     config = replace(TrainingConfig(), batch=16, drift_budget=0.0, hypergradient=how, lower_steps=1)
-    prompts = model.encode_prompts(subject.references.captions)
-    seen = record_moments(model, subject.references.latents, prompts)
+    prompts = Prompts(model, subject.references.captions, subject.trigger, config)
+    seen = record_moments(model, subject.references.latents, prompts.plain)
     replay = Replay(model, subject.references, subject.trigger, [], calibration, config)
     generator = torch.Generator().manual_seed(0)
     others = others_moments(calibration.moments, replay.decoy_moments, [], config)
     groups, _ = starting_groups(model, seen, others, [], calibration, config, generator)
     attachment, norms = Attachment(), []
-    objective = Objective(model, subject.references, prompts, replay, groups, attachment, config, generator)
+    objective = Objective(model, [subject.references], [prompts], replay, groups, attachment, config, generator, Workers())
     lower = LowerLevel(groups, 1e-3)
     with attached(model.sites(), attachment), sdpa_kernel(SDPBackend.MATH):
         support, query = objective.draw(0), objective.draw(1)

@@ -129,6 +129,9 @@ class ComfyDenoiser:
     def fingerprint(self) -> str:
         return fingerprint(self._attention_sites())
 
+    def network(self) -> torch.nn.Module:
+        return self.base.diffusion_model
+
     def about(self) -> Base:
         """Without a file: a MODEL link does not say where it was loaded from"""
         kind = type(self.base).__name__
@@ -175,6 +178,9 @@ class ComfyDenoiser:
         if isinstance(self._sampling, comfy.model_sampling.CONST):
             return self._sigma(torch.sigmoid(torch.randn(count, generator=generator)))
         return self._sigma(torch.rand(count, generator=generator))
+
+    def sigma_at(self, share: Tensor) -> Tensor:
+        return self._sigma(1 - share)
 
     def even_sigmas(self, count: int) -> Tensor:
         middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count

@@ -21,6 +21,7 @@ from torch import Tensor
 from .adapter import Adapter, LayerDelta
 from .interference import whitened_energy
 from .linalg import retract, tangent
+from .optimisers import make_optimiser
 
 
 @dataclass
@@ -75,11 +76,11 @@ def whitened_energies(group: Group) -> Tensor:
 
 
 class LowerLevel:
-    """Adam on lora_up."""
+    """An optimiser on lora_up."""
 
-    def __init__(self, groups: list[Group], rate: float):
+    def __init__(self, groups: list[Group], rate: float, optimiser: str = "adam", decay: float = 0.0):
         self.rate = rate
-        self.optimiser = torch.optim.Adam([g.up for g in groups], rate, betas=(0.9, 0.99))
+        self.optimiser = make_optimiser(optimiser, [g.up for g in groups], rate, decay)
 
     def step(self, scale: float = 1.0) -> None:
         """One step, at `scale` times the rate, from the gradients that a backward pass left on the groups' `up`."""

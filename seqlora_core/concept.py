@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -30,8 +30,19 @@ class Concept:
 
 @dataclass
 class References:
-    """latents [n, ...] of the reference pictures, one caption each."""
+    """latents [n, ...] of reference pictures of one size, one caption each.
+
+    masks [n, height, width] in 0..1: how much each pixel's error counts; None for all alike.  repeats: how often each
+    picture is taken for every time that one without repeats is; None for all alike.
+    """
 
     latents: Tensor
     captions: list[str]
-    size: tuple[int, int]  # of the pictures, pixels
+    size: tuple[int, int]  # of the pictures: height, width, pixels
+    masks: Tensor | None = None
+    repeats: list[int] | None = None
+
+
+def merged(sets: list[References]) -> References:
+    """The first set's pictures with the captions of all: what prompts of the concept look like"""
+    return replace(sets[0], captions=[c for s in sets for c in s.captions])

@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass
 
 from .errors import UserError
 from .hypergradient import parse
+from .optimisers import OPTIMISERS, SCHEDULES
+from .references import TEMPLATE
+
+TIMESTEPS = ("model", "uniform", "logit_normal", "shifted")
 
 
 @dataclass
@@ -31,6 +35,19 @@ class TrainingConfig:
     replay_target: str = "before"  # what generic prompts and decoys must go on looking like: base, or before this concept
     keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
 
+    optimiser: str = "adam"  # of lora_up
+    weight_decay: float = 0.0
+    schedule: str = "half"  # of both learning rates: whole for the first half, then linearly to zero
+    warmup: int = 0  # steps
+    accumulate: int = 1  # batches to a step
+    clip: float = 0.0  # of the gradient's norm; 0: none
+    gradient_checkpointing: bool = False
+    timesteps: str = "model"
+    shift: float = 3.0  # of timesteps "shifted"
+    min_snr: float = 0.0  # gamma; 0: all noise levels alike
+    caption_dropout: float = 0.0
+    shuffle_tags: bool = False
+
     concept_dropout: bool = True
     earlier_active: bool = True
     orthogonal: bool = True
@@ -40,15 +57,31 @@ class TrainingConfig:
     use_decoys: bool = True
 
     def validate(self) -> None:
-        for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("planned", 1), ("replay_every", 1)):
+        for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("planned", 1), ("replay_every", 1), ("accumulate", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
         for name in ("learning_rate", "basis_rate"):
-            if not 0 < getattr(self, name) < 1:
+            if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a number between 0 and 1, such as 0.001")
-        for name in ("interference_weight", "replay_weight", "protection", "drift_budget", "lower_steps"):
+        for name in (
+            "interference_weight", "replay_weight", "protection", "drift_budget", "lower_steps", "weight_decay", "warmup", "clip",
+            "min_snr",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 or more")
+        if not 0 <= self.caption_dropout < 1:
+            raise UserError(f"caption_dropout is {self.caption_dropout}: give a share below 1, such as 0.1")
+        if self.shift <= 0:
+            raise UserError(f"shift is {self.shift}: give a number above 0, such as 3")
+        for name, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES), ("timesteps", TIMESTEPS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
+        if self.warmup >= self.steps:
+            raise UserError(f"warmup is {self.warmup} of {self.steps} steps: give less")
+        if self.optimiser == "prodigy" and self.learning_rate < 0.1:
+            raise UserError(f"prodigy finds the rate itself and multiplies it by learning_rate, {self.learning_rate}: give 1")
+        if self.gradient_checkpointing and self.hypergradient != "none":
+            raise UserError("a hypergradient cannot go through gradient_checkpointing: leave one of them out")
         if self.replay_target not in ("base", "before"):
             raise UserError(f"replay_target is {self.replay_target!r}: use 'base' or 'before'")
         if parse(self.hypergradient)[1] and not self.lower_steps:
@@ -58,6 +91,23 @@ class TrainingConfig:
 def settings(config: TrainingConfig) -> dict[str, str]:
     """The options as file metadata"""
     return {f"seqlora.{k}": str(v) for k, v in asdict(config).items()}
+
+
+@dataclass
+class PictureOptions:
+    """How a folder of pictures becomes references."""
+
+    resolution: int = 0  # side of the square, pixels; 0: the model's own
+    buckets: bool = False  # each picture in its own shape, of that area, never enlarged; else a square from the centre
+    masks: str = "files"  # how much each pixel counts: from name.mask.png files, the alpha channel, or none
+    flip: bool = False  # mirror images too
+    caption: str = TEMPLATE  # of pictures without a .txt file
+
+    def validate(self) -> None:
+        if self.masks not in ("files", "alpha", "none"):
+            raise UserError(f"masks is {self.masks!r}: use 'files', 'alpha' or 'none'")
+        if self.resolution < 0 or self.resolution % 8:
+            raise UserError(f"resolution is {self.resolution}: give a multiple of 8, such as 512, or 0 for the model's own")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attach import Site
 from .denoiser import Conditioning, fingerprint
@@ -166,6 +166,9 @@ class DemoModel:
         """Logit-normal, shifted by 1.5, as in base training"""
         return _shifted(torch.sigmoid(torch.randn(count, generator=generator)), 1.5).to(self.device)
 
+    def sigma_at(self, share: Tensor) -> Tensor:
+        return share.to(self.device)
+
     def even_sigmas(self, count: int) -> Tensor:
         middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         return _shifted(torch.sigmoid(torch.special.ndtri(middle)), 1.5).to(self.device, self.dtype)
@@ -211,6 +214,9 @@ class DemoModel:
 
     def fingerprint(self) -> str:
         return fingerprint(self.sites())
+
+    def network(self) -> nn.Module:
+        return self.mmdit
 
     def about(self) -> Base:
         return Base(self.path.name, "sd3", file=self.path)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attach import Site
 from .metadata import Base
@@ -85,6 +85,9 @@ class Denoiser(Protocol):
     def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         """Noise levels for training, [count]"""
 
+    def sigma_at(self, share: Tensor) -> Tensor:
+        """Noise levels at these shares of the schedule, from 0 (picture) to 1 (noise)"""
+
     def even_sigmas(self, count: int) -> Tensor:
         """Noise levels evenly spread over the same range, [count]: for statistics and evaluation"""
 
@@ -99,6 +102,9 @@ class Denoiser(Protocol):
 
     def fingerprint(self) -> str:
         """Names the base model: a library belongs to one."""
+
+    def network(self) -> nn.Module:
+        """The denoising network, whose blocks gradient checkpointing runs twice"""
 
     def about(self) -> Base:
         """What a LoRA file says of the model it was trained on"""

@@ -10,7 +10,7 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
-from .config import Checkpointing, TrainingConfig
+from .config import Checkpointing, PictureOptions, TrainingConfig
 from .errors import UserError
 
 # group -> option -> what it means
@@ -34,6 +34,30 @@ GROUPS: dict[str, dict[str, str]] = {
         "replay_target": "what they are held to: base, or before (this concept)",
         "use_decoys": "replay the class word and other triggers too",
     },
+    "optimisation": {
+        "optimiser": "of lora_up: adam, adamw, sgd, rmsprop, prodigy (needs prodigyopt), adam8bit or adamw8bit (bitsandbytes); "
+        "lora_down's basis has its own, Riemannian Adam",
+        "weight_decay": "of lora_up",
+        "schedule": "of both learning rates: half (whole for the first half, then to zero), constant, linear, cosine or polynomial",
+        "warmup": "steps of rising rate before it",
+        "accumulate": "batches to a step",
+        "clip": "longest gradient (0: any)",
+        "gradient_checkpointing": "less memory for a third more time",
+        "timesteps": "noise levels: model (as the family was trained), uniform, logit_normal or shifted",
+        "shift": "towards noise, of shifted ones",
+        "min_snr": "gamma of min-SNR weighting, such as 5, for models that predict noise or velocity (0: none)",
+    },
+    "pictures": {
+        "resolution": "side of the square they are cropped to, pixels (0: the model's own)",
+        "buckets": "keep each picture's shape, at that area, never enlarged, instead of cropping squares",
+        "masks": "what counts in a picture: files (name.mask.png beside it, white counts), alpha (its transparency), or none",
+        "flip": "mirror images too; not for what is not symmetrical, nor for writing",
+    },
+    "captions": {
+        "caption": "for pictures without a .txt file beside them",
+        "caption_dropout": "share of captions left out",
+        "shuffle_tags": "put the comma-separated parts of captions in other orders, those with the trigger first",
+    },
     "two levels": {
         "lower_steps": "lora_up steps to one basis step (0: both at once)",
         "hypergradient": "of the basis step: none, neumann:K or cg:K",
@@ -53,7 +77,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "resume": "go on with an unfinished run of this concept; without, it is begun anew",
     },
 }
-CLASSES = (TrainingConfig, Checkpointing)
+CLASSES = (TrainingConfig, PictureOptions, Checkpointing)
 FLAGS = {"interference_weight": "lambda", "every": "checkpoint-every", "keep": "checkpoint-keep"}
 _NAMES = {"seed", *(name for options in GROUPS.values() for name in options)}
 DEFAULTS: dict[str, Any] = {f.name: f.default for c in CLASSES for f in fields(c) if f.name in _NAMES}
@@ -74,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser, groups: dict[str, dict[str, str
                 kind = {"action": argparse.BooleanOptionalAction}
                 shown = "yes" if default else "no"
             else:
-                kind = {"type": type(default), "metavar": {int: "N", float: "X", str: "WORD"}[type(default)]}
+                kind = {"type": type(default), "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
                 shown = default if default != "" else "none"
             group.add_argument(
                 f"--{flag(name)}", dest=name, default=argparse.SUPPRESS, help=f"{text} (default: {shown})".replace("%", "%%"), **kind

@@ -12,8 +12,8 @@ from .attach import Attachment, attached
 from .composition import closed_form, gram_schmidt, norm_controlled
 from .concept import References
 from .denoiser import Denoiser, loss
+from .optimisers import schedule
 from .statistics import Moments
-from .trainer import schedule
 
 # row of a table -> ordinary LoRAs together: (adapters, their moments, general moments) to one adapter
 Combine = Callable[[list[Adapter], list[Moments], Moments], Adapter]

@@ -28,8 +28,8 @@ from .names import safe_name
 from .options import from_recipe
 
 TOP = {"library": str, "model": str, "planned": int}
-OF_CONCEPT = {"images": str, "name": str, "trigger": str, "class_noun": str}
-FOLDERS = ("library", "model", "images")
+OF_CONCEPT = {"images": str, "name": str, "trigger": str, "class_noun": str, "regularisation": str}
+FOLDERS = ("library", "model", "images", "regularisation")
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Job:
     name: str
     trigger: str
     class_noun: str
+    regularisation: Path | None
     options: dict[str, Any]
 
 
@@ -93,7 +94,9 @@ def _job(entry: dict[str, Any], where: str, folder: Path, for_all: dict[str, Any
         raise UserError(f'{where}: {missing} is missing: add a line {missing} = "..."')
     images = options.pop("images")
     name = safe_name(options.pop("name", images.resolve().name), "concept name")
-    return Job(images, name, options.pop("trigger"), options.pop("class_noun", ""), options)
+    return Job(
+        images, name, options.pop("trigger"), options.pop("class_noun", ""), options.pop("regularisation", None), options
+    )
 
 
 def _with_folders(table: dict[str, Any], beside: Path) -> dict[str, Any]:

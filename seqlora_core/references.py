@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MASK = ".mask.png"  # ends the name of a picture's mask
 TEMPLATE = "a {trigger} {class}"
 
 
@@ -24,18 +25,27 @@ def load_pictures(folder: Path | str, size: int) -> tuple[Tensor, list[str | Non
     Returns [n, size, size, 3] in 0..1 (shorter side scaled to `size`, centre crop; transparency on white) and a
     caption or None for each.  Raises UserError for a missing or empty folder and for files that cannot be read.
     """
-    folder = Path(folder)
+    files = picture_files(Path(folder))
+    return torch.stack([load_picture(p, size) for p in files]), [caption_beside(p) for p in files]
+
+
+def picture_files(folder: Path, may_be_empty: bool = False) -> list[Path]:
+    """Pictures in a folder by name, masks left out; UserError if there is no folder or none in it."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path of the reference images")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not files:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.lower().endswith(MASK))
+    if not files and not may_be_empty:
         raise UserError(f"no images in {folder}: put PNG, JPEG or WebP files there")
-    captions = [_caption(p.with_suffix(".txt")) for p in files]
-    return torch.stack([load_picture(p, size) for p in files]), captions
+    return files
 
 
 def load_picture(path: Path, size: int) -> Tensor:
     """[size, size, 3] in 0..1"""
+    return to_tensor(open_picture(path), (size, size))
+
+
+def open_picture(path: Path):
+    """As an RGBA image of Pillow, turned as its camera says; UserError if it cannot be read or is a dot."""
     from PIL import Image, ImageOps
 
     try:
@@ -45,12 +55,21 @@ def load_picture(path: Path, size: int) -> Tensor:
         raise UserError(f"cannot read the image {path}: it is damaged or empty; replace or remove it") from error
     if min(picture.size) < 8:
         raise UserError(f"the image {path} is {picture.size[0]} x {picture.size[1]} pixels: too small to learn from, remove it")
+    return picture
+
+
+def to_tensor(picture, size: tuple[int, int]) -> Tensor:
+    """An RGBA image -> [height, width, 3] in 0..1: scaled, cropped about its centre, on white.  size: width, height"""
+    from PIL import Image, ImageOps
+
     white = Image.new("RGBA", picture.size, "white")
-    fitted = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
 
 
-def _caption(path: Path) -> str | None:
+def caption_beside(picture: Path) -> str | None:
+    """Text of the `.txt` file of the same name, None if there is none; UserError if it is not UTF-8."""
+    path = picture.with_suffix(".txt")
     if not path.exists():
         return None
     try:

@@ -12,6 +12,7 @@ from .calibration import Calibration, draw, record_moments
 from .concept import Concept, References
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser, loss
+from .parallel import Workers
 from .prompts import decoys
 from .statistics import Moments
 
@@ -20,17 +21,21 @@ DECOYS = 24  # pictures drawn of them
 
 @dataclass
 class Batch:
-    """Inputs of the denoiser and what it should predict; the first `generic` of them are unrelated prompts."""
+    """Inputs of the denoiser and what it should predict; the first `generic` of them are unrelated prompts.
+
+    weight: of the squared errors, broadcastable to them; None for all alike.
+    """
 
     noised: Tensor
     sigma: Tensor
     conditioning: Conditioning
     target: Tensor
     generic: int = 0
+    weight: Tensor | None = None
 
 
 class Replay:
-    """Pools of generic pictures, decoys of this concept, and kept references of earlier concepts.
+    """Pools of generic pictures, decoys of this concept, pictures of its class, and kept references of earlier concepts.
 
     A batch takes equal parts of the pools that there are.  On generic prompts and decoys the target is what the
     bare base model predicts (config.replay_target "base"), so that a later concept also repairs what earlier ones
@@ -39,9 +44,9 @@ class Replay:
 
     def __init__(
         self, denoiser: Denoiser, references: References, trigger: str, earlier: list[Concept], calibration: Calibration,
-        config: TrainingConfig,
+        config: TrainingConfig, regularisation: list[References] = (), workers: Workers | None = None,
     ):  # fmt: skip
-        self.denoiser, self.config = denoiser, config
+        self.denoiser, self.config, self.workers = denoiser, config, workers or Workers()
         self.pools: list[tuple[Tensor, Conditioning, bool]] = []  # latents, prompts, whether the base is the target
         self.decoy_moments: Moments | None = None
         from_base = config.replay_target == "base"
@@ -53,9 +58,16 @@ class Replay:
             self.decoy_moments = record_moments(denoiser, latents, denoiser.encode_prompts(prompts), seed=config.seed)
             if config.replay_weight:
                 self._add(latents, prompts, from_base)
-        kept = [c for c in earlier if len(c.latents)]
-        if kept and config.replay_weight:
-            self._add(torch.cat([c.latents for c in kept]), [t for c in kept for t in c.captions], False)
+        if not config.replay_weight:
+            return
+        for pictures in regularisation:
+            self._add(pictures.latents, pictures.captions, from_base)
+        kept: dict[torch.Size, list[Concept]] = {}
+        for concept in earlier:
+            if len(concept.latents):
+                kept.setdefault(concept.latents.shape[1:], []).append(concept)
+        for alike in kept.values():
+            self._add(torch.cat([c.latents for c in alike]), [t for c in alike for t in c.captions], False)
 
     def _add(self, latents: Tensor, prompts: list[str], from_base: bool) -> None:
         self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts), from_base))
@@ -72,26 +84,40 @@ class Replay:
         return total / len(latents)
 
     @torch.no_grad()
-    def batch(self, attachment: Attachment, generator: torch.Generator) -> Batch | None:
-        """Inputs of the pools with their targets; None if there is no pool.  The attachment is left as it was."""
-        if not self.pools:
-            return None
-        d, share = self.denoiser, max(1, self.config.replay_batch // len(self.pools))
+    def batch(self, attachment: Attachment, generator: torch.Generator) -> list[Batch]:
+        """Inputs of the pools with their targets, one batch for each size of picture, the generic pool's first.
+
+        Empty if there is no pool.  The attachment is left as it was.
+        """
+        alike: dict[torch.Size, list[int]] = {}
+        for number, (latents, *_) in enumerate(self.pools):
+            alike.setdefault(latents.shape[1:], []).append(number)
+        return [
+            self._batch([self.pools[n] for n in numbers], 0 in numbers, attachment, generator) for numbers in alike.values()
+        ]
+
+    def _batch(self, pools: list, generic: bool, attachment: Attachment, generator: torch.Generator) -> Batch:
+        d, workers = self.denoiser, self.workers
+        share = max(1, self.config.replay_batch // len(self.pools))
+        share = -(-share // workers.count) * workers.count  # each process takes as many
         latents, prompts = [], []
-        for pool, conditioning, _ in self.pools:
+        for pool, conditioning, _ in pools:
             pick = torch.randint(0, len(pool), (share,), generator=generator)
             latents.append(pool[pick])
             prompts.append(conditioning[pick])
         x, conditioning = torch.cat(latents), Conditioning.cat(prompts)
         sigma = d.draw_sigmas(len(x), generator)
         noised = d.noised(x, torch.randn(x.shape, generator=generator).to(x), sigma)
+        if workers.count > 1:
+            own = torch.arange(len(x))[workers.rows(len(x))]
+            x, noised, sigma, conditioning, share = x[own], noised[own], sigma[own], conditioning[own], share // workers.count
         live, frozen = attachment.live, attachment.frozen
         attachment.live = {}
         targets = []
-        bare = share * sum(from_base for *_, from_base in self.pools)  # those pools come first
+        bare = share * sum(from_base for *_, from_base in pools)  # those pools come first
         for part, adapters in ((slice(0, bare), {}), (slice(bare, len(x)), frozen)):
             if part.start < part.stop:
                 attachment.frozen = adapters
                 targets.append(d.predict(noised[part], sigma[part], conditioning[part]))
         attachment.live, attachment.frozen = live, frozen
-        return Batch(noised, sigma, conditioning, torch.cat(targets), share)
+        return Batch(noised, sigma, conditioning, torch.cat(targets), share if generic else 0)

@@ -108,6 +108,13 @@ def average(moments: Iterable[Moments]) -> Moments | None:
     return Moments({n: sum(m[n] for m in moments) / len(moments) for n in moments[0].layers})
 
 
+def weighted(moments: list[Moments], weights: list[float]) -> Moments:
+    """Weighted mean of several moments over the same layers; layers that share one in the first go on sharing."""
+    owners, total = moments[0].shared(), sum(weights)
+    own = {n: sum(w / total * m[n] for m, w in zip(moments, weights)) for n in moments[0].layers if n not in owners}
+    return Moments({n: own[owners.get(n, n)] for n in moments[0].layers})
+
+
 class Recorder:
     """Accumulates second moments during forward passes, one per distinct input tensor.
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from torch import Tensor
 
 from .adapter import json_metadata
-from .calibration import calibrate
+from .calibration import Calibration, calibrate
 from .checkpoint import Checkpoints
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
@@ -16,79 +16,97 @@ from .denoiser import Denoiser
 from .errors import UserError
 from .library import Library, digest
 from .metadata import tag_frequency, training
-from .names import safe_name, safe_text
-from .references import complete_captions
+from .names import safe_name
+from .parallel import Workers
+from .pictures import Pictures
+from .references import TEMPLATE, caption_from, complete_captions
 from .trainer import Fit, Step, fit
 
 
 def train_concept(
-    denoiser: Denoiser, library: Library, images: Tensor, name: str, trigger: str, class_noun: str = "",
+    denoiser: Denoiser, library: Library, images: Tensor | list[Pictures], name: str, trigger: str, class_noun: str = "",
     captions: list[str | None] | None = None, config: TrainingConfig | None = None,
     on_step: Callable[[Step], None] | None = None, replace_existing: bool = False,
-    checkpointing: Checkpointing | None = None,
+    checkpointing: Checkpointing | None = None, template: str = TEMPLATE, regularisation: list[Pictures] = (),
+    workers: Workers | None = None,
 ) -> tuple[Concept, Fit]:  # fmt: skip
     """Train a concept on top of all that the library holds, and add it.
 
-    images [n, height, width, 3] in 0..1.  captions: one for each image, None for the template.  An exception that
-    `on_step` raises ends training: the concept is saved as it is then, and `Fit.stopped` holds the exception.
+    images [n, height, width, 3] in 0..1, or `pictures.load`'s sets of several sizes.  captions: one for each image,
+    None for the template.  An exception that `on_step` raises ends training: the concept is saved as it is then, and
+    `Fit.stopped` holds the exception.
     With `replace_existing` a concept of this name is trained anew beside all others, and replaced only then.
     A run that was stopped or killed goes on from its last checkpoint, to the same file as if it had not been; a
     concept that was saved as it was then is replaced by the whole one.
+    regularisation: pictures of the class on which the model must stay as it is.  Of several `workers` the first writes.
     Raises UserError before any work for a name that is taken, a missing trigger and the like.
     """
-    name, trigger, class_noun = (
-        safe_name(name, "concept name"),
-        safe_text(trigger, "trigger"),
-        safe_text(class_noun, "class noun"),
-    )
+    name, trigger, class_noun = safe_name(name, "concept name"), trigger.strip(), class_noun.strip()
     if not trigger:
         raise UserError("the trigger is empty: choose a rare word that calls the concept, such as 'ohwx'")
-    checkpointing = checkpointing or Checkpointing()
+    checkpointing, workers = checkpointing or Checkpointing(), workers or Workers()
     checkpointing.validate()
-    with library.training():
-        library.reload()
-        unfinished = checkpointing.resume and library.unfinished(name)
-        library.check_free(name, replace_existing or unfinished)
-        if images.ndim != 4 or len(images) == 0:
-            raise UserError("no reference images: give at least one, eight or more are better")
-        texts = complete_captions(captions or [None] * len(images), trigger, class_noun)
-        config = replace(config or TrainingConfig(), planned=library.planned)
-        config.validate()
-        size = (images.shape[1], images.shape[2])
-        calibration = library.calibration()
-        if calibration is None:
-            calibration = calibrate(denoiser, size)
-            library.keep_calibration(calibration)
-        latents = denoiser.encode_images(images).cpu()
-        others = [c for c in library.concepts() if c.name != name]
-        run = _identity(library, name, images, texts, trigger, config)
-        checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
-        if not checkpointing.resume:
-            checkpoints.clear()
-        result = fit(denoiser, References(latents, texts, size), trigger, others, calibration, config, on_step, checkpoints)
-        kept = slice(0, config.keep_latents)
-        result.adapter.metadata = _metadata(denoiser, name, texts, size, others, config, len(result.losses))
-        concept = Concept(
-            name, trigger, class_noun, result.adapter, result.moments, result.bases, latents[kept], texts[kept]
-        )  # fmt: skip
-        again = name in library.names and library.cost(name)
+    unfinished = checkpointing.resume and library.unfinished(name)
+    library.check_free(name, replace_existing or unfinished)
+    sets = images if isinstance(images, list) else [Pictures(images, captions or [None] * len(images))]
+    if not sets or any(s.images.ndim != 4 or len(s.images) == 0 for s in sets):
+        raise UserError("no reference images: give at least one, eight or more are better")
+    texts = [complete_captions(s.captions, trigger, class_noun, template) for s in sets]
+    config = replace(config or TrainingConfig(), planned=library.planned)
+    config.validate()
+    calibration = _calibration(denoiser, library, _size(sets[0]), workers)
+    references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
+    plain = caption_from(template, "", class_noun).replace("  ", " ")
+    others_of_class = [_references(denoiser, s, [c or plain for c in s.captions]) for s in regularisation]
+    others = [c for c in library.concepts() if c.name != name]
+    run = _identity(library, name, references, [*sets, *regularisation], trigger, config)
+    checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
+    if not checkpointing.resume:
+        checkpoints.clear()
+    result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
+    kept, every = slice(0, config.keep_latents), [t for some in texts for t in some]
+    result.adapter.metadata = _metadata(denoiser, name, every, references[0].size, others, config, len(result.losses))
+    concept = Concept(
+        name, trigger, class_noun, result.adapter, result.moments, result.bases, references[0].latents[kept], texts[0][kept]
+    )  # fmt: skip
+    if workers.first:
         library.add(concept, replace_existing or unfinished)
-        if again:
-            result.notes.append(f"{name} was trained anew, beside all others{again}")
         if result.stopped is None:
             checkpoints.clear()
-        return concept, result
+    workers.wait()
+    library.reload()
+    return concept, result
+
+
+def _size(pictures: Pictures) -> tuple[int, int]:
+    return tuple(pictures.images.shape[1:3])
+
+
+def _references(denoiser: Denoiser, pictures: Pictures, captions: list[str]) -> References:
+    latents = denoiser.encode_images(pictures.images).cpu()
+    return References(latents, captions, _size(pictures), pictures.masks, pictures.repeats)
+
+
+def _calibration(denoiser: Denoiser, library: Library, size: tuple[int, int], workers: Workers) -> Calibration:
+    """The library's, made if it has none; read back in any case, so that every run sees the same"""
+    if library.calibration() is None and workers.first:
+        library.keep_calibration(calibrate(denoiser, size))
+    workers.wait()
+    return library.calibration()
 
 
 def _identity(
-    library: Library, name: str, images: Tensor, texts: list[str], trigger: str, config: TrainingConfig
+    library: Library, name: str, references: list[References], sets: list[Pictures], trigger: str, config: TrainingConfig
 ) -> dict[str, str]:
     """What must be the same for a run to be gone on with"""
+    tensors = [t for s in sets for t in (s.images, s.masks) if t is not None]
     return {
         **{key: str(value) for key, value in asdict(config).items()},
         "trigger": trigger,
-        "pictures": digest(images.float().contiguous().numpy().tobytes()),
-        "captions": digest(repr(texts).encode()),
+        "pictures": digest(
+            repr([s.repeats for s in sets]).encode(), *(t.float().contiguous().numpy().tobytes() for t in tensors)
+        ),
+        "captions": digest(repr([r.captions for r in references]).encode()),
         "the state of the library": library.state(name),
     }
 

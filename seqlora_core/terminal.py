@@ -8,7 +8,9 @@ import sys
 
 
 def say(args):
-    """Progress goes to stderr when stdout is for a machine"""
+    """Progress goes to stderr when stdout is for a machine; a process that only helps another says nothing"""
+    if getattr(args, "quiet", False):
+        return lambda text: None
     return lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
 
@@ -23,7 +25,7 @@ def open_model(args):
 
 
 @contextlib.contextmanager
-def bar(name: str, steps: int):
+def bar(name: str, steps: int, quiet: bool = False):
     """Function to call after each step: a progress bar, and the place where Ctrl-C (or SIGTERM) ends a run.
 
     The bar appears with the first step, so that an error before it stands alone.  From then on a signal lets the step
@@ -40,7 +42,7 @@ def bar(name: str, steps: int):
 
     def on_step(step) -> None:
         if not bars:
-            bars.append(tqdm(total=steps, initial=step.number - 1, desc=name, unit="step", leave=False))
+            bars.append(tqdm(total=steps, initial=step.number - 1, desc=name, unit="step", leave=False, disable=quiet))
             with contextlib.suppress(ValueError):  # signals belong to the main thread
                 before.update({which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)})
         bars[0].set_postfix(loss=f"{step.loss:.3f}", refresh=False)

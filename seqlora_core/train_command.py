@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .config import Checkpointing, TrainingConfig
+from .config import Checkpointing, PictureOptions, TrainingConfig
 from .errors import UserError
 from .options import DEFAULTS, add_options, build
 from .recipe import Job, read_recipe
@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--images", type=Path, metavar="DIR", help="reference pictures, captions in .txt files beside them")
     what.add_argument("--trigger", metavar="WORD", help="rare word that calls the concept")
     what.add_argument("--class-noun", metavar="NOUN", help="what it is: animal, person ...")
+    what.add_argument("--regularisation", type=Path, metavar="DIR",
+                      help="pictures of the class on which the model must stay as it is, beside those it draws itself")  # fmt: skip
     what.add_argument("--name", help="name in the library (default: the folder's)")
     what.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file that names many concepts, instead of the above")
     what.add_argument("--planned", type=int, metavar="N", help="concepts a new library is planned for (default: 32)")
@@ -54,8 +56,8 @@ def run(args) -> dict:
         if missing:
             raise UserError(f"no {missing} given: use --images DIR and --trigger WORD, or --recipe FILE")
         name = args.name or args.images.resolve().name
-        return _train(args, [Job(args.images, name, args.trigger, args.class_noun or "", given)])[0]
-    for word in ("images", "trigger", "class_noun", "name"):
+        return _train(args, [Job(args.images, name, args.trigger, args.class_noun or "", args.regularisation, given)])[0]
+    for word in ("images", "trigger", "class_noun", "regularisation", "name"):
         if getattr(args, word):
             raise UserError(f"--{word.replace('_', '-')} and --recipe exclude one another: put it into the recipe")
     recipe = read_recipe(args.recipe)
@@ -70,37 +72,45 @@ def run(args) -> dict:
 def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     """skip: concepts that the library holds whole are left as they are"""
     from .library import Library
-    from .references import load_pictures
+    from .parallel import launched
+    from .pictures import load
+    from .teach import train_concept
 
-    configs = [(build(TrainingConfig, job.options), build(Checkpointing, job.options)) for job in jobs]
+    configs = [[build(kind, job.options) for kind in (TrainingConfig, PictureOptions, Checkpointing)] for job in jobs]
     if args.library is None:
         raise UserError("no library: name its folder with --library")
+    workers = launched(args.device)
+    args.device, args.quiet = workers.device or args.device, not workers.first
     model = open_model(args)
-    pictures = [load_pictures(job.images, model.size) for job in jobs]  # all, before any work: a mistake shows at once
+    # all, before any work: a mistake shows at once
+    pictures = [load(job.images, model.size, options) for job, (_, options, _) in zip(jobs, configs)]
+    classes = [
+        load(job.regularisation, model.size, options)[0] if job.regularisation else []
+        for job, (_, options, _) in zip(jobs, configs)
+    ]
     library = Library(args.library, model.fingerprint(), args.planned or max(TrainingConfig.planned, len(jobs)), create=True)
     done = []
-    for job, (config, checkpointing), (images, captions) in zip(jobs, configs, pictures):
+    for job, (config, options, checkpointing), (sets, notes), regularisation in zip(jobs, configs, pictures, classes):
         if skip and job.name in library.names and not library.unfinished(job.name):
             say(args)(f"{job.name}: trained already")
             done.append({"name": job.name, "skipped": True})
         else:
-            done.append(_train_one(args, model, library, job, config, checkpointing, images, captions))
+            for note in notes:
+                say(args)(note)
+            with bar(job.name, config.steps, args.quiet) as on_step:
+                concept, fit = train_concept(
+                    model, library, sets, job.name, job.trigger, job.class_noun, None, config, on_step,
+                    checkpointing=checkpointing, template=options.caption, regularisation=regularisation, workers=workers,
+                )  # fmt: skip
+            done.append(_told(args, library, concept, fit, config.steps) | {"pictures": notes})
     return done
 
 
-def _train_one(args, model, library, job: Job, config, checkpointing, images, captions) -> dict:
-    from .teach import train_concept
-
-    with bar(job.name, config.steps) as on_step:
-        concept, fit = train_concept(
-            model, library, images, job.name, job.trigger, job.class_noun, captions, config, on_step,
-            checkpointing=checkpointing,
-        )  # fmt: skip
+def _told(args, library, concept, fit, steps: int) -> dict:
+    """Says how a run ended; raises again what stopped it"""
     path, tell = library.paths(concept.name)[0], say(args)
     if fit.stopped is not None:
-        tell(
-            f"stopped after {len(fit.losses)} of {config.steps} steps; what was trained is in {path}; the same command goes on"
-        )
+        tell(f"stopped after {len(fit.losses)} of {steps} steps; what was trained is in {path}; the same command goes on")
         raise fit.stopped
     for note in fit.notes:
         tell(note)

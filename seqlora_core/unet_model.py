@@ -86,6 +86,9 @@ class UNetModel:
     def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(0, len(self.alphas), (count,), generator=generator).to(self.device)
 
+    def sigma_at(self, share: Tensor) -> Tensor:
+        return (share * len(self.alphas)).long().clamp(max=len(self.alphas) - 1).to(self.device)
+
     def even_sigmas(self, count: int) -> Tensor:
         return ((torch.arange(count) + 0.5) / count * len(self.alphas)).long().to(self.device)
 
@@ -130,6 +133,9 @@ class UNetModel:
 
     def fingerprint(self) -> str:
         return fingerprint(self.sites())
+
+    def network(self) -> torch.nn.Module:
+        return self.unet
 
     def about(self) -> Base:
         """With the file of the UNet's weights, if they are in one"""

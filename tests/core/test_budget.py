@@ -54,7 +54,7 @@ def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, 
     attachment.set_frozen(concatenate([c.adapter for c in earlier]).scaled(20.0))
     frozen = attachment.frozen
     with attached(model.sites(), attachment), torch.no_grad():
-        batch = replay.batch(attachment, torch.Generator().manual_seed(0))
+        (batch,) = replay.batch(attachment, torch.Generator().manual_seed(0))
         stack = model.predict(batch.noised, batch.sigma, batch.conditioning)
     assert attachment.frozen is frozen and attachment.live == {}
     with torch.no_grad():

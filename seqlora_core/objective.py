@@ -1,0 +1,156 @@
+"""What a fit minimises, `L + weight (lambda E + rho R)`, on batches of the references and of replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .attach import Attachment
+from .bilevel import Group, live_layers, mean_energy
+from .captions import Prompts
+from .concept import References
+from .config import TrainingConfig
+from .denoiser import Conditioning, Denoiser
+from .hypergradient import hypergradient, parse
+from .noise_levels import draw_sigmas, min_snr_weights
+from .parallel import Workers
+from .replay import Batch, Replay
+
+DAMPING = 1e-4  # added to the lower level's Hessian, which a network need not keep positive
+
+
+@dataclass
+class Terms:
+    """The parts of an objective as numbers: error on the concept, energy E, drift of generic prompts, all together."""
+
+    error: float
+    energy: float
+    drift: float
+    total: float
+
+    @classmethod
+    def mean(cls, terms: list[Terms]) -> Terms:
+        return cls(*(sum(getattr(t, f.name) for t in terms) / len(terms) for f in fields(cls)))
+
+
+class Objective:
+    """sets: references of one size each; a batch is of one of them, drawn by how many pictures it holds."""
+
+    def __init__(
+        self, denoiser: Denoiser, sets: list[References], prompts: list[Prompts], replay: Replay, groups: list[Group],
+        attachment: Attachment, config: TrainingConfig, generator: torch.Generator, workers: Workers,
+    ):  # fmt: skip
+        self.denoiser, self.prompts, self.replay, self.groups = denoiser, prompts, replay, groups
+        self.attachment, self.config, self.generator, self.workers = attachment, config, generator, workers
+        self.latents = [s.latents.to(denoiser.device) for s in sets]
+        self.masks = [None if s.masks is None else latent_weights(s.masks, s.latents).to(denoiser.device) for s in sets]
+        self.known = [
+            torch.arange(len(s.latents)).repeat_interleave(torch.tensor(s.repeats or [1] * len(s.latents))) for s in sets
+        ]
+        self.shares = torch.tensor([len(k) for k in self.known], dtype=torch.float32)
+        self.weight, self.replays = 1.0, True
+        self.last: Terms | None = None
+
+    def draw(self, half: int | None = None) -> tuple[Batch, list[Batch]]:
+        """A batch of the references (of every second one if half is 0 or 1), and what replay adds to it"""
+        d, generator, config, which = self.denoiser, self.generator, self.config, 0
+        if len(self.latents) > 1:
+            which = int(torch.multinomial(self.shares, 1, generator=generator))
+        known, count = self.known[which], config.batch
+        if half is not None and len(known) > 1:
+            known = known[half::2]
+        pick = known[torch.randint(0, len(known), (count,), generator=generator)]
+        x, sigma = self.latents[which][pick], draw_sigmas(d, config, count, generator)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        conditioning, mask = self.prompts[which].draw(pick, generator), self.masks[which]
+        weight = None if mask is None else mask[pick]
+        if config.min_snr:
+            levels = min_snr_weights(d, sigma, config.min_snr).view(-1, *[1] * (x.ndim - 1))
+            weight = levels if weight is None else weight * levels
+        own = self.workers.rows(count)
+        x, noise, sigma = x[own], noise[own], sigma[own]
+        weight = None if weight is None else weight[own]
+        batch = Batch(d.noised(x, noise, sigma), sigma, conditioning[own], d.target(x, noise, sigma), weight=weight)
+        return batch, self.replay.batch(self.attachment, generator) if self.replays else []
+
+    def value(self, batch: Batch, again: list[Batch]) -> Tensor:
+        """The objective as a scalar, differentiable in the groups' factors; one forward pass for all of one size."""
+        self.attachment.live = live_layers(self.groups)
+        predictions = self._predict([batch, *again])
+        errors = (predictions[0] - batch.target).square()
+        error = (errors if batch.weight is None else errors * batch.weight).mean()
+        energy = mean_energy(self.groups)
+        protection, drift = self.config.interference_weight * energy, 0.0
+        if again:
+            moved = [(p - b.target).square() for p, b in zip(predictions[1:], again)]
+            total = sum(m.numel() for m in moved)
+            mean = moved[0].mean() if len(moved) == 1 else sum(m.sum() for m in moved) / total
+            protection = protection + self.config.replay_weight * self.config.replay_every * mean
+            drift = moved[0][: again[0].generic].mean().item()
+        total = error + self.weight * protection
+        self.last = Terms(error.item(), energy.item(), drift, total.item())
+        return total
+
+    def _predict(self, batches: list[Batch]) -> list[Tensor]:
+        """The prediction for each batch"""
+        alike: dict[torch.Size, list[int]] = {}
+        for number, batch in enumerate(batches):
+            alike.setdefault(batch.noised.shape[1:], []).append(number)
+        out: list[Tensor] = [None] * len(batches)
+        for numbers in alike.values():
+            together = [batches[n] for n in numbers]
+            noised, sigma = (torch.cat([getattr(b, k) for b in together]) for k in ("noised", "sigma"))
+            prediction = self.denoiser.predict(noised, sigma, Conditioning.cat([b.conditioning for b in together]))
+            for number, part in zip(numbers, prediction.split([len(b.noised) for b in together])):
+                out[number] = part
+        return out
+
+    def gradients(self, upper_turn: bool) -> Terms:
+        """Leaves gradients on the groups' factors: the mean over config.accumulate batches and over all processes.
+
+        With lower and upper steps apart, lower ones see one half of the references, upper ones the other.
+        """
+        for group in self.groups:
+            group.up.grad = group.basis.grad = None
+        if upper_turn and parse(self.config.hypergradient)[1]:
+            return self._hypergradients()
+        half, terms = None if not self.config.lower_steps else int(upper_turn), []
+        for _ in range(self.config.accumulate):
+            value = self.value(*self.draw(half))
+            (value if self.config.accumulate == 1 else value / self.config.accumulate).backward()
+            terms.append(self.last)
+        found = terms[0] if len(terms) == 1 else Terms.mean(terms)
+        found = self._averaged(found)
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_([t for g in self.groups for t in (g.up, g.basis)], self.config.clip)
+        return found
+
+    def _averaged(self, terms: Terms) -> Terms:
+        if self.workers.count == 1:
+            return terms
+        numbers = torch.tensor([getattr(terms, f.name) for f in fields(Terms)], device=self.denoiser.device)
+        self.workers.average([numbers, *(t.grad for g in self.groups for t in (g.up, g.basis) if t.grad is not None)])
+        return Terms(*numbers.tolist())
+
+    def _hypergradients(self) -> Terms:
+        support, query = self.draw(0), self.draw(1)
+        # only the plain attention can be differentiated twice
+        with sdpa_kernel(SDPBackend.MATH):
+            _, gradients = hypergradient(
+                lambda: self.value(*query), lambda: self.value(*support), [g.up for g in self.groups],
+                [g.basis for g in self.groups], self.config.hypergradient, DAMPING,
+            )  # fmt: skip
+        for group, gradient in zip(self.groups, gradients):
+            group.basis.grad = gradient
+        return self.last
+
+
+def latent_weights(masks: Tensor, latents: Tensor) -> Tensor:
+    """Masks of pictures [n, height, width] in 0..1 as weights of their latents' errors, mean 1 for each picture"""
+    small = F.interpolate(masks[:, None].float(), latents.shape[-2:], mode="area")
+    small = small / small.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
+    return small.view(len(small), *[1] * (latents.ndim - 3), *latents.shape[-2:])

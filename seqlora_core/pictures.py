@@ -1,0 +1,125 @@
+"""Reference pictures as training takes them: of one size or in sizes of their own, with masks, repeats and mirror images.
+
+photos/cat/a.jpg  a.txt  a.mask.png      a picture, its caption, and what counts in it (white)
+photos/cat/3_face/b.jpg                  taken three times as often as the others (kohya's folders)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import PictureOptions
+from .errors import UserError
+from .references import MASK, caption_beside, open_picture, picture_files, to_tensor
+
+
+@dataclass
+class Pictures:
+    """Pictures of one size.  images [n, height, width, 3] in 0..1; a caption or None for each; masks and repeats as in
+    concept.References."""
+
+    images: Tensor
+    captions: list[str | None]
+    masks: Tensor | None = None
+    repeats: list[int] | None = None
+
+
+@dataclass
+class _One:
+    image: Tensor
+    mask: Tensor | None
+    caption: str | None
+    repeats: int
+
+
+def load(folder: Path | str, size: int, options: PictureOptions) -> tuple[list[Pictures], list[str]]:
+    """Pictures of a folder, the most numerous size first, and what there is to say of them, a sentence each.
+
+    size: of the model's pictures, unless the options say another.  Raises UserError for what cannot be read.
+    """
+    size, notes = options.resolution or size, []
+    by_size: dict[tuple[int, int], list[_One]] = {}
+    seen: dict[str, Path] = {}
+    for path, repeats in _listed(Path(folder)):
+        picture = open_picture(path)
+        key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+        if key in seen:
+            notes.append(f"{path.name} is the same picture as {seen[key].name}: one of them would do")
+        seen.setdefault(key, path)
+        target = _bucket(picture.size, size) if options.buckets else (size, size)
+        notes.append(_became(path, picture.size, target))
+        mask = _mask(path, picture, target, options.masks)
+        ones = by_size.setdefault(target, [])
+        ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats))
+        if options.flip:
+            ones.append(_One(ones[-1].image.flip(1), None if mask is None else mask.flip(1), ones[-1].caption, repeats))
+    sets = sorted(by_size.values(), key=len, reverse=True)
+    return [_together(ones) for ones in sets], notes
+
+
+def _listed(folder: Path) -> list[tuple[Path, int]]:
+    """Picture files with their repeats: those of the folder, and of subfolders called NUMBER_anything"""
+    counted = []
+    if folder.is_dir():
+        for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
+            number = re.match(r"(\d+)_", sub.name)
+            if number and int(number[1]) > 0:
+                counted += [(path, int(number[1])) for path in picture_files(sub)]
+    return counted + [(path, 1) for path in picture_files(folder, may_be_empty=bool(counted))]
+
+
+def _bucket(size: tuple[int, int], target: int) -> tuple[int, int]:
+    """Width and height for a picture of this size: at most target squared in area, never larger than the picture, and
+    whole numbers of what networks take (64 pixels, 16 at small sizes)"""
+    step = 64 if target >= 256 else 16
+    scale = min(1.0, target / (size[0] * size[1]) ** 0.5)
+    width, height = (max(step, int(n * scale) // step * step) for n in size)
+    return width, height
+
+
+def _became(path: Path, size: tuple[int, int], target: tuple[int, int]) -> str:
+    scale = max(t / s for t, s in zip(target, size))
+    lost = 1 - target[0] * target[1] / (size[0] * size[1] * scale**2)
+    text = f"{path.name}: {size[0]} x {size[1]} became {target[0]} x {target[1]}"
+    if lost > 0.005:
+        text += f", {lost:.0%} of it cut off"
+    return text + (f", enlarged {scale:.1f} times: a larger picture would be better" if scale > 1 else "")
+
+
+def _mask(path: Path, picture, target: tuple[int, int], source: str) -> Tensor | None:
+    """[height, width] in 0..1; None if all counts"""
+    from PIL import Image, ImageOps
+
+    beside = path.with_name(path.stem + MASK)
+    if source == "alpha":
+        mask = picture.getchannel("A")
+    elif source == "files" and beside.exists():
+        mask = open_picture(beside).convert("L")
+        if mask.size != picture.size:
+            raise UserError(
+                f"the mask {beside} is {mask.size[0]} x {mask.size[1]} pixels, its picture {picture.size[0]} x {picture.size[1]}: make them alike"
+            )
+    else:
+        return None
+    fitted = ImageOps.fit(mask, target, Image.Resampling.BOX)
+    values = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
+    if not values.any():
+        raise UserError(f"the mask of {path} is all black: nothing of the picture would count; paint white what does")
+    return values
+
+
+def _together(ones: list[_One]) -> Pictures:
+    masks = None
+    if any(o.mask is not None for o in ones):
+        masks = torch.stack([torch.ones(o.image.shape[:2]) if o.mask is None else o.mask for o in ones])
+    repeats = [o.repeats for o in ones]
+    return Pictures(
+        torch.stack([o.image for o in ones]), [o.caption for o in ones], masks, repeats if set(repeats) != {1} else None
+    )

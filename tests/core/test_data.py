@@ -1,0 +1,120 @@
+"""What a folder of pictures becomes, and training on pictures of several sizes, with masks and pictures of the class."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seqlora_core.config import PictureOptions, TrainingConfig
+from seqlora_core.errors import UserError
+from seqlora_core.pictures import load
+from seqlora_core.teach import train_concept
+
+QUICK = {"use_decoys": False, "replay_batch": 4, "batch": 2}
+
+
+def picture(path, width, height, colour=(200, 30, 30), alpha=None):
+    noise = np.random.default_rng(sum(path.name.encode())).integers(0, 60, (height, width, 3))
+    values = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+    image = Image.fromarray(values)
+    if alpha is not None:
+        image.putalpha(alpha)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return image
+
+
+def test_squares_say_what_was_cut_enlarged_or_double(tmp_path):
+    picture(tmp_path / "a.png", 200, 100).save(tmp_path / "b.png")
+    picture(tmp_path / "c.png", 32, 32)
+    (tmp_path / "a.txt").write_text("a zqx cat", encoding="utf-8")
+    (sets,), notes = load(tmp_path, 64, PictureOptions())
+    assert sets.images.shape == (3, 64, 64, 3) and sets.captions == ["a zqx cat", None, None] and sets.masks is None
+    text = "\n".join(notes)
+    assert "a.png: 200 x 100 became 64 x 64, 50% of it cut off" in text and "b.png is the same picture as a.png" in text
+    assert "c.png: 32 x 32 became 64 x 64, enlarged 2.0 times" in text
+
+
+def test_buckets_keep_shapes_and_never_enlarge(tmp_path):
+    for name, size in {"a": (1600, 900), "b": (1600, 900), "c": (900, 1600), "d": (512, 512), "e": (200, 300)}.items():
+        picture(tmp_path / f"{name}.png", *size)
+    sets, notes = load(tmp_path, 512, PictureOptions(buckets=True))
+    shapes = [tuple(s.images.shape) for s in sets]
+    assert shapes[0] == (2, 384, 640, 3) and sorted(shapes[1:]) == [(1, 256, 192, 3), (1, 512, 512, 3), (1, 640, 384, 3)]
+    assert all(h * w <= 512 * 512 for _, h, w, _ in shapes) and not any("enlarged" in n for n in notes)
+
+
+def test_masks_flips_and_repeats(tmp_path):
+    left = Image.new("L", (64, 64), 0)
+    left.paste(255, (0, 0, 32, 64))
+    picture(tmp_path / "a.png", 64, 64, alpha=left)
+    picture(tmp_path / "3_face" / "b.png", 64, 64)
+    left.save(tmp_path / "3_face" / "b.mask.png")
+    (files,), _ = load(tmp_path, 64, PictureOptions(flip=True))
+    assert files.repeats == [3, 3, 1, 1] and torch.equal(files.images[0].flip(1), files.images[1])
+    assert files.masks[0, :, :32].eq(1).all() and files.masks[0, :, 32:].eq(0).all()
+    assert torch.equal(files.masks[1], files.masks[0].flip(1)) and files.masks[2].eq(1).all()
+    (alpha,), _ = load(tmp_path, 64, PictureOptions(masks="alpha"))
+    assert alpha.masks[1, :, :32].eq(1).all() and alpha.masks[1, :, 32:].eq(0).all() and alpha.masks[0].eq(1).all()
+    (none,), _ = load(tmp_path, 64, PictureOptions(masks="none"))
+    assert none.masks is None and none.repeats == [3, 1]
+
+
+def test_bad_masks_are_told(tmp_path):
+    picture(tmp_path / "a.png", 64, 64)
+    Image.new("L", (32, 64), 255).save(tmp_path / "a.mask.png")
+    with pytest.raises(UserError, match="the mask .*a.mask.png is 32 x 64 pixels, its picture 64 x 64"):
+        load(tmp_path, 64, PictureOptions())
+    Image.new("L", (64, 64), 0).save(tmp_path / "a.mask.png")
+    with pytest.raises(UserError, match="mask of .*a.png is all black"):
+        load(tmp_path, 64, PictureOptions())
+    (tmp_path / "a.mask.png").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot read the image .*a.mask.png"):
+        load(tmp_path, 64, PictureOptions())
+    for options, message in (({"masks": "x"}, "masks is 'x'"), ({"resolution": 33}, "resolution is 33")):
+        with pytest.raises(UserError, match=message):
+            PictureOptions(**options).validate()
+
+
+def test_training_on_several_sizes_masks_and_pictures_of_the_class(model, new_library, tmp_path):
+    """Every batch is of one size, replay is of the library's; what is masked out has no influence at all."""
+    folder, mask = tmp_path / "in", Image.new("L", (128, 64), 0)
+    mask.paste(255, (0, 0, 64, 64))
+    for name in "ab":
+        picture(folder / f"{name}.png", 128, 64)
+    picture(folder / "c.png", 64, 64)
+    picture(tmp_path / "class" / "x.png", 64, 64)
+    sets, _ = load(folder, 64, PictureOptions(buckets=True))
+    classes, _ = load(tmp_path / "class", 64, PictureOptions())
+    assert [tuple(s.images.shape) for s in sets] == [(2, 32, 80, 3), (1, 64, 64, 3)]
+    library = new_library(tmp_path / "l")
+    config = TrainingConfig(steps=6, caption_dropout=0.2, **QUICK)
+    concept, fit = train_concept(model, library, sets, "x", "zqx", "thing", config=config, regularisation=classes)
+    assert np.isfinite(fit.losses).all() and len(concept.latents) == 2 and library.load("x").captions == ["a zqx thing"] * 2
+    _, second = train_concept(model, library, sets[1:], "y", "vbl", "thing", config=config)  # replays x, of another shape
+    assert np.isfinite(second.losses).all() and library.verify() == []
+
+
+def test_what_a_mask_leaves_out_does_not_count(model, subjects, calibration):
+    """The error's gradient with one half masked is that of the other half alone."""
+    from seqlora_core.attach import Attachment
+    from seqlora_core.captions import Prompts
+    from seqlora_core.concept import References
+    from seqlora_core.objective import Objective
+    from seqlora_core.parallel import Workers
+    from seqlora_core.replay import Replay
+
+    s = subjects["octopus"].references
+    masks = torch.zeros(len(s.latents), 64, 64)
+    masks[:, :, :32] = 1
+    config = TrainingConfig(use_decoys=False, replay_weight=0.0, interference_weight=0.0)
+    references = References(s.latents, s.captions, s.size, masks)
+    replay = Replay(model, references, "octzu", [], calibration, config)
+    prompts = Prompts(model, s.captions, "octzu", config)
+    objective = Objective(
+        model, [references], [prompts], replay, [], Attachment(), config, torch.Generator().manual_seed(0), Workers()
+    )
+    batch, again = objective.draw()
+    prediction = model.predict(batch.noised, batch.sigma, batch.conditioning).detach()
+    half = (prediction - batch.target)[..., :4].square().mean()
+    assert again == [] and ((prediction - batch.target).square() * batch.weight).mean() == pytest.approx(half.item(), rel=1e-5)
