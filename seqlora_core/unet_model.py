@@ -139,7 +139,7 @@ class UNetModel:
 
     def about(self) -> Base:
         """With the file of the UNet's weights, if they are in one"""
-        folder = Path(self.pipeline.config._name_or_path or "")
+        folder = Path(self.pipeline.config.get("_name_or_path") or "")
         velocity = self.kind == "v_prediction"
         sd2 = ("sd2_v" if velocity else "sd2") if self.unet.config.cross_attention_dim == 1024 else "sd1"
         files = sorted((folder / "unet").glob("*.safetensors"))
