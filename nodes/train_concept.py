@@ -5,7 +5,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.config import TrainingConfig
+from ..seqlora_core.config import Checkpointing, TrainingConfig
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.names import safe_name
@@ -17,6 +17,7 @@ from .folders import library_folder, open_library
 from .types import CATEGORY, Entry, ImagesType, Stack, StackType
 
 USE, AGAIN = "use it", "train again"
+CHECKPOINT_EVERY = 100  # steps: a run that ComfyUI did not survive goes on from there when it is queued again
 
 
 class SeqLoRATrainConcept(io.ComfyNode):
@@ -100,7 +101,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 progress = _Progress(cls.hidden.unique_id, denoiser, trigger, class_noun, images, steps, preview_every)
                 _, fit = train_concept(
                     denoiser, opened, images.images.clone(), name, trigger, class_noun, images.captions, config,
-                    progress.step, replace_existing=trained,
+                    progress.step, replace_existing=trained, checkpointing=Checkpointing(every=CHECKPOINT_EVERY),
                 )  # fmt: skip
                 losses, energies, notes = fit.losses, fit.energies, fit.notes
                 if fit.stopped is not None:
@@ -108,6 +109,10 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 report = f"{name}: trained {len(losses)} steps, loss {_mean(losses[:10]):.4f} to {_mean(losses[-10:]):.4f}; the library holds {len(opened)}."
             else:
                 report = f"{name} is in the library already: using it. Set 'if_trained' to '{AGAIN}' to train it anew."
+                if opened.unfinished(name):
+                    report = (
+                        f"{name} was stopped before its end: using it as it is. Set 'if_trained' to '{AGAIN}' to go on with it."
+                    )
             samples = sample_sheet(denoiser, opened, name, images.images)
         curves = curves_picture(losses, energies)
         stack = Stack([Entry(library.strip(), n) for n in opened.names])

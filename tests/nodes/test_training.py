@@ -129,6 +129,9 @@ def test_cancel_keeps_what_was_trained(server, trained):
     assert (folder / "octopus.safetensors").exists()
     outputs = server.run(train("cancelled", steps=20000))  # "use it": nothing is trained again
     assert outputs["3"]["images"]
+    assert len(list((folder / ".checkpoints" / "octopus").iterdir())) >= 1  # "train again" would go on from there
+    with pytest.raises(Failed, match="unfinished run of 'octopus'.* began with steps 20000, not 5"):
+        server.run(train("cancelled", steps=5, if_trained="train again"))
 
 
 def test_a_second_concept_stands_beside_the_first(server, trained):
