@@ -71,7 +71,49 @@ def bound_table() -> str:
     )
 
 
-TABLES = {"demo": demo_table, "demo_other": lambda: demo_table("demo_other"), "base": base_table, "bound": bound_table}
+def prediction_table() -> str:
+    r = load("prediction")
+    return "\n".join(
+        [
+            "| rank correlation (Spearman) of predicted and measured | value |",
+            "|---|---|",
+            f"| all {r['dots']} concepts of {r['stacks']} random stacks | {r['spearman']:.2f} |",
+            f"| among the stacks that one concept is in, mean over concepts | {r['within_concept']:.2f} |",
+            f"| among the concepts of one stack (of four or more), mean over stacks | {r['within_stack']:.2f} |",
+        ]
+    )
+
+
+def stacking_table() -> str:
+    data = load("stacking")
+    about, lines = data["meta"], []
+    head = "| ten LoRAs | kept | worst | won back | generic drift | subsets | pairs | identity | pixel control | seconds |"
+    for r in sorted(data["rows"], key=lambda r: -r["kept_mean"]):
+        judged = [f"{r[k]:.2f}" if k in r else "-" for k in ("identity_stack", "pixel_control_stack")]
+        lines.append(
+            f"| {r['row']} | {r['kept_mean']:.2f} | {r['kept_worst']:.2f} | {r['won_back']:.0%} | {r['generic_drift']:+.0%} "
+            f"| {r['kept_subset']:.2f} | {r['pairs']:.4f} | {judged[0]} | {judged[1]} | {r['seconds']:.1f} |"
+        )
+    alone = next((r for r in data["rows"] if "identity_alone" in r), None)
+    judge = (
+        f" Each alone: identity {alone['identity_alone']:.2f}, pixel control {alone['pixel_control_alone']:.2f}."
+        if alone
+        else ""
+    )
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines]) + (
+        f"\n\nFrom `{about['command']}`, {about['device']}, torch {about['versions']['torch']}; {about['steps']} steps at "
+        f"{about['rate']:g}.{judge}"
+    )
+
+
+TABLES = {
+    "demo": demo_table,
+    "demo_other": lambda: demo_table("demo_other"),
+    "base": base_table,
+    "bound": bound_table,
+    "prediction": prediction_table,
+    "stacking": stacking_table,
+}
 
 
 def filled(text: str) -> str:
