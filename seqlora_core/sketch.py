@@ -9,6 +9,7 @@ from torch import Tensor
 
 ENERGY = 0.995  # share of the trace that the kept pairs hold, if MOST of them can
 MOST = 128  # pairs
+COLUMNS = 192  # of the random basis of a stream
 EXACT = 2048  # inputs up to which all eigenpairs are computed; wider moments go through torch.svd_lowrank
 
 
@@ -62,8 +63,43 @@ def sketch(moment: Tensor, energy: float = ENERGY, most: int = MOST) -> Sketch:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             vectors, values, _ = torch.svd_lowrank(moment, q=most, niter=4)
-    values = values.clamp_min(0)
-    trace = torch.diagonal(moment).sum()
+    return _cut(vectors, values.clamp_min(0), torch.diagonal(moment).sum(), energy)
+
+
+def _cut(vectors: Tensor, values: Tensor, trace: Tensor, energy: float) -> Sketch:
+    """The fewest of these pairs, descending, that hold `energy` of the trace"""
     count = min(len(values), int((values.cumsum(0) < energy * trace).sum()) + 1)
     values, vectors = values[:count], vectors[:, :count]
     return Sketch(vectors.float().contiguous(), values.float(), (trace - values.sum()).clamp_min(0).float())
+
+
+class Stream:
+    """Second moment of inputs too wide for a square matrix, summed up as `S Omega` for a fixed random basis Omega.
+
+    Tropp, Yurtsever, Udell, Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data"
+    (2017), algorithm 3: room for width x COLUMNS numbers instead of width squared.
+    """
+
+    def __init__(self, width: int, device=None):
+        generator = torch.Generator().manual_seed(0)
+        self.test = torch.linalg.qr(torch.randn(width, min(COLUMNS, width), generator=generator))[0].to(device)
+        self.product = torch.zeros(self.test.shape, dtype=torch.float64, device=device)
+        self.trace = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """rows [tokens, width] in float32"""
+        self.product += (rows.mT @ (rows @ self.test)).double()
+        self.trace += rows.square().sum().double()
+
+    def sketch(self, count: int, energy: float = ENERGY, most: int = MOST) -> Sketch:
+        """Of the mean over `count` rows"""
+        test, product = self.test.double(), self.product / count
+        shift = torch.finfo(torch.float32).eps * product.norm()
+        shifted = product + shift * test
+        inner = test.mT @ shifted
+        root = torch.linalg.cholesky((inner + inner.mT) / 2)
+        vectors, values, _ = torch.linalg.svd(
+            torch.linalg.solve_triangular(root, shifted.mT, upper=False).mT, full_matrices=False
+        )
+        values = (values.square() - shift).clamp_min(0)
+        return _cut(vectors[:, :most], values[:most], self.trace / count, energy)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attach import Attachment, flat
 from .errors import UserError
-from .sketch import Sketch, sketch
+from .sketch import EXACT, Sketch, Stream, sketch
 from .tensor_file import read_safetensors
 
 SKETCH_FROM = 641  # inputs of a layer from which its moment is written as a sketch
@@ -124,6 +124,7 @@ class Recorder:
     def __init__(self, attachment: Attachment):
         self.attachment = attachment
         self.sums: dict[str, Tensor] = {}
+        self.streams: dict[str, Stream] = {}  # of inputs too wide to be squared
         self.counts: dict[str, int] = {}
         self.owner: dict[str, str] = {}
         self._this_pass: list[tuple[Tensor, str]] = []
@@ -150,10 +151,16 @@ class Recorder:
         if owner != name:
             return
         rows = flat(x.detach()).float()
-        product = (rows.mT @ rows).double()
-        self.sums[name] = self.sums[name] + product if name in self.sums else product
+        if rows.shape[1] > EXACT:
+            if name not in self.streams:
+                self.streams[name] = Stream(rows.shape[1], rows.device)
+            self.streams[name].add(rows)
+        else:
+            product = (rows.mT @ rows).double()
+            self.sums[name] = self.sums[name] + product if name in self.sums else product
         self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
 
     def moments(self) -> Moments:
         own = {n: (s / self.counts[n]).float() for n, s in self.sums.items()}
+        own |= {n: s.sketch(self.counts[n]) for n, s in self.streams.items()}
         return Moments({name: own[owner] for name, owner in self.owner.items()})

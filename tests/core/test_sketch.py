@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from seqlora_core import sketch as module
+from seqlora_core import statistics
+from seqlora_core.attach import Attachment
 from seqlora_core.interference import residual_energy
-from seqlora_core.sketch import Sketch, sketch
-from seqlora_core.statistics import Moments, moments_from_tensors
+from seqlora_core.sketch import Sketch, Stream, sketch
+from seqlora_core.statistics import Moments, Recorder, moments_from_tensors
 
 
 def anisotropic(seed, d, decay=2.0):
@@ -52,3 +54,32 @@ def test_wide_layers_are_written_as_sketches_and_read_back():
     assert set(back.tensors()) == set(tensors)  # written again as it is
     both = back.plus(moments, 2.0)
     assert torch.allclose(both["q"], back["q"] + 2 * wide)
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.5])
+def test_a_stream_finds_what_the_whole_moment_has(decay):
+    """Against the best approximation of its rank; and the trace is exact"""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(900, 600, generator=generator) * torch.arange(1, 601) ** (-decay / 2)
+    stream = Stream(600)
+    for part in rows.split(250):
+        stream.add(part)
+    made, moment = stream.sketch(len(rows), 0.9, 40), rows.mT @ rows / len(rows)
+    best = sketch(moment, 0.9, 40)
+    assert torch.allclose(torch.trace(made.dense()), torch.trace(moment), rtol=1e-4)
+    assert (made.dense() - moment).norm() < 1.2 * (best.dense() - moment).norm()
+    assert torch.allclose(made.vectors.mT @ made.vectors, torch.eye(made.vectors.shape[1]), atol=1e-5)
+
+
+def test_the_recorder_streams_inputs_that_are_too_wide(monkeypatch):
+    monkeypatch.setattr(statistics, "EXACT", 16)
+    rows, attachment = torch.randn(400, 24, generator=torch.Generator().manual_seed(1)), Attachment()
+    with Recorder(attachment) as recorder:
+        for part in rows.split(100):
+            recorder.next_pass()
+            attachment.record("wide", part)
+            attachment.record("narrow", part[:, :4].contiguous())
+    moments = recorder.moments()
+    assert isinstance(moments.layers["wide"], Sketch) and moments.layers["narrow"].shape == (4, 4)
+    exact = rows.mT @ rows / len(rows)
+    assert (moments["wide"] - exact).norm() < 0.05 * exact.norm()
