@@ -122,3 +122,14 @@ def test_calibrate_then_stack_by_data_on_the_command_line(model, tmp_path, capsy
     expected = compose([load_adapter(p) for p in files], mode="data", moments=kept, general=general)
     made = load_adapter(tmp_path / "s.safetensors")
     assert all(torch.allclose(made.layers[n].dense(), d.dense(), atol=1e-6) for n, d in expected.layers.items())
+    capsys.readouterr()
+    picture, data = tmp_path / "r.png", tmp_path / "r.json"
+    assert main(["report", f"{names[0]}:0.5", names[1], "--mode", "data", "--output", str(picture), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["names"] == ["one", "two"] and report["crosstalk"][0][0] == pytest.approx(0.25)
+    assert report["crosstalk_after"][1][0] < report["crosstalk"][1][0] and picture.stat().st_size > 10_000
+    assert main(["report", *names, "--mode", "weights", "--output", str(data)]) == 0
+    assert json.loads(data.read_text(encoding="utf-8"))["mode"] == "weights"
+    assert main(["report", *names, "--amount", "2"]) == 2
+    assert main(["report", names[0], names[0]]) == 2
+    assert "have the same name" in capsys.readouterr().err
