@@ -27,7 +27,8 @@ class Report:
     crosstalk[i][j]: energy of concept i's change on concept j's inputs, as a share of what j itself does there at strength
     1; summed over layers.  None if not all moments are known.  overlap[i][j]: shared input directions as a multiple of
     chance, mean over layers: from the weights alone.  *_after: the same with the projection `mode`; the share is of what j
-    does unprojected.  disturbance[j]: what the whole stack does to j's layers that j alone would not, as such a share.
+    does unprojected.  disturbance[j]: what the whole stack does to j's layers that j alone would not, as a share of what a
+    concept of the stack does on average, at strength 1: one measure for all, which ranks their losses (docs/RESULTS.md).
     energy_kept[i]: of i's own energy, on its own inputs (of its weights, without moments).
     """
 
@@ -172,7 +173,7 @@ class _Sums:
         return (self.square * sum(self.energies) / own).tolist()
 
     def disturbance(self, own: Tensor) -> list[float]:
-        return (self.moved / own).tolist()
+        return (self.moved / own.mean()).tolist()
 
     def overlap(self) -> Tensor:
         return torch.stack(self.alike).nanmean(0).nan_to_num(0.0)
@@ -211,12 +212,12 @@ def _advice(report: Report, strengths: list[float]) -> list[str]:
     worst = max(range(len(now)), key=lambda j: now[j])
     if report.after is not None and report.disturbance[worst] > DISTURBED:
         out.append(
-            f"the others move {report.names[worst]} by {percent(report.disturbance[worst])} of its own effect as a plain sum, "
+            f"the others move {report.names[worst]} by {percent(report.disturbance[worst])} of a concept's own effect as a plain sum, "
             f"by {percent(now[worst])} with mode '{report.mode}'."
         )
     elif now[worst] > DISTURBED:
         out.append(
-            f"the others move {report.names[worst]} by {percent(now[worst])} of its own effect: Apply Stack's mode 'data' takes "
+            f"the others move {report.names[worst]} by {percent(now[worst])} of a concept's own effect: Apply Stack's mode 'data' takes "
             "most of that away."
         )
     for pair in report.worst[:3]:

@@ -119,7 +119,7 @@ def _bars(axes, report: Report) -> None:
         order = np.argsort(report.disturbance)[::-1][:BARS]
         labels, before = [short(report.names[j]) for j in order], [report.disturbance[j] for j in order]
         after = None if report.disturbance_after is None else [report.disturbance_after[j] for j in order]
-        title = "Moved by all others together, as a share of its own effect"
+        title = "Moved by all others together, as a share of a concept's effect"
     else:
         labels = [f"{short(p['source'])} and {short(p['target'])}" for p in report.worst] or ["no pair"]
         before = [p["before"] for p in report.worst] or [0.0]
