@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test docs workflows
+.PHONY: demo test docs words workflows
 
 demo: $(VENV)/.ready
 	$(RUN) -m seqlora_core demo --output demo_output
@@ -17,8 +17,12 @@ docs: $(VENV)/.ready
 	cp demo_output/contact_sheet.png demo_output/pairs.png docs/images/
 	$(RUN) docs/build.py
 
+# translations and the help pages' tables, from the nodes' own words
+words: $(VENV)/.ready
+	$(RUN) -m locales.build
+
 workflows: $(VENV)/.ready
-	$(RUN) workflows/build.py
+	$(RUN) -m workflows.build
 
 $(VENV)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -14,7 +14,7 @@ from ..seqlora_core.preview import draw_with, preview_prompts, sample_sheet
 from ..seqlora_core.teach import train_concept
 from .comfy_denoiser import ComfyDenoiser
 from .folders import library_folder, open_library
-from .types import CATEGORY, Entry, ImagesType, Stack, StackType
+from .types import CATEGORY, Entry, ImagesType, Stack, StackType, advanced
 
 USE, AGAIN = "use it", "train again"
 CHECKPOINT_EVERY = 100  # steps: a run that ComfyUI did not survive goes on from there when it is queued again
@@ -31,31 +31,42 @@ class SeqLoRATrainConcept(io.ComfyNode):
             description="Trains one concept on top of all that the library holds, so that they stack by plain addition.",
             is_output_node=True,
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The base model, without LoRAs."),
                 io.Clip.Input("clip"),
                 io.Vae.Input("vae"),
-                ImagesType.Input("images"),
+                ImagesType.Input("images", tooltip="From Concept Images."),
                 io.String.Input("library", default="my_library", tooltip="Folder in models/loras/seqlora; made if it is new."),
                 io.String.Input("name", default="", placeholder="my_cat", tooltip="File name of the concept."),
                 io.String.Input("trigger", default="", placeholder="ohwx", tooltip="A rare word that calls the concept in a prompt."),
                 io.String.Input("class_noun", default="", placeholder="cat", tooltip="What it is: person, animal, style ..."),
                 io.Int.Input("rank", default=default.rank, min=1, max=128, tooltip="Directions a layer gives this concept."),
-                io.Int.Input("steps", default=default.steps, min=1, max=100_000),
-                io.Float.Input("learning_rate", default=default.learning_rate, min=1e-6, max=0.5, step=1e-4, round=False),
-                io.Float.Input(
+                io.Int.Input("steps", default=default.steps, min=1, max=100_000, tooltip="More steps learn more, and take longer."),
+                advanced(io.Float.Input(
+                    "learning_rate", default=default.learning_rate, min=1e-6, max=0.5, step=1e-4, round=False,
+                    tooltip="Lower it if the samples break up.",
+                )),
+                advanced(io.Float.Input(
                     "interference_weight", default=default.interference_weight, min=0.0, max=1000.0, step=0.01, round=False,
                     tooltip="How strongly other things are protected from this concept.",
-                ),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False),
+                )),
+                advanced(io.Int.Input(
+                    "seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
+                    tooltip="The same seed trains the same concept.",
+                )),
                 io.Combo.Input("if_trained", options=[USE, AGAIN], default=USE, optional=True, tooltip="If the library has this concept."),
-                io.Int.Input("batch_size", default=default.batch, min=1, max=64, optional=True),
-                io.Int.Input("preview_every", default=50, min=0, max=10_000, optional=True, tooltip="Steps between previews; 0 for none."),
-                io.Int.Input("planned_concepts", default=32, min=1, max=1000, optional=True, tooltip="Size that a new library is planned for."),
+                advanced(io.Int.Input("batch_size", default=default.batch, min=1, max=64, optional=True, tooltip="Lower it if memory runs out.")),
+                advanced(io.Int.Input(
+                    "preview_every", default=50, min=0, max=10_000, optional=True, tooltip="Steps between previews; 0 for none."
+                )),
+                advanced(io.Int.Input(
+                    "planned_concepts", default=32, min=1, max=1000, optional=True,
+                    tooltip="How many concepts a new library is planned for.",
+                )),
                 StackType.Input("after", optional=True, tooltip="Another Train Concept's stack: this one is trained after it."),
-                io.Float.Input(
+                advanced(io.Float.Input(
                     "drift_budget", default=default.drift_budget, min=0.0, max=1.0, step=0.005, round=False, optional=True,
                     tooltip="How far the planned concepts together may move unrelated prompts: 0.02 is two percent. 0: no limit.",
-                ),
+                )),
             ],
             outputs=[
                 StackType.Output(display_name="stack"),

@@ -51,3 +51,9 @@ class Stack:
         """This stack with more entries; a concept named again takes the later strength."""
         new = {(e.library, e.name): e for e in (*self.entries, *entries)}
         return Stack(list(new.values()))
+
+
+def advanced(widget: io.WidgetInput) -> io.WidgetInput:
+    """A widget that few people touch: the page folds it away."""
+    widget.extra_dict["advanced"] = True  # not every version's constructors take it
+    return widget

@@ -7,8 +7,7 @@ from .nodes.comfy_server import Server, find_comfyui
 
 # libraries that node and workflow tests train into
 LIBRARIES = (
-    "base", "unload", "cancelled", "progress", "bad",
-    "workflow_teach_a_concept", "workflow_stack_and_draw", "workflow_teach_then_draw",
+    "base", "unload", "cancelled", "progress", "bad", "workflow_demo", "browser",
 )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ import uuid
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[2]
+# what ComfyUI reads of the pack
+PARTS = ("__init__.py", "pyproject.toml", "nodes", "seqlora_core", "workflows", "subgraphs", "web", "locales", "demo")
 
 
 def find_comfyui() -> tuple[Path, str] | str:
@@ -35,16 +37,27 @@ class Failed(Exception):
 class Server:
     """ComfyUI on a private base directory, with this pack as its only custom node."""
 
-    def __init__(self, root: Path, python: str, base: Path):
+    def __init__(self, root: Path, python: str, base: Path, source_pack: Path = PACK):
         self.base, self.log_path = base, base / "server.log"
         pack = base / "custom_nodes" / "seqlora"
         pack.mkdir(parents=True)
-        for part in ("__init__.py", "nodes", "seqlora_core", "workflows", "demo"):
-            source = PACK / part
+        for part in PARTS:
+            source = source_pack / part
             if source.is_dir():
                 shutil.copytree(source, pack / part, ignore=shutil.ignore_patterns("cache", "__pycache__"))
             elif source.exists():
                 shutil.copy(source, pack / part)
+        # a user's profile that the page has seen before: no tour, nothing missing
+        user = base / "user" / "default"
+        for folder in ("workflows", "subgraphs"):
+            (user / folder).mkdir(parents=True, exist_ok=True)
+        (user / "user.css").write_text("")
+        (user / "comfy.templates.json").write_text("[]")
+        settings = {
+            "Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False,
+            "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0,
+        }  # fmt: skip
+        (user / "comfy.settings.json").write_text(json.dumps(settings))
         for folder in ("input", "output", "models/loras"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         with socket.socket() as s:
@@ -61,7 +74,7 @@ class Server:
         self._wait()
 
     def _wait(self) -> None:
-        for _ in range(600):
+        for _ in range(1500):  # five minutes: a busy machine
             if self.process.poll() is not None:
                 raise RuntimeError(f"ComfyUI ended at start:\n{self.log_path.read_text()[-3000:]}")
             try:

@@ -1,72 +1,104 @@
 """The sample workflows: up to date, whole, and running as they are in a real server."""
 
-import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-NAMES = ["teach_a_concept", "stack_and_draw", "teach_then_draw"]
+from workflows.build import LIBRARY, SUBJECTS, build
+
+from .conftest import WORKFLOWS, api_graph, page_graph
+
+ROOT = WORKFLOWS.parent
+NAMES = sorted(p.stem for p in WORKFLOWS.glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def builder():
-    spec = importlib.util.spec_from_file_location("workflow_builder", FOLDER / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_committed_files_are_what_the_script_writes(builder, tmp_path):
-    builder.build(tmp_path)
-    for path in sorted(tmp_path.rglob("*.json")):
-        committed = FOLDER / path.relative_to(tmp_path)
-        assert committed.read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), (
-            f"{committed.name} is stale: run make workflows"
+def test_committed_files_are_what_the_script_writes(tmp_path):
+    build(tmp_path)
+    written = {p.relative_to(tmp_path) for p in tmp_path.rglob("*.json")}
+    assert written == {p.relative_to(ROOT) for part in ("workflows", "subgraphs") for p in (ROOT / part).rglob("*.json")}
+    for path in sorted(written):
+        assert (ROOT / path).read_text(encoding="utf-8") == (tmp_path / path).read_text(encoding="utf-8"), (
+            f"{path} is stale: run make workflows"
         )
-    assert {p.stem for p in FOLDER.glob("*.json")} == {p.stem for p in (FOLDER / "api").glob("*.json")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_workflow_has_a_picture(name):
-    assert Image.open(FOLDER / f"{name}.jpg").width >= 400
+def test_every_workflow_has_a_small_picture(name):
+    picture = WORKFLOWS / f"{name}.jpg"
+    assert Image.open(picture).width >= 400 and picture.stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_says_what_to_swap(name):
+    graph = page_graph(name)
+    notes = [n["widgets_values"][0] for n in graph["nodes"] if n["type"] == "Note"]
+    assert len(notes) == 1 and "Load Checkpoint" in notes[0] and len(notes[0]) < 500
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_links_of_the_page_format_are_whole(name):
-    graph = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    graph = page_graph(name)
     nodes = {n["id"]: n for n in graph["nodes"]}
     for link, source, output, target, slot, kind in graph["links"]:
         assert link in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][slot]["link"] == link and nodes[target]["inputs"][slot]["type"] == kind
 
 
-def shortened(name):
-    """The committed API graph with fewer steps and a library of its own"""
-    graph = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
-    for node in graph.values():
-        if node["class_type"] == "SeqLoRATrainConcept":
-            node["inputs"] |= {"steps": 25, "library": f"workflow_{name}", "preview_every": 10}
-    return graph
+def pictures_of(server, outputs):
+    for image in (image for out in outputs.values() for image in out.get("images", [])):
+        yield np.asarray(Image.open(io.BytesIO(server.picture(image))).convert("RGB"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_workflows_run_through_the_api(server, name):
-    outputs = server.run(shortened(name))
-    pictures = [image for out in outputs.values() for image in out.get("images", [])]
-    assert pictures
-    for image in pictures:
-        picture = np.asarray(Image.open(io.BytesIO(server.picture(image))).convert("RGB"))
-        assert picture.std() > 5, "a blank picture"
-    library = server.base / "models" / "loras" / "seqlora" / f"workflow_{name}" / "library.json"
-    taught = [c["name"] for c in json.loads(library.read_text())["concepts"]]
-    assert taught == (["octopus", "penguin"] if name == "stack_and_draw" else ["octopus"])
+def test_a_series_is_taught_in_order(server, taught):
+    manifest = json.loads((server.base / "models" / "loras" / "seqlora" / LIBRARY / "library.json").read_text())
+    assert [c["name"] for c in manifest["concepts"]] == list(SUBJECTS)
+
+
+def test_a_workflow_draws(server, ran):
+    pictures = list(pictures_of(server, ran[1]))
+    assert pictures and all(p.std() > 5 for p in pictures), "a blank picture"
+    if ran[0] == "export_one_lora":
+        assert (server.base / "models" / "loras" / "seqlora_demo_stack.safetensors").stat().st_size > 10_000
+
+
+def test_a_workflow_opens_on_the_page_and_the_run_button_draws_it(page, ran):
+    page.open(page_graph(ran[0]))
+    assert page.missing() == [] and page.alerts() == []
+    assert page.prompt() == api_graph(ran[0])
+    page.press_run()
+    page.wait_until_done()
+    shown = page.pictures()
+    assert shown and all(width > 0 for width in shown.values())
+    assert page.errors == []
+
+
+def test_a_workflow_runs_through_comfy_cli(server, ran, tmp_path):
+    """`comfy run` takes the page's format and the API's alike."""
+    comfy = Path(sys.executable).with_name("comfy")
+    if not comfy.exists():
+        pytest.skip("no comfy-cli: pip install comfy-cli")
+    file = f"{ran[0]}.json" if ran[0] == "stack_and_draw" else f"api/{ran[0]}.json"
+    done = subprocess.run(
+        [comfy, "--skip-prompt", "--where", "local", "run", "--workflow", WORKFLOWS / file, "--wait",
+         "--host", "127.0.0.1", "--port", str(server.port)],
+        capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path), "DO_NOT_TRACK": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_client_of_the_docs_runs_a_workflow(server, taught, tmp_path):
+    script, graph = ROOT / "docs" / "client.py", WORKFLOWS / "api" / "teach_then_draw.json"
+    subprocess.run([sys.executable, script, graph, f"http://127.0.0.1:{server.port}"], cwd=tmp_path, check=True, timeout=300)
+    assert any(Image.open(p).size == (256, 256) for p in tmp_path.glob("*.png"))
 
 
 def test_the_template_browser_lists_them(server):
     listed = server.get("/workflow_templates")
-    assert sorted(listed["seqlora"]) == sorted(NAMES)
+    assert sorted(listed["seqlora"]) == NAMES

@@ -1,0 +1,20 @@
+"""python client.py workflows/api/teach_then_draw.json [http://127.0.0.1:8188]   runs it, saves its pictures here"""
+
+import json
+import sys
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+graph = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+server = sys.argv[2] if len(sys.argv) > 2 else "http://127.0.0.1:8188"
+data = json.dumps({"prompt": graph}).encode()
+request = urllib.request.Request(f"{server}/prompt", data, {"Content-Type": "application/json"})
+prompt = json.load(urllib.request.urlopen(request))["prompt_id"]
+while not (done := json.load(urllib.request.urlopen(f"{server}/history/{prompt}"))):
+    time.sleep(0.5)
+for output in done[prompt]["outputs"].values():
+    for image in output.get("images", []):
+        file = urllib.request.urlopen(f"{server}/view?{urllib.parse.urlencode(image)}").read()
+        Path(image["filename"]).write_bytes(file)
