@@ -106,6 +106,29 @@ def stacking_table() -> str:
     )
 
 
+def patching_table() -> str:
+    r = load("patching")
+    names = {
+        "chained": f"{r['loras']} stock LoRA loaders, chained", "one_file": f"one file of rank {r['loras'] * r['rank']}, stock loader",
+        "ours": "our stack", "ours_new_strength": "our stack again, one strength changed",
+    }  # fmt: skip
+    lines = ["| way | preparing, s | patching, s | both, s | over one file |", "|---|---|---|---|---|"]
+    one = next(row["seconds"] for row in r["rows"] if row["row"] == "one_file")
+    for row in r["rows"]:
+        cells = [f"{row[k]:.2f}" for k in ("build", "patch", "seconds")]
+        lines.append(f"| {names[row['row']]} | {' | '.join(cells)} | {row['seconds'] / one:.2f} |")
+    largest, memory = r["memory"]["largest_layer"], r["memory"]
+    chained, ours = (next(row["seconds"] for row in r["rows"] if row["row"] == n) for n in ("chained", "ours"))
+    lines += [
+        "",
+        f"Chained over ours: {chained / ours:.0f}. Memory above the adapters themselves: {memory['composing'] / largest:.2f} of the "
+        f"largest layer ({largest / 2**20:.0f} MiB in float32) while composing, {memory['one_weight'] / largest:.2f} while one weight "
+        f"is patched. Largest difference from the chain, over a weight's largest value: {r['difference']:.1e}. From "
+        f"`{r['meta']['command']}`, {r['meta']['device']}, torch {r['meta']['versions']['torch']}, {r['layers']} layers in float16.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     "demo": demo_table,
     "demo_other": lambda: demo_table("demo_other"),
@@ -113,6 +136,7 @@ TABLES = {
     "bound": bound_table,
     "prediction": prediction_table,
     "stacking": stacking_table,
+    "patching": patching_table,
 }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..seqlora_core.adapter import Adapter, LayerDelta, layer_delta
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.low_rank import factorised
-from ..seqlora_core.spelling import Factors, factors
+from ..seqlora_core.spelling import Factors, factors, other_kind
 from .comfy_denoiser import file_names
 
 # a weight's key, or with it the rows that are meant and how a change is laid out in them
@@ -52,6 +52,8 @@ class Weights:
         if clip is not None:
             self.targets = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, self.targets)
             self.shapes |= _shapes(clip.cond_stage_model)
+            first = {n.removeprefix("text_encoder."): t for n, t in self.targets.items() if n.startswith("text_encoder.")}
+            self.targets = {f"base_model.model.{n}": t for n, t in first.items()} | self.targets  # as PEFT writes it
         names = {f"diffusion_model.{path}.weight": name for path, name in file_names(model.model).items()}
         for name, target in self.targets.items():
             if isinstance(target, str) and name.startswith("lora_te"):
@@ -96,7 +98,8 @@ def _shapes(module) -> dict[str, tuple[int, ...]]:
 def fit(tensors: dict[str, Tensor], metadata: dict[str, str], weights: Weights, source: str) -> Fitted:
     """What a file of any trainer and kind does to these weights.  source: its name, for messages."""
     factors(tensors, source)  # tells of a missing half, which ComfyUI would leave out
-    for key, tensor in tensors.items():
+    # of plain LoRAs `layer_delta` looks at every number
+    for key, tensor in tensors.items() if other_kind(tensors) else ():
         if not tensor.float().isfinite().all():
             raise UserError(f"{source}: {key} holds values that are not finite; the file is damaged, get it again")
     tensors = comfy.lora_convert.convert_lora(tensors)

@@ -20,7 +20,7 @@ from .metadata import file_hashes, network
 from .spelling import Factors, canonical, factors, other_kind, plain
 from .tensor_file import read_safetensors, write_safetensors
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 LARGEST_SCALE = 1000  # alpha over rank that is still believed
 
 

@@ -25,7 +25,7 @@ PAIRS = (
 # part of a key -> what kind of file it gives away
 _OTHER_KINDS = {
     "hada_w": "a LoHa", "lokr_w": "a LoKr", "oft_blocks": "an OFT or BOFT", "oft_R": "an OFT", "dora_scale": "a DoRA",
-    "lora_magnitude_vector": "a DoRA", "a1.weight": "a GLoRA", ".diff": "a full-difference file", "w_norm": "a file of norms",
+    "lora_magnitude_vector": "a DoRA", r"\.a1\.weight$": "a GLoRA", r"\.diff(_b)?$": "a full-difference file", "w_norm": "a file of norms",
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def factors(tensors: dict[str, Tensor], source: str) -> dict[str, Factors]:
 
 def other_kind(tensors: dict[str, Tensor]) -> str | None:
     """What a file is, in words, if some of it is not plain low-rank"""
-    return next((kind for part, kind in _OTHER_KINDS.items() if any(part in key for key in tensors)), None)
+    return next((kind for part, kind in _OTHER_KINDS.items() if any(re.search(part, key) for key in tensors)), None)
 
 
 def canonical(stem: str, two_encoders: bool = False) -> str:

@@ -114,7 +114,6 @@ def compare_stack(model, names, strengths):
 found = {}
 with torch.inference_mode():
     unet = small_unet()
-    kohya = comfy.utils.load_torch_file(str(folder / "good" / "kohya.safetensors"), safe_load=True)
     for path in sorted((folder / "good").glob("*.safetensors")):
         stock = None
         if path.stem in ("diffusers", "peft"):
@@ -132,7 +131,11 @@ with torch.inference_mode():
     found["stack_on_fp8"] = compare_stack(small, ["kohya", "locon"], [1.0, 0.5])
     model, clip, _ = load_demo_model(DEMO_MODEL)
     for path in sorted((folder / "sd3").glob("*.safetensors")):
-        found[path.stem] = compare(path, model, clip)
+        stock = None
+        if path.stem == "text_peft":
+            stock = {k.replace("base_model.model", "text_encoder"): v
+                     for k, v in comfy.utils.load_torch_file(str(path), safe_load=True).items()}  # fmt: skip
+        found[path.stem] = compare(path, model, clip, stock)
     errors = {}
     state = {k: v.clone() for k, v in unet.model.state_dict().items()}
     for path in sorted((folder / "broken").glob("*.safetensors")):

@@ -137,6 +137,7 @@ def text_files(folder: Path) -> None:
         stem, half = key.split(".lora_")
         kohya[f"lora_te_{stem.replace('.', '_')}.lora_{'down' if half[0] == 'A' else 'up'}.weight"] = value
     save_file(kohya, folder / "text_kohya.safetensors")
+    save_file({f"base_model.model.{k}": v for k, v in text.items()}, folder / "text_peft.safetensors")
 
 
 def broken_files(folder: Path) -> None:

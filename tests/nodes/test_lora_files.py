@@ -14,7 +14,7 @@ from .comfy_server import PACK, find_comfyui
 
 PLAIN = ["diffusers", "diffusers_old", "kohya", "kohya_bfloat16", "kohya_float16", "kohya_float8_e4m3fn", "peft", "locon", "locon_tucker"]  # fmt: skip
 OTHER = ["loha", "loha_tucker", "lokr", "lokr_full", "dora", "dora_rows", "oft", "boft", "full"]
-SD3 = ["sd3_diffusers", "sd3_onetrainer", "sd3_musubi", "sd3_ai_toolkit", "text_diffusers", "text_kohya"]
+SD3 = ["sd3_diffusers", "sd3_onetrainer", "sd3_musubi", "sd3_ai_toolkit", "text_diffusers", "text_kohya", "text_peft"]
 WORDS = {
     "truncated": "not a readable safetensors", "header_cut": "not a readable safetensors", "text": "not a readable safetensors",
     "empty": "it is empty", "pickle": "can run code", "no_tensors": "none of its 0 tensors", "no_up": "no lora_up",
