@@ -145,6 +145,8 @@ class Page:
 
     def help_of(self, kind: str) -> str:
         """Opens the help panel of the first node of this type, as its i button does; the text that it shows."""
+        self.close_side_panel()  # an open one would lie over the button
+        self.fit(margin=250)
         self.tab.evaluate(
             """kind => { const node = window.app.graph.nodes.find(n => n.type === kind)
                 window.app.canvas.selectNode(node); window.app.canvas.setDirty(true, true) }""",

@@ -37,8 +37,8 @@ def test_training_tells_how_far_it_is(page):
 
 
 def test_the_help_panel_shows_our_pages(page, server):
-    page.open(EMPTY)
     for kind in (name for name in server.info if name.startswith("SeqLoRA")):
+        page.open(EMPTY)
         page.add_node(kind)
         page.help_of(kind)
         assert page.help_title() == server.info[kind]["display_name"].removesuffix(" (SeqLoRA)")
