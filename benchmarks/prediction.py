@@ -74,7 +74,7 @@ def figure(found: list[dict], result: dict, path: Path) -> None:
             [d["predicted"] for d in own], [max(d["lost"], 1e-3) for d in own], ".", markersize=9, alpha=0.8, label=name
         )
     axes.set(
-        xlabel="predicted: what the others move, as a share of the concept's own effect",
+        xlabel="predicted: what the others move, as a share of what a concept of the stack does",
         ylabel="measured: loss on held-out pictures above that alone",
         title=f"{result['stacks']} random stacks, {result['dots']} concepts in them: Spearman {result['spearman']:.2f}",
     )
