@@ -190,20 +190,21 @@ def bombs() -> list[tuple[str, bytes]]:
     return out
 
 
-def run(count: int, seed: int, folder: Path) -> dict:
-    """Totals; children read so that a crash ends one of them and is counted."""
+def run(count: int, seed: int, folder: Path, minutes: float = 1e9) -> dict:
+    """Totals of `count` files, or of those that `minutes` allow; children read so that a crash ends one of them and is counted."""
     known, shared = seeds(), mmap.mmap(-1, 8)
     totals = {"files": 0, "read": 0, "told": 0, "crashes": 0, "slowest": 0.0, "failures": []}
     totals["bombs_over_size"] = round(max(python_peak(k, d, folder) for k, d in bombs() if len(d) > 300_000), 1)
     cases = [(k, d) for k, d in bombs()]
     position = 0
-    while position < count:
+    end = time.time() + 60 * minutes
+    while position < count and time.time() < end:
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             code = 9
             try:
-                for number in range(position, min(position + 2000, count)):
+                for number in range(position, min(position + 250, count)):
                     shared[:8] = number.to_bytes(8, "little")
                     kind, data = cases[number] if number < len(cases) else known[number % len(known)]
                     if number >= len(cases):
@@ -236,7 +237,7 @@ def run(count: int, seed: int, folder: Path) -> dict:
 def main() -> None:
     args, started = ledger.arguments(20_000, "mutated files"), time.time()
     with tempfile.TemporaryDirectory() as scratch:
-        result = run(args.count, args.seed, Path(scratch))
+        result = run(args.count, args.seed, Path(scratch), args.minutes)
     ledger.finish("fuzz", args, result, started)
 
 

@@ -120,8 +120,8 @@ def one_round(model: ToyDenoiser, folder: Path, rng: random.Random) -> list[list
     return [json.loads(line) for line in lines]
 
 
-def run(count: int, seed: int, folder: Path) -> dict:
-    """Totals of `count` rounds; `failures` holds a sentence for each broken promise."""
+def run(count: int, seed: int, folder: Path, minutes: float = 1e9) -> dict:
+    """Totals of `count` rounds, or of those that `minutes` allow; `failures` holds a sentence for each broken promise."""
     rng, model = random.Random(seed), ToyDenoiser()
     start(folder, model)
     teach(model, Library(folder), "fox", 1, 2)  # the first run of a process imports what others need
@@ -136,7 +136,10 @@ def run(count: int, seed: int, folder: Path) -> dict:
         "finished_changes": 0,
         "failures": [],
     }
+    end = time.time() + 60 * minutes
     for number in range(count):
+        if time.time() > end:
+            break
         lines = one_round(model, folder, rng)
         totals["kills"] += 1
         open_change = None
@@ -196,7 +199,7 @@ def check(folder: Path, known: dict[str, list[str]], open_change: list | None, t
 def main() -> None:
     args, started = ledger.arguments(300, "kills"), time.time()
     with tempfile.TemporaryDirectory() as scratch:
-        result = run(args.count, args.seed, Path(scratch) / "library")
+        result = run(args.count, args.seed, Path(scratch) / "library", args.minutes)
     ledger.finish("kill", args, result, started)
 
 

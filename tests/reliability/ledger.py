@@ -18,11 +18,12 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "reliabilit
 
 
 def arguments(count: int, what: str) -> argparse.Namespace:
-    """--count, --seed and --record, as every script has them"""
+    """What every script can be told"""
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=count, help=what)
     parser.add_argument("--seed", type=int, default=None, help="printed, to repeat a run (default: a new one)")
     parser.add_argument("--record", action="store_true", help=f"write the result into docs/results/{RESULTS.name}")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop then, with the count that was reached")
     args = parser.parse_args()
     args.seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     print(f"{Path(sys.argv[0]).stem}: seed {args.seed}, count {args.count}", flush=True)
@@ -36,6 +37,6 @@ def finish(name: str, args: argparse.Namespace, result: dict[str, Any], started:
     if args.record:
         command = f"python -m tests.reliability.{name} --count {args.count} --seed {args.seed}"
         found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        entry = {"meta": meta(command, torch.device("cpu"), [args.seed]), **result}
+        entry = {"meta": meta(command, torch.device("cpu"), [args.seed]), "wanted": args.count, **result}
         RESULTS.write_text(json.dumps({**found, name: entry}, indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if result["failures"] else 0)
