@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test docs words workflows
+.PHONY: demo test soak docs words workflows
 
 demo: $(VENV)/.ready
 	$(RUN) -m seqlora_core demo --output demo_output
 
 test: $(VENV)/.ready
 	$(RUN) -m pytest -q -rs tests
+
+# the reliability scripts in full, an hour or more; `make test` runs them shortened
+soak: $(VENV)/.ready
+	$(RUN) -m tests.reliability.kill --count 300 --record
+	$(RUN) -m tests.reliability.fuzz --count 20000 --record
+	$(RUN) -m tests.reliability.server --count 500 --record
+	$(RUN) docs/build.py
 
 # figures of the last demo into the docs
 docs: $(VENV)/.ready

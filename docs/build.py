@@ -18,7 +18,12 @@ sys.path.insert(0, str(ROOT))
 from seqlora_core.tables import markdown  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "demo" / "model" / "MODEL_CARD.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "RESULTS.md",
+    ROOT / "docs" / "RELIABILITY.md",
+    ROOT / "demo" / "model" / "MODEL_CARD.md",
+]
 
 
 def load(name: str) -> dict:
@@ -129,6 +134,22 @@ def patching_table() -> str:
     return "\n".join(lines)
 
 
+def reliability_table() -> str:
+    lines = ["| script | asked for | done | outcome | failures |", "|---|---|---|---|---|"]
+    for r in load("reliability").values():
+        done = next(r[k] for k in ("kills", "files", "prompts") if k in r)
+        said = {
+            k: v
+            for k, v in r.items()
+            if k not in ("meta", "wanted", "kills", "files", "prompts", "failures", "seconds", "state")
+        }
+        text = json.dumps(said)[1:-1].replace('"', "").replace("_", " ").replace("{", "").replace("}", "")
+        lines.append(
+            f"| `{r['meta']['command']}` | {r.get('wanted', done):,} | {done:,} | {text}; {r['seconds']} s | {len(r['failures'])} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "demo": demo_table,
     "demo_other": lambda: demo_table("demo_other"),
@@ -137,6 +158,7 @@ TABLES = {
     "prediction": prediction_table,
     "stacking": stacking_table,
     "patching": patching_table,
+    "reliability": reliability_table,
 }
 
 
