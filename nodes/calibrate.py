@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.lora_moments import general_calibration, keep_moments, kept_moments, see_trigger
+from ..seqlora_core.storage import stamp
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
 from .comfy_patches import Part, Weights, patch_model
@@ -53,7 +54,7 @@ class SeqLoRACalibrate(io.ComfyNode):
     def fingerprint_inputs(cls, loras, stack=None, **_):
         """Runs again when a file is another one"""
         try:
-            return [lora_file(name).stat().st_mtime_ns for name, _ in parse_list(loras, STRENGTH["default"])]
+            return [stamp(lora_file(name)) for name, _ in parse_list(loras, STRENGTH["default"])]
         except UserError:
             return loras
 

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.references import load_pictures
+from ..seqlora_core.storage import stamp
 from .folders import pictures_folder
 from .types import CATEGORY, ConceptImages, ImagesType
 
@@ -39,7 +40,7 @@ class SeqLoRAConceptImages(io.ComfyNode):
     def fingerprint_inputs(cls, folder, resolution, captions, images=None):
         try:
             path = pictures_folder(folder)
-            return [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(path.iterdir())]
+            return [(p.name, stamp(p)) for p in sorted(path.iterdir())]
         except (UserError, OSError):
             return folder
 

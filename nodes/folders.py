@@ -10,6 +10,7 @@ from ..seqlora_core.demo_model import DEMO_FOLDER
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.names import safe_name
+from ..seqlora_core.storage import stamp
 
 DEMO_PREFIX = "demo/"
 
@@ -35,8 +36,8 @@ def lora_file(name: str) -> Path:
 def file_state(name: str) -> str:
     """Changes whenever the LoRA file does: for fingerprint_inputs."""
     try:
-        return str(lora_file(name).stat().st_mtime_ns)
-    except (OSError, UserError):
+        return str(stamp(lora_file(name)) or "none")
+    except UserError:
         return "none"
 
 
@@ -47,8 +48,8 @@ def open_library(library: str) -> Library:
 def library_state(library: str) -> str:
     """Changes whenever the library does: for fingerprint_inputs."""
     try:
-        return str((library_folder(library) / "library.json").stat().st_mtime_ns)
-    except (OSError, UserError):
+        return str(stamp(library_folder(library) / "library.json") or "none")
+    except UserError:
         return "none"
 
 

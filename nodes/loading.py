@@ -19,6 +19,7 @@ from ..seqlora_core.library import Library
 from ..seqlora_core.lora_moments import kept_general, kept_moments, moments_path
 from ..seqlora_core.selection import selected
 from ..seqlora_core.statistics import Moments
+from ..seqlora_core.storage import stamp
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
 from .comfy_patches import Fitted, Part, Weights, fit, in_low_rank
@@ -83,7 +84,7 @@ def _remembered(cache: OrderedDict, most: int, key: tuple, make: Callable):
 
 
 @lru_cache(maxsize=KEPT)
-def _read_concept(folder: Path, name: str, changed: int) -> Concept:
+def _read_concept(folder: Path, name: str, changed: tuple) -> Concept:
     return Library(folder).load(name)
 
 
@@ -105,7 +106,7 @@ def _path(entry: Entry) -> Path:
 def _changed(path: Path, base: str = "") -> tuple:
     """Changes whenever the LoRA does, or its moments"""
     stats = [moments_path(path, base)] if base else sorted(path.parent.glob(f"{escape(path.stem)}.*stats.safetensors"))
-    return tuple(p.stat().st_mtime_ns for p in [path, *stats] if p.exists())
+    return tuple(stamp(p) for p in [path, *stats])
 
 
 def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
@@ -118,10 +119,10 @@ def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
 def _load(entry: Entry, weights: Weights | None) -> Member:
     path = _path(entry)
     if entry.library:
-        concept = _read_concept(library_folder(entry.library), entry.name, path.stat().st_mtime_ns)
+        concept = _read_concept(library_folder(entry.library), entry.name, _changed(path))
         fitted = Fitted(concept.adapter)
     else:
-        key = (path, path.stat().st_mtime_ns, weights and weights.signature)
+        key = (path, stamp(path), weights and weights.signature)
         fitted = _remembered(_files, KEPT, key, lambda: _read_file(path, weights))
         moments, trigger = _read_moments(path, entry.base, _changed(path, entry.base)), trigger_of(fitted.adapter.metadata)
         concept = Concept(path.stem, trigger, "", fitted.adapter, moments, {}, torch.zeros(0), [])
