@@ -7,10 +7,11 @@ import comfy.model_management as management
 
 
 class SoakModelState:
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "again": ("INT", {"default": 0})}})
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "after": ("IMAGE",)}})
     RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "look", True, "tests"
 
-    def look(self, model, again):
+    def look(self, model, after):
+        # after a picture was drawn with it: ComfyUI leaves a stack's patches in the weights until another model is loaded
         digest = hashlib.sha256()
         for name, value in sorted(model.model.state_dict().items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
