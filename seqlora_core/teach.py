@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -16,7 +17,7 @@ from .denoiser import Denoiser
 from .errors import UserError
 from .library import Library, digest
 from .metadata import tag_frequency, training
-from .names import safe_name
+from .names import safe_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
 from .references import TEMPLATE, caption_from, complete_captions
@@ -41,41 +42,50 @@ def train_concept(
     regularisation: pictures of the class on which the model must stay as it is.  Of several `workers` the first writes.
     Raises UserError before any work for a name that is taken, a missing trigger and the like.
     """
-    name, trigger, class_noun = safe_name(name, "concept name"), trigger.strip(), class_noun.strip()
+    name, trigger, class_noun = (
+        safe_name(name, "concept name"),
+        safe_text(trigger, "trigger"),
+        safe_text(class_noun, "class noun"),
+    )
     if not trigger:
         raise UserError("the trigger is empty: choose a rare word that calls the concept, such as 'ohwx'")
     checkpointing, workers = checkpointing or Checkpointing(), workers or Workers()
     checkpointing.validate()
-    unfinished = checkpointing.resume and library.unfinished(name)
-    library.check_free(name, replace_existing or unfinished)
-    sets = images if isinstance(images, list) else [Pictures(images, captions or [None] * len(images))]
-    if not sets or any(s.images.ndim != 4 or len(s.images) == 0 for s in sets):
-        raise UserError("no reference images: give at least one, eight or more are better")
-    texts = [complete_captions(s.captions, trigger, class_noun, template) for s in sets]
-    config = replace(config or TrainingConfig(), planned=library.planned)
-    config.validate()
-    calibration = _calibration(denoiser, library, _size(sets[0]), workers)
-    references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
-    plain = caption_from(template, "", class_noun).replace("  ", " ")
-    others_of_class = [_references(denoiser, s, [c or plain for c in s.captions]) for s in regularisation]
-    others = [c for c in library.concepts() if c.name != name]
-    run = _identity(library, name, references, [*sets, *regularisation], trigger, config)
-    checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
-    if not checkpointing.resume:
-        checkpoints.clear()
-    result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
-    kept, every = slice(0, config.keep_latents), [t for some in texts for t in some]
-    result.adapter.metadata = _metadata(denoiser, name, every, references[0].size, others, config, len(result.losses))
-    concept = Concept(
-        name, trigger, class_noun, result.adapter, result.moments, result.bases, references[0].latents[kept], texts[0][kept]
-    )  # fmt: skip
-    if workers.first:
-        library.add(concept, replace_existing or unfinished)
-        if result.stopped is None:
+    with library.training() if workers.first else contextlib.nullcontext():
+        library.reload()
+        unfinished = checkpointing.resume and library.unfinished(name)
+        library.check_free(name, replace_existing or unfinished)
+        sets = images if isinstance(images, list) else [Pictures(images, captions or [None] * len(images))]
+        if not sets or any(s.images.ndim != 4 or len(s.images) == 0 for s in sets):
+            raise UserError("no reference images: give at least one, eight or more are better")
+        texts = [complete_captions(s.captions, trigger, class_noun, template) for s in sets]
+        config = replace(config or TrainingConfig(), planned=library.planned)
+        config.validate()
+        calibration = _calibration(denoiser, library, _size(sets[0]), workers)
+        references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
+        plain = caption_from(template, "", class_noun).replace("  ", " ")
+        others_of_class = [_references(denoiser, s, [c or plain for c in s.captions]) for s in regularisation]
+        others = [c for c in library.concepts() if c.name != name]
+        run = _identity(library, name, references, [*sets, *regularisation], trigger, config)
+        checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
+        if not checkpointing.resume:
             checkpoints.clear()
-    workers.wait()
-    library.reload()
-    return concept, result
+        result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
+        kept, every = slice(0, config.keep_latents), [t for some in texts for t in some]
+        result.adapter.metadata = _metadata(denoiser, name, every, references[0].size, others, config, len(result.losses))
+        concept = Concept(
+            name, trigger, class_noun, result.adapter, result.moments, result.bases, references[0].latents[kept], texts[0][kept]
+        )  # fmt: skip
+        if workers.first:
+            again = name in library.names and library.cost(name)
+            library.add(concept, replace_existing or unfinished)
+            if again:
+                result.notes.append(f"{name} was trained anew, beside all others{again}")
+            if result.stopped is None:
+                checkpoints.clear()
+        workers.wait()
+        library.reload()
+        return concept, result
 
 
 def _size(pictures: Pictures) -> tuple[int, int]:
