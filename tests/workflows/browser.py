@@ -11,8 +11,8 @@ QUIET = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 EMPTY = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "version": 0.4}
-# what ComfyUI itself asks for and does not have
-NOT_OURS = ("favicon.ico", "/user.css", "userdata")
+# what ComfyUI itself asks for and does not have; help in the page's language, before the page that serves all
+NOT_OURS = ("favicon.ico", "/user.css", "userdata", "/en.md")
 
 
 def find_browser() -> str:
@@ -35,10 +35,10 @@ class Page:
         self._playwright = sync_playwright().start()
         self._browser = self._playwright.chromium.launch(executable_path=browser, args=QUIET)
         self.tab = self._browser.new_page(viewport={"width": 1600, "height": 1000})
-        self.tab.set_default_timeout(60_000)
+        self.tab.set_default_timeout(240_000)  # a busy machine
         self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
         self.tab.on("console", self._console)
-        self.tab.goto(f"http://127.0.0.1:{server.port}", wait_until="domcontentloaded")
+        self.tab.goto(f"http://127.0.0.1:{server.port}", wait_until="domcontentloaded", timeout=240_000)
         self.tab.wait_for_function("window.app?.extensionManager && window.app.graph")
         self.tab.wait_for_function("Object.keys(window.LiteGraph.registered_node_types).some(n => n.startsWith('SeqLoRA'))")
 
