@@ -110,7 +110,7 @@ def test_a_saved_stack_is_one_plain_lora_for_the_stock_loader(server, folder):
     less = load_adapter(server.base / "models" / "loras" / "less.safetensors")
     share = sum((whole.layers[n].dense() - d.dense()).square().sum() for n, d in less.layers.items())
     share = float(share / sum(d.energy() for d in whole.layers.values()))
-    assert max(d.rank for d in less.layers.values()) == 3 and f"{share:.2%} of their energy lost to rank 3" in text
+    assert max(d.rank for d in less.layers.values()) == 3 and f"{share:.2%} of its energy lost to rank 3" in text
     with pytest.raises(Failed, match="exists in models/loras"):
         server.run(BASE | graph | save("4", "less", model=["1", 0]))
 
