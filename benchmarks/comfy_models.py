@@ -129,5 +129,5 @@ for family in FAMILIES:
                 rows[-1]["seconds"] = time.perf_counter() - start
     except Exception:
         rows.append({"family": family.name, "failed": traceback.format_exc()[-2000:]})
-version = {"comfyui": comfyui_version.__version__, "torch": torch.__version__}
+version = {"host": f"ComfyUI {comfyui_version.__version__}", "torch": torch.__version__}
 output.write_text(json.dumps({"meta": version, "rows": rows}, indent=1), encoding="utf-8")

@@ -22,6 +22,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "docs" / "RESULTS.md",
     ROOT / "docs" / "RELIABILITY.md",
+    ROOT / "docs" / "MODELS.md",
     ROOT / "demo" / "model" / "MODEL_CARD.md",
 ]
 
@@ -150,6 +151,40 @@ def reliability_table() -> str:
     return "\n".join(lines)
 
 
+def models_table() -> str:
+    """A line a family, a column a host: its loss on one batch before and after 20 steps"""
+    rows = load("models")["rows"]
+    hosts = list(dict.fromkeys(r["host"] for r in rows))
+    found = {(r["family"], r["host"]): r for r in rows}
+    lines = ["| family | layers | " + " | ".join(hosts) + " |", "|" + "---|" * (len(hosts) + 2)]
+    for family in dict.fromkeys(r["family"] for r in rows):
+        cells, layers = [], ""
+        for host in hosts:
+            row = found.get((family, host))
+            if row is None:
+                cells.append("-")
+            elif "failed" in row:
+                cells.append("no")
+            else:
+                layers = str(row["layers"])
+                good = row["finite"] and row["loss_after"] < row["loss_before"] and row["stock_layers"] == row["layers"]
+                good = (
+                    good
+                    and not row["warnings"]
+                    and row["weights_kept"]
+                    and row["hooks_left"] == 0
+                    and row["stock_differs"] < 1e-3
+                )
+                cells.append(f"{'' if good else 'no: '}{row['loss_before']:.3f} to {row['loss_after']:.3f}")
+        lines.append(f"| {family} | {layers} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def metric_table() -> str:
+    sizes = load("models")["metric_bytes"]
+    return "\n".join(["| model | GB |", "|---|---|", *(f"| {name} | {size / 1e9:.1f} |" for name, size in sizes.items())])
+
+
 TABLES = {
     "demo": demo_table,
     "demo_other": lambda: demo_table("demo_other"),
@@ -159,6 +194,8 @@ TABLES = {
     "stacking": stacking_table,
     "patching": patching_table,
     "reliability": reliability_table,
+    "models": models_table,
+    "metric": metric_table,
 }
 
 
