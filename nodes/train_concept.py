@@ -9,8 +9,8 @@ from ..seqlora_core.config import Checkpointing, TrainingConfig
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.names import safe_name
-from ..seqlora_core.plots import curves_picture, to_pil
-from ..seqlora_core.preview import draw_with, preview_prompts, sample_sheet
+from ..seqlora_core.plots import curves_picture
+from ..seqlora_core.preview import Preview, sample_sheet
 from ..seqlora_core.teach import train_concept
 from .comfy_denoiser import ComfyDenoiser
 from .folders import library_folder, open_library
@@ -109,7 +109,9 @@ class SeqLoRATrainConcept(io.ComfyNode):
             trained = name in opened.names
             losses, energies, notes = [], [], []
             if not trained or if_trained == AGAIN:
-                progress = _Progress(cls.hidden.unique_id, denoiser, trigger, class_noun, images, steps, preview_every)
+                earlier = [c for c in opened.concepts() if c.name != name]
+                preview = Preview(denoiser, trigger, class_noun, earlier, tuple(images.images.shape[1:3]))
+                progress = _Progress(cls.hidden.unique_id, preview, steps, preview_every)
                 _, fit = train_concept(
                     denoiser, opened, images.images.clone(), name, trigger, class_noun, images.captions, config,
                     progress.step, replace_existing=trained, checkpointing=Checkpointing(every=CHECKPOINT_EVERY),
@@ -132,27 +134,30 @@ class SeqLoRATrainConcept(io.ComfyNode):
 
 
 class _Progress:
-    """Progress bar, live preview and cancel: what ComfyUI sees of each step."""
+    """Progress bar, live preview, a line of text and cancel: what ComfyUI sees of each step."""
 
-    def __init__(self, node_id, denoiser, trigger, class_noun, images, steps, preview_every):
-        self.node_id, self.denoiser, self.every = node_id, denoiser, preview_every
+    def __init__(self, node_id, preview: Preview, steps: int, preview_every: int):
+        self.node_id, self.preview, self.every = node_id, preview, preview_every
         self.bar = comfy.utils.ProgressBar(steps)
-        self.size = tuple(images.images.shape[1:3])
-        self.prompts = preview_prompts(trigger, class_noun)
+        self.say(f"step 0 of {steps}; a new library is calibrated first")
+
+    def say(self, text: str) -> None:
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, self.node_id)
 
     def step(self, step) -> None:
         management.throw_exception_if_processing_interrupted()
         picture = None
         if self.every and (step.number % self.every == 0 or step.number == 1):
-            drawn = draw_with(self.denoiser, step.snapshot(), self.prompts, self.size)
-            picture = ("JPEG", to_pil(torch.cat(list(drawn), 1)), 512)
+            picture = ("JPEG", self.preview.draw(f"step {step.number}", step.snapshot()), 768)
         self.bar.update_absolute(step.number, step.total, picture)
-        if step.number % 10 == 0:
-            from server import PromptServer
-
-            left = step.seconds / step.number * (step.total - step.number)
-            text = f"step {step.number} of {step.total}, loss {step.loss:.3f}, {left:.0f} s left"
-            PromptServer.instance.send_progress_text(text, self.node_id)
+        if step.number == step.total:
+            self.say(f"{step.total} steps done, drawing the contact sheet")
+        elif step.number % 10 == 0 or step.number == 1:
+            left = round(step.seconds / step.number * (step.total - step.number))
+            left = f"{left // 60}:{left % 60:02} left"
+            self.say(f"step {step.number} of {step.total}, {left}, loss {step.loss:.3f}, interference {step.energy:.2g}")
 
 
 def _mean(values: list[float]) -> float:

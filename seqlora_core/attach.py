@@ -46,21 +46,23 @@ class Attachment:
         self.frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self.mask: dict[str, Tensor] = {}
         self.record: Callable[[str, Tensor], None] | None = None
+        self._low: list[tuple[Tensor, Tensor]] = []
 
     def set_frozen(self, adapter: Adapter | None, device=None) -> None:
         layers = adapter.layers if adapter is not None else {}
         self.frozen = {n: (d.down.to(device), d.up.to(device)) for n, d in layers.items()}
         self.mask = {}
 
-    def delta(self, name: str, x: Tensor, rows: slice) -> Tensor | None:
+    def delta(self, name: str, x: Tensor, rows: slice, first: bool = True) -> Tensor | None:
+        """What is added to the layer's outputs `rows`, for its input x.  Not `first`: x is that of the call before."""
+        if first:
+            self._low = []
+            for pair, mask in ((self.frozen.get(name), self.mask.get(name)), (self.live.get(name), None)):
+                if pair is not None:
+                    low = x.to(pair[0].dtype) @ pair[0].mT
+                    self._low.append((low if mask is None else low * mask, pair[1]))
         total = None
-        for pair, mask in ((self.frozen.get(name), self.mask.get(name)), (self.live.get(name), None)):
-            if pair is None:
-                continue
-            down, up = pair
-            low = x.to(down.dtype) @ down.mT
-            if mask is not None:
-                low = low * mask
+        for low, up in self._low:
             part = low @ up[rows].mT
             total = part if total is None else total + part
         return total
@@ -88,7 +90,7 @@ def _hook(attachment: Attachment, name: str, rows: slice, first: bool):
         x = args[0]
         if first and attachment.record is not None:
             attachment.record(name, x)
-        delta = attachment.delta(name, x, rows)
+        delta = attachment.delta(name, x, rows, first)
         return output if delta is None else output + delta.to(output.dtype)
 
     return hook

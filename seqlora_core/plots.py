@@ -44,14 +44,21 @@ def blank_without_matplotlib(function):
 
 @blank_without_matplotlib
 def curves_picture(losses: list[float], energies: list[float]) -> Tensor:
-    """Loss (smoothed over a twentieth of the run) and interference energy against steps."""
-    figure = new_figure(8, 4)
-    left, right = figure.subplots(1, 2)
+    """Loss and interference energy against steps, each also smoothed over a twentieth of the run."""
+    figure = new_figure(10, 4.5)
+    steps = np.arange(1, len(losses) + 1)
     window = max(1, len(losses) // 20)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid") if losses else []
-    left.plot(losses, color="#bbbbbb", linewidth=0.8)
-    left.plot(np.arange(len(smooth)) + window - 1, smooth, color="#1f5fa8")
-    left.set(title="loss", xlabel="step")
-    right.plot(energies, color="#b5442e")
-    right.set(title="interference energy, share of the layer's own", xlabel="step")
+    for axes, values, colour, title in zip(
+        figure.subplots(1, 2), (losses, energies), ("#1f5fa8", "#b5442e"),
+        ("loss on the references", "interference energy, share of a layer's own"),
+    ):  # fmt: skip
+        axes.plot(steps, values, color="#bbbbbb", linewidth=0.8, label="each step")
+        if len(values) >= window:
+            smooth = np.convolve(values, np.ones(window) / window, "valid")
+            axes.plot(steps[window - 1 :], smooth, color=colour, linewidth=2, label=f"mean of {window}")
+            axes.annotate(f"{smooth[-1]:.3g}", (steps[-1], smooth[-1]), xytext=(4, 0), textcoords="offset points", color=colour)
+        axes.set_title(title, fontsize=13)
+        axes.set(xlabel="step", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     return to_tensor(figure)

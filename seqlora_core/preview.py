@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import Adapter, concatenate
 from .attach import Attachment, attached
+from .concept import Concept
 from .denoiser import Denoiser
+from .labelled import labelled_grid
 from .library import Library
 
 STEPS, GUIDANCE, SEED = 20, 4.0, 7
+PREVIEW_TILE, SMALLEST_TILE = 200, 128  # pixels a picture gets in the preview, and at least in the sheet
 UNRELATED = "a castle, blue background"
-
-
-def preview_prompts(trigger: str, class_noun: str) -> list[str]:
-    """The new concept, and something else: forgetting shows as it happens."""
-    return [f"a {trigger} {class_noun}".strip(), UNRELATED]
 
 
 @torch.no_grad()
@@ -33,14 +32,42 @@ def draw_with(
     return denoiser.decode(latents).cpu()
 
 
+class Preview:
+    """The same three things with the same seeds, again and again while a concept is trained: the concept, one of those
+    before it, and something that no concept has to do with.  All concepts are on, so forgetting shows as it happens.
+    """
+
+    def __init__(self, denoiser: Denoiser, trigger: str, class_noun: str, earlier: list[Concept], size: tuple[int, int]):
+        self.denoiser, self.size = denoiser, size
+        self.heads, self.prompts = ["the new concept"], [f"a {trigger} {class_noun}".strip()]
+        for concept in earlier[:1]:
+            self.heads.append(f"earlier: {concept.name}")
+            self.prompts.append(f"a {concept.trigger} {concept.class_noun}".strip())
+        self.heads.append("unrelated")
+        self.prompts.append(UNRELATED)
+        self.adapters = [c.adapter for c in earlier]
+        self.before: Tensor | None = None
+
+    def draw(self, name: str, adapter: Adapter):
+        """PIL image: a row from before this concept, and one of now, called `name`; adapter: the concept as it is now."""
+        if self.before is None:
+            self.before = self._row(self.adapters)
+        rows = [[p[None] for p in row] for row in (self.before, self._row([*self.adapters, adapter]))]
+        return labelled_grid(rows, ["before", name], self.heads, PREVIEW_TILE)
+
+    def _row(self, adapters: list[Adapter]) -> Tensor:
+        return draw_with(self.denoiser, concatenate(adapters) if adapters else None, self.prompts, self.size)
+
+
 def sample_sheet(denoiser: Denoiser, library: Library, name: str, references: Tensor, count: int = 4) -> Tensor:
-    """[1, 3 height, count width, 3]: references, the concept alone, and the concept within the whole library."""
-    concept = library.load(name)
-    size = tuple(references.shape[1:3])
+    """[1, height, width, 3], a row each: references, the concept alone, and the concept within the whole library."""
+    concept, everything = library.load(name), library.concepts()
     prompts = [f"a {concept.trigger} {concept.class_noun}".strip()] * count
-    rows = [references[:count].cpu()]
-    if len(references) < count:
-        rows = [F.pad(references.cpu(), (0, 0) * 3 + (0, count - len(references)), value=1.0)]
-    for adapter in (concept.adapter, concatenate([c.adapter for c in library.concepts()])):
-        rows.append(draw_with(denoiser, adapter, prompts, size))
-    return torch.cat([torch.cat(list(row), 1) for row in rows])[None]
+    first = references[:count].cpu()
+    rows = [F.pad(first, (0, 0) * 3 + (0, count - len(first)), value=1.0)]
+    for adapter in (concept.adapter, concatenate([c.adapter for c in everything])):
+        rows.append(draw_with(denoiser, adapter, prompts, tuple(references.shape[1:3])))
+    names = ["references", "alone", "alone in its library" if len(everything) == 1 else f"all {len(everything)} on"]
+    tile = max(SMALLEST_TILE, references.shape[2])
+    sheet = labelled_grid([[row] for row in rows], names, [f"{name}: {prompts[0]}"], tile)
+    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .adapter import Adapter, concatenate
 from .demo_model import SIZE
 from .identity import COLOURS
-from .plots import to_pil
+from .labelled import labelled_grid
 from .preview import draw_with
 
 
@@ -43,20 +43,4 @@ def pair_sheet(model, subjects, ours: list[Adapter], ordinary: list[Adapter], pa
 
 def save_sheet(rows: list[list[Tensor]], names: list[str], heads: list[str], path: Path, zoom: int = 2) -> None:
     """rows[i][j]: pictures [n, height, width, 3] of subject names[i] under heads[j]."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    tile, gap, left, top = SIZE * zoom, 18, 110, 56
-    widths = [len(part) * tile for part in rows[0]]
-    sheet = Image.new("RGB", (left + sum(widths) + gap * len(widths), top + len(rows) * (tile + 6)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    x = left
-    for column, head in enumerate(heads):
-        draw.multiline_text((x + widths[column] / 2, top / 2), head, "black", font, anchor="mm", align="center")
-        for index, parts in enumerate(rows):
-            y = top + index * (tile + 6)
-            strip = to_pil(torch.cat(list(parts[column]), 1)).resize((widths[column], tile), Image.Resampling.LANCZOS)
-            sheet.paste(strip, (x, y))
-            if column == 0:
-                draw.multiline_text((left - 12, y + tile / 2), names[index], "black", font, anchor="rm", align="right")
-        x += widths[column] + gap
-    sheet.save(path)
+    labelled_grid(rows, names, heads, SIZE * zoom).save(path)

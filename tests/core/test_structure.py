@@ -20,7 +20,7 @@ LAYERS = [
     {"bilevel", "hypergradient", "lora_moments", "report"},
     {"concept", "config", "plots"},
     {"captions", "noise_levels", "parallel", "pictures"},
-    {"replay", "budget", "report_picture"},
+    {"replay", "budget", "report_picture", "labelled"},
     {"start", "checkpoint", "objective"},
     {"trainer"},
     {"concept_files"},

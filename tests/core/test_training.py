@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from seqlora_core import subspace
-from seqlora_core.adapter import load_adapter, read_safetensors
+from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, read_safetensors
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.calibration import record_moments
 from seqlora_core.config import TrainingConfig
@@ -244,3 +244,16 @@ def test_hooks_add_what_the_file_says(model, library):
     with torch.no_grad():
         merged = loss(changed, x, noise, sigma, prompts)
     assert torch.allclose(hooked, merged, rtol=1e-5)
+
+
+def test_preview_has_a_row_from_before_and_one_of_now(model):
+    from seqlora_core.preview import Preview
+
+    preview = Preview(model, "octzu", "animal", [], (64, 64))
+    adapter = Adapter({s.name: LayerDelta(torch.ones(1, s.in_features), torch.ones(s.out_features, 1)) for s in model.sites()})
+    first, second = preview.draw("step 1", Adapter({})), preview.draw("step 2", adapter)
+    assert preview.heads == ["the new concept", "unrelated"] and first.size == second.size
+    middle = first.height // 2
+    before, now = (np.asarray(second.crop((0, y, second.width, y + 150))) for y in (40, middle + 10))
+    assert np.array_equal(np.asarray(first)[:middle], np.asarray(second)[:middle])  # the same seeds
+    assert not np.array_equal(before, now)
