@@ -85,7 +85,7 @@ def _header(f: BinaryIO) -> tuple[dict[str, tuple[torch.dtype, list[int]]], dict
     if not start:
         raise _Broken("it is empty")
     length = int.from_bytes(start, "little")
-    # a header of 128, 384, ... bytes starts as a pickle does, but is no longer than the file
+    # a header of 128, 384, ... bytes starts as a .ckpt does, but is no longer than the file
     if (start[:1] == b"\x80" and length > size) or start[:4] == b"PK\x03\x04":
         raise _Broken("it is a .pt or .ckpt, which can run code: convert it first")
     if len(start) < 8 or length > size - 8:
