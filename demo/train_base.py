@@ -87,9 +87,10 @@ class Denoiser(torch.nn.Module):
 
 
 def train(
-    cache: Path, depth: int, minutes: float, batch: int = 96, rate: float = 1.5e-3, tag: str = "", start: Path | None = None
-) -> dict:
-    """Trains for `minutes` of this machine's time in all, over however many runs; returns its size and held-out loss.
+    cache: Path, depth: int, minutes: float, batch: int = 96, rate: float = 1.5e-3, tag: str = "", start: Path | None = None,
+    clock=time.time,
+) -> dict:  # fmt: skip
+    """Trains for `minutes` by the clock in all, over however many runs; returns its size and held-out loss.
 
     start: weights to go on from, of an earlier run on other pictures.
     """
@@ -116,8 +117,8 @@ def train(
     if state_path.exists():
         step, spent = _resume(state_path, model, mean, optimiser)
     generator = torch.Generator().manual_seed(SEED + step)
-    begun, smooth, saved = time.time() - spent, None, time.time()
-    while (done := (time.time() - begun) / (minutes * 60)) < 1:
+    begun, smooth, saved = clock() - spent, None, clock()
+    while (done := (clock() - begun) / (minutes * 60)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 300) * min(1.0, 1.6 * (1 - done) + 0.005)
         pick = torch.randint(0, held_out.start, (batch,), generator=generator)
@@ -134,25 +135,25 @@ def train(
             torch._foreach_lerp_(list(mean.parameters()), [p.data for p in model.parameters()], 1 - keep)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         if step % 200 == 0:
-            print(f"d{depth} step {step} samples {step * batch} loss {smooth:.4f} {time.time() - begun:.0f} s", flush=True)
-        if time.time() - saved > 120:
-            _save(path, state_path, model, mean, optimiser, step, time.time() - begun)
-            saved = time.time()
-    _save(path, state_path, model, mean, optimiser, step, time.time() - begun)
+            print(f"d{depth} step {step} samples {step * batch} loss {smooth:.4f} {clock() - begun:.0f} s", flush=True)
+        if clock() - saved > 120:
+            _save(path, state_path, model, mean, optimiser, step, clock() - begun)
+            saved = clock()
+    _save(path, state_path, model, mean, optimiser, step, clock() - begun)
     loss = held_out_loss(mean, latents[held_out].float(), tokens[held_out].long())
-    print(
-        json.dumps({"depth": depth, "minutes": minutes, "steps": step, "samples": step * batch, "held_out": loss}), flush=True
-    )
-    return loss
+    size = sum(p.numel() for p in model.mmdit.parameters())
+    result = {"depth": depth, "parameters": size, "steps": step, "samples": step * batch, "held_out": loss}
+    print(json.dumps(result), flush=True)
+    return result
 
 
 def study(cache: Path, minutes: float) -> None:
-    """Sizes in equal time, each from nothing; writes docs/results/study.json."""
+    """Sizes in equal processor time, each from nothing; writes docs/results/study.json."""
     rows = []
     for depth in (1, 2, 3):
         for old in cache.glob(f"denoiser_d{depth}_study*"):
             old.unlink()
-        rows.append(train(cache, depth, minutes, tag="_study"))
+        rows.append(train(cache, depth, minutes, tag="_study", clock=time.process_time))
     about = {"command": f"python -m demo.train_base study --minutes {minutes:g}", "minutes": minutes}
     target = HERE.parent / "docs" / "results" / "study.json"
     target.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
