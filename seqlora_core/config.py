@@ -18,8 +18,8 @@ class TrainingConfig:
 
     rank: int = 4
     steps: int = 320
-    learning_rate: float = 2e-3  # of lora_up
-    basis_rate: float = 1e-3
+    learning_rate: float = 4e-3  # of lora_up
+    basis_rate: float = 2e-3
     interference_weight: float = 1.0  # lambda
     batch: int = 8
     seed: int = 0

@@ -189,7 +189,7 @@ class DemoModel:
         conditioning: Conditioning,
         seed: int,
         steps: int = 20,
-        guidance: float = 4.0,
+        guidance: float = 3.0,
         size: tuple[int, int] = (SIZE, SIZE),
     ) -> Tensor:
         from diffusers import FlowMatchEulerDiscreteScheduler
