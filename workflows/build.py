@@ -37,7 +37,7 @@ def teach(graph: Graph, subject: str, x: int, y: int, after: str | None = None) 
     graph.add(
         subject, "SeqLoRATrainConcept", (x + 370, y), (360, 520), f"Teach {subject}",
         model=("base", 0), clip=("base", 1), vae=("base", 2), images=(f"{subject}_images", 0), library=LIBRARY,
-        name=subject, trigger=trigger, class_noun=noun, rank=4, steps=320, learning_rate=0.002, interference_weight=1.0,
+        name=subject, trigger=trigger, class_noun=noun, rank=4, steps=320, learning_rate=0.004, interference_weight=1.0,
         seed=0, if_trained="use it", batch_size=8, preview_every=50, planned_concepts=32, drift_budget=0.02,
         **({"after": (after, 0)} if after else {}),
     )  # fmt: skip
