@@ -3,37 +3,27 @@
 argv: ComfyUI checkout, this pack, folder of files, output file.  Writes what was found as JSON.
 """
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 comfy_root, pack, folder, output = map(Path, sys.argv[1:5])
-sys.argv = [sys.argv[0], "--cpu"]
-sys.path.insert(0, str(comfy_root))
+sys.path.insert(0, str(pack / "benchmarks"))
 
-import comfy.options  # noqa: E402
+from comfy_process import start  # noqa: E402
 
-comfy.options.enable_args_parsing()
+start(comfy_root, pack)
 
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("seqlora_pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
-module = importlib.util.module_from_spec(spec)
-sys.modules["seqlora_pack"] = module
-spec.loader.exec_module(module)
-
 from seqlora_pack.nodes.comfy_denoiser import load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, Weights, fit, in_low_rank, patch_model  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import read_safetensors  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.errors import UserError  # noqa: E402
-
-torch.set_num_threads(1)
 
 
 def small_unet():

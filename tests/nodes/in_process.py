@@ -3,34 +3,25 @@
 argv: ComfyUI checkout, this pack, a library's folder, output file.  Writes predictions and weights as safetensors.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
 comfy_root, pack, library, output = map(Path, sys.argv[1:5])
-sys.argv = [sys.argv[0], "--cpu"]
-sys.path.insert(0, str(comfy_root))
+sys.path.insert(0, str(pack / "benchmarks"))
 
-import comfy.options  # noqa: E402
+from comfy_process import start  # noqa: E402
 
-comfy.options.enable_args_parsing()
+start(comfy_root, pack)
 
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("seqlora_pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
-module = importlib.util.module_from_spec(spec)
-sys.modules["seqlora_pack"] = module
-spec.loader.exec_module(module)
-
 from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, Weights, patch_model  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.library import Library  # noqa: E402
 
-torch.set_num_threads(1)
 prompts = ["an octzu animal, red background", "a castle on the left and a fish on the right, blue background"]
 generator = torch.Generator().manual_seed(5)
 latents, noise = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 16, 8, 8, generator=generator)
