@@ -44,7 +44,10 @@ class SeqLoRACalibrate(io.ComfyNode):
                 ),
                 io.Int.Input("resolution", default=512, min=32, max=2048, step=16, tooltip="Of the pictures drawn; 64 for the demo model."),
                 io.Int.Input("pictures", default=0, min=0, max=1000, tooltip="For each LoRA; 0: 6 of them, 32 of small ones."),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
+                    tooltip="The same seed draws the same pictures.",
+                ),
                 StackType.Input("stack", optional=True, tooltip="LoRAs to calibrate too, and concepts to stand beside them."),
             ],
             outputs=[StackType.Output(display_name="stack"), io.String.Output(display_name="report")],

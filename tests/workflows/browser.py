@@ -132,7 +132,8 @@ class Page:
         raise TimeoutError(f"the queue still runs after {seconds} s")
 
     def pictures(self) -> dict[str, int]:
-        """Type of each node that shows pictures on the canvas -> width of its first, as loaded by the page."""
+        """Type of each node that shows pictures on the canvas -> width of its first, as loaded by the page: waits for one."""
+        self.tab.wait_for_function("() => window.app.graph.nodes.some(n => n.imgs?.[0]?.naturalWidth)", timeout=60_000)
         return self.tab.evaluate(
             "() => Object.fromEntries(window.app.graph.nodes.filter(n => n.imgs?.length).map(n => [n.type, n.imgs[0].naturalWidth]))"
         )
