@@ -14,7 +14,6 @@ from seqlora_core.library import Library
 from seqlora_core.names import safe_name
 from seqlora_core.references import complete_captions, load_pictures
 from seqlora_core.repair import repair
-from seqlora_core.tensor_file import read_safetensors
 
 
 def adapter(up=1.0):
@@ -181,14 +180,3 @@ def test_captions():
     assert complete_captions([None, "my zqx"], "zqx", "dog") == ["a zqx dog", "my zqx"]
     with pytest.raises(UserError, match="lacks the trigger 'zqx'"):
         complete_captions(["a dog"], "zqx", "dog")
-
-
-def test_a_header_that_starts_as_a_pickle_is_read(tmp_path):
-    for extra in range(0, 300, 8):
-        write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {"note": "x" * extra})
-        with open(tmp_path / "x.safetensors", "rb") as f:
-            first = f.read(1)
-        assert read_safetensors(tmp_path / "x.safetensors")[0]["a"].shape == (1,)
-        if first == b"\x80":
-            return
-    raise AssertionError("no header began with the byte that pickles begin with")

@@ -148,7 +148,7 @@ def broken_files(folder: Path) -> None:
     (folder / "header_cut.safetensors").write_bytes(whole[:100])
     (folder / "text.safetensors").write_bytes(b"<html>not found</html>")
     (folder / "empty.safetensors").write_bytes(b"")
-    torch.save(good, folder / "pickle.safetensors")
+    torch.save(good, folder / "torch_archive.safetensors")
     save_file({}, folder / "no_tensors.safetensors")
     save_file({k: v for k, v in good.items() if k != first}, folder / "no_up.safetensors")
     save_file({k: v for k, v in good.items() if k != first.replace("_up", "_down")}, folder / "no_down.safetensors")

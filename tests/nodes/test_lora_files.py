@@ -17,7 +17,7 @@ OTHER = ["loha", "loha_tucker", "lokr", "lokr_full", "dora", "dora_rows", "oft",
 SD3 = ["sd3_diffusers", "sd3_onetrainer", "sd3_musubi", "sd3_ai_toolkit", "text_diffusers", "text_kohya", "text_peft"]
 WORDS = {
     "truncated": "not a readable safetensors", "header_cut": "not a readable safetensors", "text": "not a readable safetensors",
-    "empty": "it is empty", "pickle": "can run code", "no_tensors": "none of its 0 tensors", "no_up": "no lora_up",
+    "empty": "it is empty", "torch_archive": "can run code", "no_tensors": "none of its 0 tensors", "no_up": "no lora_up",
     "no_down": "no lora_down", "nan": "not finite", "inf": "not finite", "other_size": r"\[48, 32\], this model's is \[32, 32\]",
     "ranks_differ": "do not multiply", "another_model": "does not fit this model", "no_lora": "does not fit this model",
     "half_loha": "incomplete or damaged", "loha_other_size": "another kind of model", "lokr_other_size": "another kind of model",
