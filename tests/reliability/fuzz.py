@@ -15,11 +15,11 @@ import mmap
 import os
 import random
 import resource
-import tempfile
 import time
 import tracemalloc
 from pathlib import Path
 
+import torch
 from safetensors.torch import load as library_load
 
 from seqlora_core import manifest
@@ -192,6 +192,7 @@ def bombs() -> list[tuple[str, bytes]]:
 
 def run(count: int, seed: int, folder: Path, minutes: float = 1e9) -> dict:
     """Totals of `count` files, or of those that `minutes` allow; children read so that a crash ends one of them and is counted."""
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads, and would wait for them
     known, shared = seeds(), mmap.mmap(-1, 8)
     totals = {"files": 0, "read": 0, "told": 0, "crashes": 0, "slowest": 0.0, "failures": []}
     totals["bombs_over_size"] = round(max(python_peak(k, d, folder) for k, d in bombs() if len(d) > 300_000), 1)
@@ -234,12 +235,5 @@ def run(count: int, seed: int, folder: Path, minutes: float = 1e9) -> dict:
     return totals
 
 
-def main() -> None:
-    args, started = ledger.arguments(20_000, "mutated files"), time.time()
-    with tempfile.TemporaryDirectory() as scratch:
-        result = run(args.count, args.seed, Path(scratch), args.minutes)
-    ledger.finish("fuzz", args, result, started)
-
-
 if __name__ == "__main__":
-    main()
+    ledger.main("fuzz", 20_000, "mutated files", run)

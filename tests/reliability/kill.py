@@ -17,10 +17,11 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import zlib
 from pathlib import Path
+
+import torch
 
 from seqlora_core.editing import refit
 from seqlora_core.errors import UserError
@@ -122,6 +123,7 @@ def one_round(model: ToyDenoiser, folder: Path, rng: random.Random) -> list[list
 
 def run(count: int, seed: int, folder: Path, minutes: float = 1e9) -> dict:
     """Totals of `count` rounds, or of those that `minutes` allow; `failures` holds a sentence for each broken promise."""
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads, and would wait for them
     rng, model = random.Random(seed), ToyDenoiser()
     start(folder, model)
     teach(model, Library(folder), "fox", 1, 2)  # the first run of a process imports what others need
@@ -196,12 +198,5 @@ def check(folder: Path, known: dict[str, list[str]], open_change: list | None, t
     return wrong
 
 
-def main() -> None:
-    args, started = ledger.arguments(300, "kills"), time.time()
-    with tempfile.TemporaryDirectory() as scratch:
-        result = run(args.count, args.seed, Path(scratch) / "library", args.minutes)
-    ledger.finish("kill", args, result, started)
-
-
 if __name__ == "__main__":
-    main()
+    ledger.main("kill", 300, "kills", run)

@@ -6,7 +6,9 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,16 @@ import torch
 from seqlora_core.tables import meta
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "reliability.json"
+
+
+def main(name: str, count: int, what: str, run: Callable[[int, int, Path, float], dict[str, Any]]) -> None:
+    """A script: `run(count, seed, an empty folder, minutes)` as the command line asks, its totals printed and recorded."""
+    args, started = arguments(count, what), time.time()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        folder.mkdir()
+        result = run(args.count, args.seed, folder, args.minutes)
+    finish(name, args, result, started)
 
 
 def arguments(count: int, what: str) -> argparse.Namespace:

@@ -13,7 +13,6 @@ import json
 import random
 import shutil
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -156,12 +155,5 @@ def run(count: int, seed: int, base: Path, minutes: float = 1e9) -> dict:
     return totals
 
 
-def main() -> None:
-    args, started = ledger.arguments(500, "prompts"), time.time()
-    with tempfile.TemporaryDirectory() as scratch:
-        result = run(args.count, args.seed, Path(scratch), args.minutes)
-    ledger.finish("server", args, result, started)
-
-
 if __name__ == "__main__":
-    main()
+    ledger.main("server", 500, "prompts", run)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqlora_core.attach import Site
 from seqlora_core.calibration import calibrate
 from seqlora_core.config import Checkpointing, TrainingConfig
-from seqlora_core.denoiser import Conditioning, fingerprint
+from seqlora_core.denoiser import Conditioning, FlowMatching, fingerprint
 from seqlora_core.library import Library
 from seqlora_core.metadata import Base
 from seqlora_core.teach import train_concept
@@ -20,7 +20,7 @@ WIDTH, CHANNELS, TOKENS = 24, 4, 6
 SIZE = (16, 16)
 
 
-class ToyDenoiser:
+class ToyDenoiser(FlowMatching):
     """Latents [n, 4, 2, 2]; flow matching, as SD3."""
 
     def __init__(self):
@@ -53,13 +53,6 @@ class ToyDenoiser:
 
     def even_sigmas(self, count: int) -> Tensor:
         return torch.linspace(0.02, 0.98, count)
-
-    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        s = sigma.view(-1, 1, 1, 1)
-        return (1 - s) * latents + s * noise
-
-    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        return noise - latents
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         tokens = self.enter(noised.flatten(2).mT) + conditioning.context.mean(1, keepdim=True) + sigma.view(-1, 1, 1)
