@@ -40,12 +40,15 @@ def demo_table(name: str = "demo") -> str:
     )
 
 
+def values(lines: list[str], head: str = "| measured | value |") -> str:
+    """A table of two columns from its rows"""
+    return "\n".join([head, "|---|---|", *lines])
+
+
 def base_table() -> str:
     r = load("base")
-    return "\n".join(
+    return values(
         [
-            "| measured | value |",
-            "|---|---|",
             f"| one subject ({r['prompts']} prompts, {r['subjects']} subjects): nearest neighbour is the right one | {r['single_right']:.0%} |",
             *(
                 f"| of those whose prompt names {'no style' if k == 'none' else k + ' style'} | {v:.0%} |"
@@ -63,10 +66,8 @@ def base_table() -> str:
 def bound_table() -> str:
     r = load("bound")
     ratio = r["bound_over_quantile"]
-    return "\n".join(
+    return values(
         [
-            "| measured | value |",
-            "|---|---|",
             f"| (pair, layer) dots | {r['dots']} |",
             f"| promised: inputs above the bound, at most | {r['delta']:.0%} |",
             f"| inputs above it, all together | {r['inputs_above']:.1%} |",
@@ -79,14 +80,13 @@ def bound_table() -> str:
 
 def prediction_table() -> str:
     r = load("prediction")
-    return "\n".join(
+    return values(
         [
-            "| rank correlation (Spearman) of predicted and measured | value |",
-            "|---|---|",
             f"| all {r['dots']} concepts of {r['stacks']} random stacks | {r['spearman']:.2f} |",
             f"| among the stacks that one concept is in, mean over concepts | {r['within_concept']:.2f} |",
             f"| among the concepts of one stack (of four or more), mean over stacks | {r['within_stack']:.2f} |",
-        ]
+        ],
+        "| rank correlation (Spearman) of predicted and measured | value |",
     )
 
 
@@ -182,7 +182,7 @@ def models_table() -> str:
 
 def metric_table() -> str:
     sizes = load("models")["metric_bytes"]
-    return "\n".join(["| model | GB |", "|---|---|", *(f"| {name} | {size / 1e9:.1f} |" for name, size in sizes.items())])
+    return values([f"| {name} | {size / 1e9:.1f} |" for name, size in sizes.items()], "| model | GB |")
 
 
 TABLES = {

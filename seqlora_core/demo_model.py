@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import Site
-from .denoiser import Conditioning, fingerprint
+from .denoiser import Conditioning, FlowMatching, fingerprint
 from .errors import UserError
 from .metadata import Base
 from .tensor_file import read_safetensors
@@ -105,7 +105,7 @@ def _load_text_encoder(weights: dict[str, Tensor]):
     return model
 
 
-class DemoModel:
+class DemoModel(FlowMatching):
     """`denoiser.Denoiser` on diffusers; raises UserError for a file of another layout."""
 
     size = SIZE
@@ -172,13 +172,6 @@ class DemoModel:
     def even_sigmas(self, count: int) -> Tensor:
         middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         return _shifted(torch.sigmoid(torch.special.ndtri(middle)), 1.5).to(self.device, self.dtype)
-
-    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        s = sigma.view(-1, 1, 1, 1)
-        return (1 - s) * latents + s * noise
-
-    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        return noise - latents
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return self.mmdit(noised, conditioning.context, conditioning.pooled, sigma * 1000, return_dict=False)[0]

@@ -110,6 +110,17 @@ class Denoiser(Protocol):
         """What a LoRA file says of the model it was trained on"""
 
 
+class FlowMatching:
+    """Noising and target of models that predict a velocity on straight paths (SD3)."""
+
+    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        s = sigma.view(-1, 1, 1, 1)
+        return (1 - s) * latents + s * noise
+
+    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return noise - latents
+
+
 def loss(denoiser: Denoiser, latents: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
     """Mean squared error of the prediction in native units; scalar."""
     prediction = denoiser.predict(denoiser.noised(latents, noise, sigma), sigma, conditioning)

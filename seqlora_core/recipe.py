@@ -1,5 +1,17 @@
-"""A recipe: which concepts a library is to hold, in which order, with which options.
+"""A recipe: which concepts a library is to hold, in which order, with which options (EXAMPLE)."""
 
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .names import safe_name
+from .options import from_recipe
+
+EXAMPLE = """\
 library = "my_library"          # folders are looked for beside the recipe
 steps = 400                     # options for all concepts, as on the command line, with '_' for '-'
 
@@ -15,18 +27,6 @@ trigger = "zwx"
 class_noun = "mug"
 steps = 250                     # for this one only
 """
-
-from __future__ import annotations
-
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from .errors import UserError
-from .names import safe_name
-from .options import from_recipe
-
 TOP = {"library": str, "model": str, "planned": int}
 OF_CONCEPT = {"images": str, "name": str, "trigger": str, "class_noun": str, "regularisation": str}
 FOLDERS = ("library", "model", "images", "regularisation")

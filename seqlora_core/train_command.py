@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from textwrap import indent
 
 from .config import Checkpointing, PictureOptions, TrainingConfig
 from .errors import UserError
 from .options import DEFAULTS, add_options, build
-from .recipe import Job, read_recipe
+from .recipe import EXAMPLE, Job, read_recipe
 from .terminal import bar, open_model, say
 
-EXAMPLE = """\
+EXAMPLES = f"""\
 examples:
   seqlora train --library my_library --images photos/cat --trigger ohwx --class-noun cat
   seqlora train --recipe library.toml
   accelerate launch -m seqlora_core train --recipe library.toml
 
 a recipe (TOML; the same options, with '_' for '-'; concepts already trained are skipped, a run that was killed goes on):
-  library = "my_library"
-  steps = 400
-
-  [[concept]]
-  images = "photos/cat"
-  trigger = "ohwx"
-  class_noun = "cat"
-
-  [[concept]]
-  images = "photos/mug"
-  trigger = "zwx"
-  steps = 250
-"""
+{indent(EXAMPLE, "  ")}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to train; how comes from options.py"""
-    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLES
     parser.usage = "seqlora train --library DIR (--images DIR --trigger WORD | --recipe FILE) [options]"
     what = parser.add_argument_group("the concept")
     what.add_argument("--images", type=Path, metavar="DIR", help="reference pictures, captions in .txt files beside them")
