@@ -2,34 +2,41 @@
 
     python -m tests.reliability.server --count 500
 
-After every failed prompt: the same picture as at the start, the model's weights bit for bit, no hook, no patched module.
+After every failed prompt, and after some others: the same picture as at the start, the model's weights bit for bit, no hook,
+no patched module, no function of ours in ComfyUI.  Meanwhile this process takes concepts out of the server's library.
 Memory: the median of the server's resident set over the last 20 prompts against that over prompts 81 to 100.
+A run that is told to stop (Ctrl-C, SIGTERM) ends with what it saw.
 """
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import random
 import shutil
+import signal
 import statistics
+import threading
 import time
 from pathlib import Path
 
 from seqlora_core.calibration import calibrate
 from seqlora_core.demo_model import DemoModel
+from seqlora_core.library import Library
 
 from ..nodes.comfy_server import Failed, Server, find_comfyui
 from ..nodes.test_training import BASE, draw, images, pixels, train
 from . import ledger
+from .prompts import CONCEPTS, LIBRARY, Prompt, Prompts
 
-CONCEPTS = {"octopus": "octzu", "penguin": "pengvo"}
-STACK = {"mode": "sum", "amount": 1.0}
 ALLOWED = 0.02  # share by which memory may grow
+FILES = 8  # by how many open files may grow
+LOOKS = 0.25  # share of the good prompts after which the model is looked at as well
 
 
 def start(base: Path) -> Server | str:
-    """A server with the node that looks inside; the reason if there is no ComfyUI."""
+    """A server with the nodes that look inside; the reason if there is no ComfyUI."""
     found = find_comfyui()
     if isinstance(found, str):
         return found
@@ -37,10 +44,13 @@ def start(base: Path) -> Server | str:
     helper.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("state_node.py"), helper / "__init__.py")
     model = DemoModel()
-    calibrate(model, (64, 64), 16).save(
-        base / "models" / "loras" / "seqlora" / "soak" / "calibration.safetensors", model.fingerprint()
-    )
-    return Server(*found, base)
+    folder = base / "models" / "loras" / "seqlora" / LIBRARY
+    calibrate(model, (64, 64), 16).save(folder / "calibration.safetensors", model.fingerprint())
+    server = Server(*found, base)
+    for name, trigger in CONCEPTS.items():
+        graph = train(LIBRARY, name, trigger, steps=2, preview_every=0, batch_size=2)
+        server.run(graph | {"2": images(f"demo/{name}")})
+    return server
 
 
 def resident(server: Server) -> int:
@@ -48,15 +58,26 @@ def resident(server: Server) -> int:
     return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * 4096
 
 
+def open_files(server: Server) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
 class Soak:
     def __init__(self, server: Server, seed: int):
         self.server, self.rng, self.number = server, random.Random(seed), 0
-        self.totals = {"prompts": 0, "kinds": {}, "outcomes": {}, "failures": []}
+        self.loras = server.base / "models" / "loras"
+        self.prompts = Prompts(self.rng, self.loras)
+        self.count, self.kinds, self.outcomes = 0, collections.Counter(), collections.Counter()
+        self.failures: list[str] = []
         self.memory: list[int] = []
+        self.files = open_files(server)
         self.wanted = self.look()
 
     def look(self) -> dict:
-        """The picture of the bare model, and its state"""
+        """The picture of the bare model, and its state.
+
+        The state is taken after the picture: ComfyUI leaves a stack's patches in the weights until another model is loaded.
+        """
         self.number += 1
         # spaces change nothing but the server's cache key: the picture is drawn anew
         graph = draw(dict(BASE), ["1", 0], ["1", 1], "an octzu animal" + " " * self.number)
@@ -65,60 +86,64 @@ class Soak:
         picture = hashlib.sha256(pixels(self.server, outputs).tobytes()).hexdigest()
         return {"picture": picture, **json.loads(outputs["30"]["text"][0])}
 
-    def prompt(self) -> tuple[str, dict, str]:
-        """(kind, graph, what must come of it)"""
-        kind = self.rng.choice(("train", "stack", "stack", "draw", "error", "error", "interrupt"))
-        name = self.rng.choice(list(CONCEPTS))
-        if kind == "train":
-            graph = train("soak", name, CONCEPTS[name], steps=2, preview_every=0, if_trained="train again", batch_size=2)
-            graph["2"] = images(f"demo/{name}")
-            return kind, graph, "success"
-        if kind == "interrupt":
-            graph = train("soak", "cut", "foxqi", steps=20_000, preview_every=0, batch_size=2, seed=self.rng.randrange(9))
-            graph["2"] = images("demo/fox")
-            return kind, graph, "ended"
-        if kind == "stack":
-            graph = BASE | {
-                "4": {"class_type": "SeqLoRALibrary", "inputs": {"library": "soak", "concepts": name, "strength": self.rng.choice((0.5, 1.0))}},
-                "5": {"class_type": "SeqLoRAApplyStack", "inputs": {"model": ["1", 0], "clip": ["1", 1], "stack": ["4", 0], **STACK}},
-            }  # fmt: skip
-            return kind, draw(graph, ["5", 0], ["5", 1]), "success"
-        if kind == "draw":
-            return kind, draw(dict(BASE), ["1", 0], ["1", 1], f"a {self.rng.choice(('castle', 'fish', 'tree'))}"), "success"
-        changes = [
-            dict(name="../x"),
-            dict(trigger="nowhere"),
-            dict(library="C:\\x"),
-            dict(rank=0),
-            dict(name="con"),
-            dict(trigger="a\nb"),
-        ]
-        return kind, train(**({"library": "soak", "name": "bad"} | self.rng.choice(changes))), "failure"
+    def check(self, after: str) -> None:
+        found = self.look()
+        wrong = [k for k in found if found[k] != self.wanted[k]]
+        if wrong:
+            self.failures.append(f"after {after}: another {', '.join(wrong)}")
 
     def step(self) -> None:
-        kind, graph, wanted = self.prompt()
-        self.totals["prompts"] += 1
-        self.totals["kinds"][kind] = self.totals["kinds"].get(kind, 0) + 1
-        try:
-            prompt_id = self.server.submit(graph)
-            if kind == "interrupt":
-                time.sleep(self.rng.uniform(0.0, 3.0))
-                self.server.post("/interrupt")
-            entry = self.server.wait(prompt_id, 600)
-            kinds = [k for k, _ in entry["status"]["messages"]]
-            outcome = "interrupted" if "execution_interrupted" in kinds else entry["status"]["status_str"]
-        except Failed:
-            outcome = "refused"
-        self.totals["outcomes"][outcome] = self.totals["outcomes"].get(outcome, 0) + 1
-        good = outcome == "success"
-        if (wanted == "success" and not good) or (wanted == "failure" and good):
-            self.totals["failures"].append(f"prompt {self.totals['prompts']}, {kind}: {outcome}")
-        if not good:
-            found = self.look()
-            wrong = [k for k in found if found[k] != self.wanted[k]]
-            if wrong:
-                self.totals["failures"].append(f"after prompt {self.totals['prompts']}, {kind}: another {', '.join(wrong)}")
+        prompt = self.prompts.next()
+        self.count += 1
+        self.kinds[prompt.kind] += 1
+        outcome = self.outcome(prompt)
+        self.outcomes[outcome] += 1
+        if outcome not in prompt.wanted:
+            self.failures.append(f"prompt {self.count}, {prompt.kind}: {outcome}")
+        self.tidy(prompt.kind)
+        if outcome != "success" or self.rng.random() < LOOKS:
+            self.check(f"prompt {self.count}, {prompt.kind}")
         self.memory.append(resident(self.server))
+
+    def outcome(self, prompt: Prompt) -> str:
+        try:
+            prompt_id = self.server.submit(prompt.graph)
+            entry = self.interrupted(prompt_id) if "interrupted" in prompt.wanted else self.server.wait(prompt_id, 600)
+        except Failed:
+            return "refused"
+        kinds = [k for k, _ in entry["status"]["messages"]]
+        return "interrupted" if "execution_interrupted" in kinds else entry["status"]["status_str"]
+
+    def interrupted(self, prompt_id: str) -> dict:
+        """Its history; an interrupt that came before the prompt began is forgotten by the server, and sent again."""
+        for _ in range(20):
+            time.sleep(self.rng.uniform(0.0, 2.0))
+            self.server.post("/interrupt")
+            try:
+                return self.server.wait(prompt_id, 15)
+            except TimeoutError:
+                pass
+        raise TimeoutError("a prompt that does not let itself be interrupted")
+
+    def tidy(self, kind: str) -> None:
+        """From this process, while the server lives with the same library"""
+        library = Library(self.loras / "seqlora" / LIBRARY)
+        if "cut" in library.names:
+            library.remove("cut")
+        shutil.rmtree(library.checkpoints("cut"), ignore_errors=True)
+        if kind == "teach" and "fox" in library.names and self.rng.random() < 0.5:
+            library.remove("fox")
+
+    def totals(self) -> dict:
+        found = {"prompts": self.count, "kinds": dict(self.kinds), "outcomes": dict(self.outcomes), "looks": self.number}
+        found |= {"state": {k: v for k, v in self.wanted.items() if k != "picture"}}
+        if len(self.memory) >= 120:
+            first, last = statistics.median(self.memory[80:100]), statistics.median(self.memory[-20:])
+            found |= {"megabytes_after_100": round(first / 2**20), "megabytes_at_the_end": round(last / 2**20)}
+            found["growth"] = round(last / first - 1, 4)
+            if found["growth"] > ALLOWED:
+                self.failures.append(f"memory grew by {found['growth']:.1%}")
+        return found | {"failures": self.failures}
 
 
 def run(count: int, seed: int, base: Path, minutes: float = 1e9) -> dict:
@@ -126,33 +151,23 @@ def run(count: int, seed: int, base: Path, minutes: float = 1e9) -> dict:
     server = start(base)
     if isinstance(server, str):
         return {"skipped": server, "failures": []}
-    end = time.time() + 60 * minutes
+    end, told = time.time() + 60 * minutes, threading.Event()
+    before = [signal.signal(s, lambda *_: told.set()) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
-        for name, trigger in CONCEPTS.items():
-            graph = train("soak", name, trigger, steps=2, preview_every=0, batch_size=2)
-            server.run(graph | {"2": images(f"demo/{name}")})
         soak = Soak(server, seed)
-        while soak.totals["prompts"] < count and time.time() < end:
+        while soak.count < count and time.time() < end and not told.is_set():
             soak.step()
-            if soak.totals["prompts"] % 20 == 0:
-                print(soak.totals["prompts"], soak.totals["outcomes"], soak.memory[-1] >> 20, "MiB", flush=True)
-        found = soak.look()
-        if found != soak.wanted:
-            soak.totals["failures"].append("at the end: another " + ", ".join(k for k in found if found[k] != soak.wanted[k]))
+            if soak.count % 20 == 0:
+                print(soak.count, dict(soak.outcomes), soak.memory[-1] >> 20, "MiB", soak.failures, flush=True)
+        soak.check("the last prompt")
+        more = open_files(server) - soak.files
+        if more > FILES:
+            soak.failures.append(f"{more} more open files than at the start")
     finally:
         server.stop()
-    totals, memory = soak.totals, soak.memory
-    totals["state"] = {k: v for k, v in found.items() if k != "picture"}
-    if len(memory) >= 120:
-        first, last = statistics.median(memory[80:100]), statistics.median(memory[-20:])
-        totals |= {
-            "megabytes_after_100": round(first / 2**20),
-            "megabytes_at_the_end": round(last / 2**20),
-            "growth": round(last / first - 1, 4),
-        }
-        if totals["growth"] > ALLOWED:
-            totals["failures"].append(f"memory grew by {totals['growth']:.1%}")
-    return totals
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+    return soak.totals()
 
 
 if __name__ == "__main__":
