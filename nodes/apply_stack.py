@@ -7,7 +7,7 @@ from .comfy_patches import Weights, patch_model
 from .concept import LAYERS
 from .interference_report import report_of
 from .loading import compose_stack
-from .types import CATEGORY, Stack, StackType
+from .types import CATEGORY, Stack, StackType, advanced
 
 
 def projection_inputs() -> list:
@@ -27,6 +27,13 @@ def projection_inputs() -> list:
             tooltip="Divide all by the square root of their number, so that many LoRAs together are about as strong as one.",
         ),
     ]  # fmt: skip
+
+
+def cap_input() -> io.Float.Input:
+    return io.Float.Input(
+        "cap", default=0.0, min=0.0, max=1000.0, step=0.5, optional=True,
+        tooltip="Cuts what a LoRA pushes harder than this many times its middle layer; 10 is what the report warns of. 0 cuts nothing.",
+    )  # fmt: skip
 
 
 class SeqLoRAApplyStack(io.ComfyNode):
@@ -53,6 +60,7 @@ class SeqLoRAApplyStack(io.ComfyNode):
                     tooltip="Of the whole stack, times each concept's own.",
                 ),
                 io.String.Input("layers", default="", optional=True, tooltip=LAYERS),
+                advanced(cap_input()),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -64,13 +72,14 @@ class SeqLoRAApplyStack(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, stack, mode, amount, order="symmetric", restore=False, norm_control=False, strength=1.0, layers=""
-    ) -> io.NodeOutput:
-        weights, wishes = Weights(model, clip), Wishes(order, restore=restore)
+        cls, model, clip, stack, mode, amount, order="symmetric", restore=False, norm_control=False, strength=1.0, layers="",
+        cap=0.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        weights, wishes = Weights(model, clip), Wishes(order, restore=restore, cap=cap or None)
         stack = Stack([e.times(strength, layers) for e in stack.entries])
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control)
         model, clip, missing = patch_model(model, clip, composed.parts, weights)
-        lines = [report_of(composed, mode).text(), *composed.notes(mode)]
+        lines = [report_of(composed, mode).text(), *composed.notes(mode, wishes.cap)]
         if mode != "sum":
             lines.append(
                 "energy kept: " + ", ".join(f"{p.source} {kept:.0%}" for p, kept in zip(composed.parts, composed.kept))

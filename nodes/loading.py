@@ -18,6 +18,7 @@ from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.lora_moments import kept_general, kept_moments, moments_path
 from ..seqlora_core.selection import selected
+from ..seqlora_core.spectrum import spikes
 from ..seqlora_core.statistics import Moments
 from ..seqlora_core.storage import stamp
 from ..seqlora_core.triggers import trigger_of
@@ -55,7 +56,7 @@ class Composed:
     def triggers(self) -> str:
         return ", ".join(filter(None, (f"{c.trigger} {c.class_noun}".strip() for c in self.concepts)))
 
-    def notes(self, mode: str) -> list[str]:
+    def notes(self, mode: str, cap: float | None = None) -> list[str]:
         """What of the files does not act as one might think, a sentence each"""
         out = []
         for member in self.members:
@@ -63,10 +64,13 @@ class Composed:
             if unknown:
                 out.append(f"{name}: {len(unknown)} tensors have no place in this model, first {unknown[0]}.")
             left = [t if isinstance(t, str) else t[0] for t in member.fitted.patches]
-            if left and mode != "sum":
+            if left and (mode != "sum" or cap):
                 out.append(
                     f"{name}: {len(left)} weights change in more than low rank and are summed unprojected, first {left[0]}."
                 )
+            cut = spikes(member.fitted.adapter, cap) if cap else []
+            if cut:
+                out.append(f"{name}: {len(cut)} layers cut to {cap:g} times its middle layer, the worst {cut[0].layer}.")
         return out
 
 
@@ -154,12 +158,12 @@ def compose_stack(
     if weights and mode == "data":
         base = ComfyDenoiser(weights.model, None, None).fingerprint()
         stack = Stack([e if e.library or e.base else replace(e, base=base) for e in stack.entries])
-    members = load_members(stack, weights)
+    members, wishes = load_members(stack, weights), wishes or Wishes()
     for member in members:
-        if member.fitted.patches and (exact or mode != "sum"):
+        if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
             member.fitted = in_low_rank(member.fitted, weights, exact)
     adapters = [m.fitted.adapter for m in members]
-    wishes = replace(wishes or Wishes(), protected=frozenset(i for i, m in enumerate(members) if m.entry.protected))
+    wishes = replace(wishes, protected=frozenset(i for i, m in enumerate(members) if m.entry.protected))
     states = tuple((_path(m.entry), _changed(_path(m.entry), m.entry.base), m.entry.layers) for m in members)
     key = (states, mode, amount, wishes, exact, weights and weights.signature)
     projected = _remembered(_projected, 2, key, lambda: _project(members, adapters, mode, amount, wishes))

@@ -10,10 +10,10 @@ from ..seqlora_core.composition import MODES, Wishes
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.low_rank import truncated
 from ..seqlora_core.names import safe_name
-from .apply_stack import projection_inputs
+from .apply_stack import cap_input, projection_inputs
 from .comfy_patches import Weights, full_differences
 from .loading import compose_stack
-from .types import CATEGORY, StackType
+from .types import CATEGORY, StackType, advanced
 
 
 class SeqLoRASaveStack(io.ComfyNode):
@@ -39,6 +39,7 @@ class SeqLoRASaveStack(io.ComfyNode):
                     "model", optional=True, tooltip="To read LoRAs of other kinds than plain ones: LoHa, LoKr, DoRA ..."
                 ),
                 io.Clip.Input("clip", optional=True),
+                advanced(cap_input()),
             ],
             outputs=[io.String.Output(display_name="path")],
         )
@@ -57,12 +58,13 @@ class SeqLoRASaveStack(io.ComfyNode):
         norm_control=False,
         model=None,
         clip=None,
+        cap=0.0,
     ) -> io.NodeOutput:
         path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{safe_name(name, 'file name')}.safetensors"
         if path.exists() and not overwrite:
             raise UserError(f"{path.name} exists in models/loras: choose another name, or switch overwrite on")
         weights = Weights(model, clip) if model is not None else None
-        wishes = Wishes(order, restore=restore)
+        wishes = Wishes(order, restore=restore, cap=cap or None)
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control, exact=True)
         adapter, lost = truncated(concatenate([p.adapter.scaled(p.strength) for p in composed.parts]), rank or None)
         adapter.metadata = {

@@ -158,7 +158,6 @@ def _stack(args):
     from .composition import Wishes, energy_kept, norm_controlled, project
     from .low_rank import truncated
     from .selection import selected
-    from .spectrum import capped
 
     parts, general = _adapters(args.adapters, args.library)
     names, adapters, moments = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts], [m for *_, m in parts]
@@ -169,14 +168,10 @@ def _stack(args):
             raise UserError(f"the filter {args.layers!r} leaves no layer of {name}: use words that its layers' names hold")
     if args.rank is not None and args.rank < 1:
         raise UserError(f"rank is {args.rank}: give a number of at least 1")
-    if args.cap is not None:
-        if not args.cap >= 1:
-            raise UserError(f"cap is {args.cap}: give a number of at least 1, such as 10")
-        adapters = [capped(a, args.cap) for a in adapters]
     unknown = set(args.protect) - set(names)
     if unknown:
         raise UserError(f"no {sorted(unknown)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")
-    wishes = Wishes(args.order, frozenset(i for i, n in enumerate(names) if n in args.protect), args.restore)
+    wishes = Wishes(args.order, frozenset(i for i, n in enumerate(names) if n in args.protect), args.restore, args.cap)
     known = None if any(m is None for m in moments) else moments
     projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]

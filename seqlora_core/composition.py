@@ -11,6 +11,7 @@ from torch import Tensor
 from .adapter import Adapter, LayerDelta, concatenate
 from .errors import UserError
 from .linalg import nearest_frame, project_out, ridge, span
+from .spectrum import capped
 from .statistics import Moments
 
 MODES = ("sum", "weights", "data")
@@ -24,12 +25,14 @@ class Wishes:
 
     order: of mode "weights"; "symmetric" treats all alike, "first" leaves the first whole and "strongest" the one of most
     energy, each later one gives way to all before it.  protected: places in the stack that are left whole, the others give
-    way.  restore: scale each projected adapter back to the energy it had.
+    way.  restore: scale each projected adapter back to the energy it had.  cap: singular values above so many times the
+    median of an adapter's layers are cut before the projection (`spectrum.capped`), at least 1.
     """
 
     order: str = "symmetric"
     protected: frozenset[int] = frozenset()
     restore: bool = False
+    cap: float | None = None
 
 
 def compose(
@@ -60,6 +63,10 @@ def project(
         raise UserError(f"unknown order {wishes.order!r}: use one of {', '.join(ORDERS)}")
     if not 0 <= amount <= 1:
         raise UserError(f"amount is {amount}: give a number from 0 to 1")
+    if wishes.cap is not None:
+        if not wishes.cap >= 1:
+            raise UserError(f"cap is {wishes.cap}: give a number of at least 1, such as 10")
+        adapters = [capped(a, wishes.cap) for a in adapters]
     if mode == "weights" and wishes.order == "symmetric":
         projected = symmetric(adapters, wishes.protected)
     elif mode == "weights":

@@ -132,7 +132,7 @@ def interference_report(
             report.advice.append(
                 f"{name} pushes {found[0].layer} {found[0].times:.0f} times as hard as its middle layer"
                 f"{f', and {len(found) - 1} more layers' if found[1:] else ''}: a sign of training that ran away; "
-                "'seqlora stack --cap 10' cuts it down."
+                "Apply Stack's cap, or 'seqlora stack --cap 10', cuts it down."
             )
     missing = [n for n in names if moments and n not in moments]
     if missing:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load as library_load
 
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter
+from seqlora_core.composition import Wishes, compose
 from seqlora_core.errors import UserError
 from seqlora_core.report import interference_report
 from seqlora_core.spectrum import capped, largest_values, spikes
@@ -158,3 +159,8 @@ def test_spectral_spikes_are_reported_and_can_be_cut():
     middle = sorted(dense.values())[2]
     assert largest_values(cut)["l3"] == pytest.approx(10 * middle, rel=1e-5) and spikes(cut, 10.001) == []
     assert all(torch.equal(cut.layers[n].up, d.up) for n, d in adapter.layers.items() if n != "l3")
+    stacked = compose([adapter, spiked(1)], [0.5, 2.0], wishes=Wishes(cap=10))
+    plain = compose([cut, spiked(1)], [0.5, 2.0])
+    assert all(torch.equal(stacked.layers[n].dense(), d.dense()) for n, d in plain.layers.items())
+    with pytest.raises(UserError, match="cap is nan: give a number of at least 1"):
+        compose([adapter], wishes=Wishes(cap=math.nan))

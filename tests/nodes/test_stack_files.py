@@ -1,5 +1,7 @@
 """Anyone's LoRA files through the nodes of a real ComfyUI server: applied, scheduled, filtered, saved, baked."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
 from seqlora_core.demo_model import DEMO_MODEL
+from seqlora_core.spectrum import capped
 
 from .comfy_server import Failed
 from .test_training import BASE, draw, pixels
@@ -133,3 +136,31 @@ def test_a_stack_is_baked_into_a_checkpoint_by_comfyuis_own_node(server, folder)
 def test_a_file_that_is_gone_is_told(server, folder):
     with pytest.raises(Failed, match="not in list|no LoRA"):
         server.run(applied({"2": concept("gone")}, "2") | {"5": {"class_type": "PreviewAny", "inputs": {"source": ["9", 3]}}})
+
+
+def test_a_spike_is_told_and_cut_where_the_user_asks_for_it(server, folder):
+    one = load_adapter(folder / "one.safetensors")
+    wild = dict(one.layers)
+    wild[PROJ] = replace(wild[PROJ], up=wild[PROJ].up * 500)
+    save_adapter(folder / "wild.safetensors", Adapter(wild, {}))
+    save_adapter(folder / "tame.safetensors", capped(load_adapter(folder / "wild.safetensors"), 10))
+    look = {"5": {"class_type": "PreviewAny", "inputs": {"source": ["9", 3]}}}
+
+    def said(**change):
+        return server.run(applied({"2": concept("wild")}, "2", **change) | look)["5"]["text"][0]
+
+    assert "Apply Stack's cap" in said() and "layers cut to" not in said()
+    assert f"wild: 1 layers cut to 10 times its middle layer, the worst {PROJ}." in said(cap=10.0)
+    with pytest.raises(Failed, match="cap is 0.5: give a number of at least 1"):
+        said(cap=0.5)
+    cut, tame, whole = (
+        drawn(server, applied({"2": concept(name, strength=0.1)}, "2", cap=cap))
+        for name, cap in (("wild", 10.0), ("tame", 0.0), ("wild", 0.0))
+    )
+    assert np.abs(cut - tame).max() <= 1 and np.abs(cut - whole).max() > 10
+    server.run(BASE | {"2": concept("wild")} | save("2", "capped", cap=10.0))
+    saved, wanted = (
+        load_adapter(server.base / "models" / "loras" / "capped.safetensors"),
+        load_adapter(folder / "tame.safetensors"),
+    )
+    assert all(torch.allclose(d.dense(), wanted.layers[n].dense(), rtol=1e-3, atol=1e-4) for n, d in saved.layers.items())
