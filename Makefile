@@ -15,6 +15,7 @@ test: $(VENV)/.ready
 soak: $(VENV)/.ready
 	$(RUN) -m tests.reliability.kill --count 300 --record
 	$(RUN) -m tests.reliability.fuzz --count 20000 --record
+	$(RUN) -m tests.reliability.header --count 200000 --record
 	$(RUN) -m tests.reliability.server --count 500 --record
 	$(RUN) docs/build.py
 

@@ -135,15 +135,14 @@ def patching_table() -> str:
     return "\n".join(lines)
 
 
+COUNTED = ("kills", "files", "inputs", "prompts")
+
+
 def reliability_table() -> str:
     lines = ["| script | asked for | done | outcome | failures |", "|---|---|---|---|---|"]
     for r in load("reliability").values():
-        done = next(r[k] for k in ("kills", "files", "prompts") if k in r)
-        said = {
-            k: v
-            for k, v in r.items()
-            if k not in ("meta", "wanted", "kills", "files", "prompts", "failures", "seconds", "state")
-        }
+        done = next(r[k] for k in COUNTED if k in r)
+        said = {k: v for k, v in r.items() if k not in ("meta", "wanted", *COUNTED, "failures", "seconds", "state")}
         text = json.dumps(said)[1:-1].replace('"', "").replace("_", " ").replace("{", "").replace("}", "")
         lines.append(
             f"| `{r['meta']['command']}` | {r.get('wanted', done):,} | {done:,} | {text}; {r['seconds']} s | {len(r['failures'])} |"

@@ -46,7 +46,7 @@ def finish(name: str, args: argparse.Namespace, result: dict[str, Any], started:
     """Print, record if asked to, and exit with 1 if there were failures."""
     result = {**result, "seconds": round(time.time() - started)}
     print(json.dumps(result, indent=1), flush=True)
-    if args.record:
+    if args.record and "skipped" not in result:
         command = f"python -m tests.reliability.{name} --count {args.count} --seed {args.seed}"
         found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         entry = {"meta": meta(command, torch.device("cpu"), [args.seed]), "wanted": args.count, **result}

@@ -1,6 +1,8 @@
 """The scripts of this folder in a shortened form; `make soak` runs the full one."""
 
-from . import fuzz, kill
+import pytest
+
+from . import fuzz, header, kill, server
 
 SEED = 20261125
 
@@ -13,3 +15,17 @@ def test_kill(tmp_path):
 def test_fuzz(tmp_path):
     result = fuzz.run(400, SEED, tmp_path)
     assert result["failures"] == [] and result["files"] == 400 and result["read"] > 10 and result["bombs_over_size"] < 2
+
+
+def test_header(tmp_path):
+    result = header.run(1500, SEED, tmp_path)
+    if "skipped" in result:
+        pytest.skip(result["skipped"])
+    assert result["failures"] == [] and result["inputs"] == 1500 and result["read"] > 3 and result["branches"] > 60
+
+
+def test_server(tmp_path):
+    result = server.run(12, SEED, tmp_path)
+    if "skipped" in result:
+        pytest.skip(result["skipped"])
+    assert result["failures"] == [] and result["prompts"] == 12 and len(result["outcomes"]) > 1
