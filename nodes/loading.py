@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from glob import escape
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from ..seqlora_core.lora_moments import kept_general, kept_moments, moments_path
 from ..seqlora_core.selection import selected
 from ..seqlora_core.spectrum import spikes
 from ..seqlora_core.statistics import Moments
-from ..seqlora_core.storage import stamp
+from ..seqlora_core.storage import Kept, stamp
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
 from .comfy_patches import Fitted, Part, Weights, fit, in_low_rank
@@ -74,26 +71,10 @@ class Composed:
         return out
 
 
-_files: OrderedDict[tuple, Fitted] = OrderedDict()
-_projected: OrderedDict[tuple, list[Adapter]] = OrderedDict()
+_concepts, _files, _moments, _projected = Kept(KEPT), Kept(KEPT), Kept(KEPT), Kept(2)
 
 
-def _remembered(cache: OrderedDict, most: int, key: tuple, make: Callable):
-    if key not in cache:
-        cache[key] = make()
-    cache.move_to_end(key)
-    while len(cache) > most:
-        cache.popitem(last=False)
-    return cache[key]
-
-
-@lru_cache(maxsize=KEPT)
-def _read_concept(folder: Path, name: str, changed: tuple) -> Concept:
-    return Library(folder).load(name)
-
-
-@lru_cache(maxsize=KEPT)
-def _read_moments(path: Path, base: str, changed: tuple) -> Moments | None:
+def _read_moments(path: Path, base: str) -> Moments | None:
     kept = kept_moments(path, base or None)
     return kept[0] if kept else None
 
@@ -123,12 +104,14 @@ def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
 def _load(entry: Entry, weights: Weights | None) -> Member:
     path = _path(entry)
     if entry.library:
-        concept = _read_concept(library_folder(entry.library), entry.name, _changed(path))
+        library = library_folder(entry.library)
+        concept = _concepts.get((path,), _changed(path), lambda: Library(library).load(entry.name))
         fitted = Fitted(concept.adapter)
     else:
-        key = (path, stamp(path), weights and weights.signature)
-        fitted = _remembered(_files, KEPT, key, lambda: _read_file(path, weights))
-        moments, trigger = _read_moments(path, entry.base, _changed(path, entry.base)), trigger_of(fitted.adapter.metadata)
+        fitted = _files.get((path, weights and weights.signature), stamp(path), lambda: _read_file(path, weights))
+        state = _changed(path, entry.base)
+        moments = _moments.get((path, entry.base), state, lambda: _read_moments(path, entry.base))
+        trigger = trigger_of(fitted.adapter.metadata)
         concept = Concept(path.stem, trigger, "", fitted.adapter, moments, {}, torch.zeros(0), [])
     adapter = selected(fitted.adapter, entry.layers)
     if fitted.adapter.layers and not adapter.layers:
@@ -166,7 +149,7 @@ def compose_stack(
     wishes = replace(wishes, protected=frozenset(i for i, m in enumerate(members) if m.entry.protected))
     states = tuple((_path(m.entry), _changed(_path(m.entry), m.entry.base), m.entry.layers) for m in members)
     key = (states, mode, amount, wishes, exact, weights and weights.signature)
-    projected = _remembered(_projected, 2, key, lambda: _project(members, adapters, mode, amount, wishes))
+    projected = _projected.get(key, None, lambda: _project(members, adapters, mode, amount, wishes))
     share = len(members) ** -0.5 if norm_control else 1.0
     parts = [
         Part(m.concept.name, m.entry.strength * share, a, m.fitted.patches, m.entry.start, m.entry.end)

@@ -256,7 +256,7 @@ class Library:
         """What it means for the others that this concept goes or is trained anew, as the end of a sentence"""
         own = self._entry(name)["order"]
         later = [e["name"] for e in self.manifest["concepts"] if e["order"] > own]
-        return f"; {', '.join(later)} were trained beside it and stay valid" if later else ""
+        return f"; {', '.join(later)} {'were' if later[1:] else 'was'} trained beside it and stay valid" if later else ""
 
     def reorder(self, names: list[str]) -> None:
         """Put the concepts in this order, in which nodes and reports list them; the sum does not depend on it."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
@@ -53,3 +54,24 @@ def stamp(path: Path) -> tuple:
     except OSError:
         return ()
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
+class Kept:
+    """What was last made of some files, `most` of them, the latest used.
+
+    What was made of a file's earlier state is let go when the file changes: a concept that is trained again and again would
+    otherwise stay in memory as often.
+    """
+
+    def __init__(self, most: int):
+        self.most, self._held = most, OrderedDict()
+
+    def get(self, key: tuple, state: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned for this key in this state"""
+        if key not in self._held or self._held[key][0] != state:
+            self._held.pop(key, None)
+            self._held[key] = (state, make())
+        self._held.move_to_end(key)
+        while len(self._held) > self.most:
+            self._held.popitem(last=False)
+        return self._held[key][1]

@@ -1,7 +1,9 @@
 """Libraries and LoRA files: names, damage, repair; one sentence for each mistake."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from seqlora_core.library import Library
 from seqlora_core.names import safe_name
 from seqlora_core.references import complete_captions, load_pictures
 from seqlora_core.repair import repair
+from seqlora_core.storage import Kept
 
 
 def adapter(up=1.0):
@@ -180,3 +183,25 @@ def test_captions():
     assert complete_captions([None, "my zqx"], "zqx", "dog") == ["a zqx dog", "my zqx"]
     with pytest.raises(UserError, match="lacks the trigger 'zqx'"):
         complete_captions(["a dog"], "zqx", "dog")
+
+
+def test_what_is_kept_of_a_file_is_let_go_when_it_changes():
+    kept, made = Kept(2), []
+
+    def get(key, state):
+        return kept.get(key, state, lambda: made.append((key, state)) or Thing())
+
+    class Thing:
+        pass
+
+    first = weakref.ref(get("a", 1))
+    assert get("a", 1) is first() and made == [("a", 1)]
+    get("a", 2)
+    gc.collect()
+    assert first() is None and made == [("a", 1), ("a", 2)]
+    get("b", 1)
+    get("a", 2)
+    get("c", 1)  # b was used before a
+    assert len(made) == 4 and get("a", 2) and len(made) == 4
+    get("b", 1)
+    assert len(made) == 5

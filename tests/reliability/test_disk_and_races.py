@@ -226,3 +226,36 @@ def test_a_killed_run_goes_on_or_says_what_was_lost(model, library):
     teach(model, library, "owl", 1, steps=9, every=2, on_step=steps.append)
     assert steps[0].number == 5 and library.names == ["fox", "owl"]
     assert json.loads((library.folder / "library.json").read_text())["concepts"][1]["name"] == "owl"
+
+
+@posix
+def test_what_is_saved_is_flushed_before_it_takes_its_place(model, library, monkeypatch):
+    """Each file before its rename, the folder after it; the manifest that names the change before the change."""
+    events, sync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (events.append(("flush", os.fstat(f).st_ino)), sync(f)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append((Path(b).name, os.stat(a).st_ino)), rename(a, b)))
+    teach(model, library, "fox", 5, steps=1, replace_existing=True)
+    library.remove("fox")
+    renames = [(i, name, inode) for i, (name, inode) in enumerate(events) if name != "flush"]
+    folder = ("flush", library.folder.stat().st_ino)
+    for i, name, inode in renames:
+        assert ("flush", inode) in events[:i], name
+        assert folder in events[i:], name
+    order = [name for _, name, _ in renames if not name.startswith(".")]
+    assert order == ["library.json", "fox.safetensors", "fox.stats.safetensors", "library.json", "library.json", "library.json"]
+
+
+def test_a_concept_in_the_middle_goes_or_is_trained_anew_at_a_price_that_is_told(model, library):
+    teach(model, library, "owl", 1, steps=2)
+    before, fox, owl = state(library.folder), library.load("fox").bases, library.load("owl").bases
+    _, fit = teach(model, library, "fox", 5, steps=2, replace_existing=True)
+    assert "fox was trained anew, beside all others; owl was trained beside it and stay valid" in fit.notes
+    assert library.remove("fox") == (
+        "removed fox; its directions are free for the next concept; owl was trained beside it and stay valid"
+    )
+    after = state(library.folder)
+    assert all(after[p.name] == before[p.name] for p in library.paths("owl")) and library.verify() == []
+    teach(model, library, "bee", 2, steps=2)
+    bee = library.load("bee").bases
+    for layer in bee:
+        assert (bee[layer].mT @ owl[layer]).abs().max() < 1e-5 < (bee[layer].mT @ fox[layer]).abs().max()
