@@ -31,6 +31,23 @@ def test_links_inside_the_docs_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_promise_names_a_test_or_a_script_that_there_is():
+    """Of docs/RELIABILITY.md: each file exists, and each word after -k is in the name of one of its tests"""
+    rows = (
+        (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8").split("| promise")[1].split("\n\n")[0].splitlines()[2:]
+    )
+    for row in rows:
+        promise, _, shown = row.strip("| ").partition(" | ")
+        files = re.findall(r"(tests/[\w/]+\.py)(?: -k (?:\"([^\"]+)\"|(\w+)))?", shown)
+        scripts = re.findall(r"python -m ([\w.]+)", shown)
+        assert files or scripts or promise.startswith("**"), promise
+        assert all((ROOT / (s.replace(".", "/") + ".py")).exists() for s in scripts), promise
+        for file, several, one in files:
+            tests = re.findall(r"def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"))
+            for word in (several or one).split(" or ") if several or one else [""]:
+                assert any(word in t for t in tests), f"{promise}: no test of {file} is called {word!r}"
+
+
 def test_the_import_order_of_the_docs_is_the_tested_one():
     from .test_structure import LAYERS
 

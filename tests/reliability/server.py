@@ -86,6 +86,14 @@ class Soak:
         picture = hashlib.sha256(pixels(self.server, outputs).tobytes()).hexdigest()
         return {"picture": picture, **json.loads(outputs["30"]["text"][0])}
 
+    def check_sight(self) -> None:
+        """The look must see a stack that is still in the weights: the same hash taken before the bare model has drawn"""
+        graph = self.prompts.stack().graph
+        graph["30"] = {"class_type": "SoakModelState", "inputs": {"model": ["1", 0], "after": ["24", 0]}}
+        if json.loads(self.server.run(graph)["30"]["text"][0])["weights"] == self.wanted["weights"]:
+            self.failures.append("the look does not see a stack in the weights")
+        self.check("a stack that was seen in the weights")
+
     def check(self, after: str) -> None:
         found = self.look()
         wrong = [k for k in found if found[k] != self.wanted[k]]
@@ -155,6 +163,7 @@ def run(count: int, seed: int, base: Path, minutes: float = 1e9) -> dict:
     before = [signal.signal(s, lambda *_: told.set()) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
         soak = Soak(server, seed)
+        soak.check_sight()
         while soak.count < count and time.time() < end and not told.is_set():
             soak.step()
             if soak.count % 20 == 0:
