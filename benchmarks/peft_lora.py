@@ -21,12 +21,20 @@ RANK, STEPS, BATCH = 4, 300, 8
 
 def train_peft(references: References, rate: float, steps: int = STEPS, seed: int = 0) -> Adapter:
     """Rank 4, alpha 4, all attention projections.  Layers are named as everywhere here, q, k and v side by side in one."""
+    start, model = time.perf_counter(), DemoModel()
+    places = layer_paths(model)
+    train_in_place(model, references, rate, steps, seed)
+    adapter = adapter_of(model, places)
+    adapter.metadata["seconds"] = f"{time.perf_counter() - start:.2f}"
+    return adapter
+
+
+def train_in_place(model: DemoModel, references: References, rate: float, steps: int = STEPS, seed: int = 0) -> None:
+    """Leaves peft's trained layers inside the model's transformer"""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.training_utils import compute_density_for_timestep_sampling
     from peft import LoraConfig
 
-    start, model = time.perf_counter(), DemoModel()
-    places = layer_paths(model)
     prompts, latents = model.encode_prompts(references.captions), references.latents
     sigmas = FlowMatchEulerDiscreteScheduler(shift=SHIFT).sigmas
     with torch.random.fork_rng(devices=[]):
@@ -43,9 +51,6 @@ def train_peft(references: References, rate: float, steps: int = STEPS, seed: in
             optimiser.zero_grad()
             (prediction - (noise - latents[pick])).square().mean().backward()
             optimiser.step()
-    adapter = adapter_of(model, places)
-    adapter.metadata["seconds"] = f"{time.perf_counter() - start:.2f}"
-    return adapter
 
 
 def layer_paths(model: DemoModel) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from .calibrate import SeqLoRACalibrate
 from .concept import SeqLoRAConcept
 from .concept_images import SeqLoRAConceptImages
 from .demo_model import SeqLoRADemoModel
+from .folders import offer_sample_loras
 from .interference_report import SeqLoRAInterferenceReport
 from .library import SeqLoRALibrary
 from .save_stack import SeqLoRASaveStack
@@ -31,4 +32,5 @@ class SeqLoRAExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> SeqLoRAExtension:
+    offer_sample_loras()
     return SeqLoRAExtension()

@@ -15,6 +15,11 @@ from ..seqlora_core.storage import stamp
 DEMO_PREFIX = "demo/"
 
 
+def offer_sample_loras() -> None:
+    """ComfyUI lists demo/loras with its own loras: every node finds them by name, and writes go to the first folder still."""
+    folder_paths.add_model_folder_path("loras", str(DEMO_FOLDER / "loras"))
+
+
 def libraries_folder() -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0]) / "seqlora"
 

@@ -2,6 +2,7 @@ import pytest
 
 from seqlora_core.calibration import Calibration, calibrate
 from seqlora_core.demo_model import DemoModel
+from seqlora_core.lora_moments import general_path
 
 from .nodes.comfy_server import Server, find_comfyui
 
@@ -31,6 +32,7 @@ def server(model, calibration, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfy")
     for name in LIBRARIES:
         calibration.save(base / "models" / "loras" / "seqlora" / name / "calibration.safetensors", model.fingerprint())
+    calibration.save(general_path(base / "models" / "loras" / "seqlora", model.fingerprint()), model.fingerprint())
     server = Server(*found, base)
     yield server
     server.stop()

@@ -23,9 +23,16 @@ OWN_MODEL = (
 )
 
 
-def base(graph: Graph, text: str) -> None:
+OWN_LORAS = (
+    "Runs as it is on the pack's tiny demo model.\n\nFor your own: put Load Checkpoint in the place of Demo Model, choose two "
+    "LoRAs that were made for it, write what calls each into Calibrate, and set the resolution there and the empty latent to "
+    "your model's (512, 1024)."
+)
+
+
+def base(graph: Graph, text: str, own: str = OWN_MODEL) -> None:
     graph.add("base", "SeqLoRADemoModel", (40, 40), (260, 80))
-    graph.note(f"{text}\n\n{OWN_MODEL}", (40, 170), (260, 380))
+    graph.note(f"{text}\n\n{own}", (40, 170), (260, 380))
 
 
 def teach(graph: Graph, subject: str, x: int, y: int, after: str | None = None) -> None:
@@ -50,26 +57,40 @@ def teach_series(graph: Graph, subjects: list[str], x: int = 350, y: int = 40) -
     return subjects[-1]
 
 
-def draw(graph: Graph, stack: tuple[str, int], text: str, x: int, y: int, seed: int = 1) -> None:
-    """Apply Stack, prompts, sampler and an enlarged picture."""
+def draw(
+    graph: Graph, stack: tuple[str, int], text: str | tuple[str, int], x: int, y: int, seed: int = 1, mode: str = "sum",
+    name: str = "",
+) -> None:  # fmt: skip
+    """Apply Stack, prompts, sampler and an enlarged picture.  name: of this branch, in a graph that draws more than once."""
+
+    def own(label: str) -> str:
+        return f"{name} {label}".strip()
+
     graph.add(
-        "apply", "SeqLoRAApplyStack", (x, y), (320, 170), model=("base", 0), clip=("base", 1), stack=stack, mode="sum", amount=1.0
+        own("apply"), "SeqLoRAApplyStack", (x, y), (320, 170), name, model=("base", 0), clip=("base", 1), stack=stack, mode=mode,
+        amount=1.0,
     )  # fmt: skip
-    graph.add("positive", "CLIPTextEncode", (x + 370, y), (360, 130), "Prompt", clip=("apply", 1), text=text)
-    graph.add("negative", "CLIPTextEncode", (x + 370, y + 180), (360, 100), "Negative prompt", clip=("apply", 1), text="")
+    clip = (own("apply"), 1)
+    graph.add(own("positive"), "CLIPTextEncode", (x + 370, y), (360, 130), "Prompt", clip=clip, text=text)
+    graph.add(own("negative"), "CLIPTextEncode", (x + 370, y + 180), (360, 100), "Negative prompt", clip=clip, text="")
+    if "latent" not in graph.nodes:
+        graph.add(
+            "latent", "EmptySD3LatentImage", (x + 370, y + 330), (360, 110), "Empty latent", width=64, height=64, batch_size=4
+        )
     graph.add(
-        "latent", "EmptySD3LatentImage", (x + 370, y + 330), (360, 110), "Empty latent", width=64, height=64, batch_size=4
-    )
-    graph.add(
-        "sampler", "KSampler", (x + 780, y), (320, 270), model=("apply", 0), positive=("positive", 0), negative=("negative", 0),
-        latent_image=("latent", 0), seed=seed, steps=20, cfg=4.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        own("sampler"), "KSampler", (x + 780, y), (320, 270), model=(own("apply"), 0), positive=(own("positive"), 0),
+        negative=(own("negative"), 0), latent_image=("latent", 0), seed=seed, steps=20, cfg=4.0, sampler_name="euler",
+        scheduler="simple", denoise=1.0,
     )  # fmt: skip
-    graph.add("decode", "VAEDecode", (x + 780, y + 320), (320, 60), samples=("sampler", 0), vae=("base", 2))
+    graph.add(own("decode"), "VAEDecode", (x + 780, y + 320), (320, 60), samples=(own("sampler"), 0), vae=("base", 2))
     graph.add(
-        "bigger", "ImageScale", (x + 780, y + 430), (320, 150),
-        image=("decode", 0), upscale_method="bicubic", width=256, height=256, crop="disabled",
+        own("bigger"), "ImageScale", (x + 780, y + 430), (320, 150),
+        image=(own("decode"), 0), upscale_method="bicubic", width=256, height=256, crop="disabled",
     )  # fmt: skip
-    graph.add("save", "SaveImage", (x + 1150, y), (420, 460), images=("bigger", 0), filename_prefix=f"seqlora/{graph.title}")
+    graph.add(
+        own("save"), "SaveImage", (x + 1150, y), (420, 460), name, images=(own("bigger"), 0),
+        filename_prefix=f"seqlora/{graph.title}{'_' if name else ''}{name.replace(' ', '_')}",
+    )  # fmt: skip
 
 
 def teach_a_concept() -> Graph:
@@ -142,8 +163,36 @@ def export_one_lora() -> Graph:
     return graph
 
 
+def bring_your_own_loras() -> Graph:
+    graph = Graph("bring_your_own_loras")
+    base(
+        graph, "Two LoRAs that were trained apart, by other programs: drawn as a plain sum and projected, same seed.", OWN_LORAS
+    )
+    stack, calls = None, []
+    for i, subject in enumerate(("penguin", "fox")):
+        trigger, noun = SUBJECTS[subject]
+        graph.add(
+            subject, "SeqLoRAConcept", (350, 40 + 330 * i), (340, 280), f"LoRA {i + 1}", library="", name="", strength=1.0,
+            lora=f"seqlora_demo_{subject}.safetensors", **({"stack": stack} if stack else {}),
+        )  # fmt: skip
+        stack = (subject, 0)
+        calls.append(f"seqlora_demo_{subject}: {trigger} {noun}")
+    graph.add(
+        "calibrate", "SeqLoRACalibrate", (740, 40), (360, 380), model=("base", 0), clip=("base", 1), vae=("base", 2), loras="",
+        triggers="\n".join(calls), resolution=64, pictures=0, seed=0, stack=stack,
+    )  # fmt: skip
+    graph.add("report", "SeqLoRAInterferenceReport", (740, 470), (360, 500), stack=("calibrate", 0))
+    graph.add(
+        "prompt", "PrimitiveStringMultiline", (1150, 350), (320, 110), "Prompt of both", value="a foxqi animal, blue background"
+    )
+    draw(graph, ("calibrate", 0), ("prompt", 0), 1150, 40, name="plain sum")
+    draw(graph, ("calibrate", 0), ("prompt", 0), 1150, 700, mode="data", name="projected")
+    return graph
+
+
 WORKFLOWS = [
     teach_a_concept, teach_a_series, teach_then_draw, stack_and_draw, stack_a_library, inspect_interference, export_one_lora,
+    bring_your_own_loras,
 ]  # fmt: skip
 
 

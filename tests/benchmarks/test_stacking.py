@@ -3,12 +3,14 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.peft_lora import TARGETS, adapter_of, layer_paths, train_peft
 from benchmarks.prediction import spearman, within
 from benchmarks.rivals import svd
 from benchmarks.stacking import won_back
+from demo import make_loras
 from seqlora_core.adapter import Adapter, LayerDelta
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.demo import load_subject
@@ -41,6 +43,15 @@ def test_a_few_steps_of_peft_learn(model):
     adapter = train_peft(subject.references, 1e-3, steps=12)
     assert set(adapter.layers) == {s.name for s in model.sites()}
     assert held_out_loss(model, subject.held_out, adapter) < held_out_loss(model, subject.held_out)
+
+
+def test_the_sample_loras_come_from_the_command(tmp_path):
+    """Names, layout and type of the committed files are those that it writes today"""
+    for name in make_loras.NAMES:
+        kept = load_file(make_loras.FOLDER / f"seqlora_demo_{name}.safetensors")
+        new = load_file(make_loras.make(name, tmp_path, steps=2))
+        assert {k: (v.shape, v.dtype) for k, v in kept.items()} == {k: (v.shape, v.dtype) for k, v in new.items()}
+        assert all(new[k].any() for k in new) and any(not torch.equal(new[k], kept[k]) for k in new)
 
 
 def test_svd_is_pefts():

@@ -44,7 +44,9 @@ class Server:
         for part in PARTS:
             source = source_pack / part
             if source.is_dir():
-                shutil.copytree(source, pack / part, ignore=shutil.ignore_patterns("cache", "__pycache__"))
+                shutil.copytree(
+                    source, pack / part, ignore=shutil.ignore_patterns("cache", "__pycache__", "*.stats.safetensors")
+                )
             elif source.exists():
                 shutil.copy(source, pack / part)
         # a user's profile that the page has seen before: no tour, nothing missing

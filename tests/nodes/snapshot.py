@@ -10,7 +10,10 @@ import tempfile
 from pathlib import Path
 
 SNAPSHOT = Path(__file__).with_name("schema.json")
-STOCK = ("CLIPTextEncode", "EmptySD3LatentImage", "KSampler", "VAEDecode", "SaveImage", "PreviewImage", "ImageScale")
+STOCK = (
+    "CLIPTextEncode", "EmptySD3LatentImage", "KSampler", "VAEDecode", "SaveImage", "PreviewImage", "ImageScale",
+    "PrimitiveStringMultiline",
+)  # fmt: skip
 
 
 def schema_of(info: dict) -> dict:

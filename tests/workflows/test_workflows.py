@@ -56,6 +56,21 @@ def pictures_of(server, outputs):
         yield np.asarray(Image.open(io.BytesIO(server.picture(image))).convert("RGB"))
 
 
+def test_the_projection_draws_what_the_lora_draws_alone(server):
+    """Two ordinary LoRAs: nearer to what the stock loader makes of the one that is called, than their plain sum is."""
+    graph = api_graph("bring_your_own_loras")
+    outputs = server.run(graph)
+    saved = {n["inputs"]["filename_prefix"].rpartition("_")[2]: k for k, n in graph.items() if n["class_type"] == "SaveImage"}
+    summed, projected = (np.stack(list(pictures_of(server, {0: outputs[saved[k]]}))) for k in ("sum", "projected"))
+    for node in graph.values():
+        if node["class_type"] == "SeqLoRAApplyStack":
+            inputs = {k: node["inputs"][k] for k in ("model", "clip")} | {"strength_model": 1.0, "strength_clip": 1.0}
+            node |= {"class_type": "LoraLoader", "inputs": inputs | {"lora_name": "seqlora_demo_fox.safetensors"}}
+    alone = np.stack(list(pictures_of(server, {0: server.run(graph)[saved["sum"]]})))
+    far, near = (np.abs(p.astype(float) - alone).mean() for p in (summed, projected))
+    assert near < 0.5 * far, (near, far)
+
+
 def test_a_series_is_taught_in_order(server, taught):
     manifest = json.loads((server.base / "models" / "loras" / "seqlora" / LIBRARY / "library.json").read_text())
     assert [c["name"] for c in manifest["concepts"]] == list(SUBJECTS)
