@@ -51,7 +51,9 @@ def test_the_sample_loras_come_from_the_command(tmp_path):
         kept = load_file(make_loras.FOLDER / f"seqlora_demo_{name}.safetensors")
         new = load_file(make_loras.make(name, tmp_path, steps=2))
         assert {k: (v.shape, v.dtype) for k, v in kept.items()} == {k: (v.shape, v.dtype) for k, v in new.items()}
-        assert all(new[k].any() for k in new) and any(not torch.equal(new[k], kept[k]) for k in new)
+        # the last block's text queries reach no output, so those of lora_B stay zero
+        assert {k for k, v in kept.items() if not v.any()} == {k for k, v in new.items() if not v.any()}
+        assert any(not torch.equal(new[k], kept[k]) for k in new)
 
 
 def test_svd_is_pefts():
