@@ -9,7 +9,7 @@ from ..seqlora_core.config import Checkpointing, TrainingConfig
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.names import safe_name
-from ..seqlora_core.plots import curves_picture
+from ..seqlora_core.plots import kept_curves_picture
 from ..seqlora_core.preview import Preview, sample_sheet
 from ..seqlora_core.teach import train_concept
 from .comfy_denoiser import ComfyDenoiser
@@ -107,7 +107,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
         with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae) as denoiser:
             opened = Library(library_folder(library), denoiser.fingerprint(), planned_concepts, create=True)
             trained = name in opened.names
-            losses, energies, notes = [], [], []
+            notes = []
             if not trained or if_trained == AGAIN:
                 earlier = [c for c in opened.concepts() if c.name != name]
                 preview = Preview(denoiser, trigger, class_noun, earlier, tuple(images.images.shape[1:3]))
@@ -116,7 +116,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                     denoiser, opened, images.images.clone(), name, trigger, class_noun, images.captions, config,
                     progress.step, replace_existing=trained, checkpointing=Checkpointing(every=CHECKPOINT_EVERY),
                 )  # fmt: skip
-                losses, energies, notes = fit.losses, fit.energies, fit.notes
+                losses, notes = fit.losses, fit.notes
                 if fit.stopped is not None:
                     raise fit.stopped
                 report = f"{name}: trained {len(losses)} steps, loss {_mean(losses[:10]):.4f} to {_mean(losses[-10:]):.4f}; the library holds {len(opened)}."
@@ -127,7 +127,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                         f"{name} was stopped before its end: using it as it is. Set 'if_trained' to '{AGAIN}' to go on with it."
                     )
             samples = sample_sheet(denoiser, opened, name, images.images)
-        curves = curves_picture(losses, energies)
+            curves = kept_curves_picture(opened.load(name).adapter.metadata)
         stack = Stack([Entry(library.strip(), n) for n in opened.names])
         text = "\n".join([report, *notes])
         return io.NodeOutput(stack, text, curves, samples, ui=ui.PreviewImage(samples, cls=cls))

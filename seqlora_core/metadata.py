@@ -25,6 +25,7 @@ FAMILIES = {
     "lumina2": ("lumina-2", "lumina2"),
     "qwen_image": ("qwen-image", "qwen_image"),
 }
+CURVE_POINTS = 500
 HOME = "https://github.com/seqlora/seqlora"
 
 
@@ -58,10 +59,17 @@ class Base:
         return said
 
 
-def tag_frequency(name: str, captions: list[str]) -> dict[str, dict[str, int]]:
-    """How often each comma-separated part of the captions occurs, as kohya counts it"""
+def tag_frequency(name: str, captions: list[str], phrase: str) -> dict[str, dict[str, int]]:
+    """How often each comma-separated part of the captions occurs, as kohya counts it, and in how many of them the phrase that
+    calls the LoRA does: captions in sentences have no tag in common, and other programs show the most frequent ones."""
     tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
-    return {name: dict(sorted(tags.items()))}
+    tags[phrase] = max(tags[phrase], sum(phrase in caption for caption in captions))
+    return {name: {tag: count for tag, count in sorted(tags.items()) if count}}
+
+
+def datasets(name: str, phrase: str, count: int) -> list[dict]:
+    """The part of kohya's `ss_datasets` that names the trigger.  count: of pictures."""
+    return [{"subsets": [{"image_dir": name, "img_count": count, "class_tokens": phrase}]}]
 
 
 def network(adapter) -> dict[str, str]:
@@ -85,6 +93,17 @@ def training(config, captions: list[str], size: tuple[int, int], steps_done: int
         "ss_resolution": f"({width}, {height})",
         "modelspec.resolution": f"{width}x{height}",
     }
+
+
+def curves(losses: list[float], energies: list[float]) -> dict:
+    """A run's curves in a few kilobytes: each point is the mean of as many steps as bring it below CURVE_POINTS"""
+    every = max(1, -(-len(losses) // CURVE_POINTS))
+
+    def means(values: list[float]) -> list[float]:
+        parts = [values[i : i + every] for i in range(0, len(values), every)]
+        return [float(f"{sum(part) / len(part):.4g}") for part in parts]
+
+    return {"every": every, "loss": means(losses), "interference": means(energies)}
 
 
 def file_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import textwrap
 import numpy as np
 from torch import Tensor
 
-from .plots import blank_without_matplotlib, new_figure, to_tensor
+from .plots import needs_matplotlib, new_figure, to_tensor
 from .report import Report, percent
 
 WIDTH = 8.4  # inches, at 100 dots each
@@ -19,7 +19,7 @@ CHANCES = 8.0  # overlap at which the colour scale ends
 LONGEST = 16  # characters of a name
 
 
-@blank_without_matplotlib
+@needs_matplotlib
 def report_picture(report: Report) -> Tensor:
     """Crosstalk as a plain sum and with the projection; the most disturbed concepts (from the weights alone: the most
     alike pairs); advice."""

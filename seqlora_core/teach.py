@@ -16,7 +16,7 @@ from .config import Checkpointing, TrainingConfig, settings
 from .denoiser import Denoiser
 from .errors import UserError
 from .library import Library, digest
-from .metadata import tag_frequency, training
+from .metadata import curves, datasets, tag_frequency, training
 from .names import safe_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
@@ -72,7 +72,9 @@ def train_concept(
             checkpoints.clear()
         result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
         kept, every = slice(0, config.keep_latents), [t for some in texts for t in some]
-        result.adapter.metadata = _metadata(denoiser, name, every, references[0].size, others, config, len(result.losses))
+        result.adapter.metadata = _metadata(
+            denoiser, name, f"{trigger} {class_noun}".strip(), every, references[0].size, others, config, result
+        )  # fmt: skip
         concept = Concept(
             name, trigger, class_noun, result.adapter, result.moments, result.bases, references[0].latents[kept], texts[0][kept]
         )  # fmt: skip
@@ -121,15 +123,19 @@ def _identity(
     }
 
 
-def _metadata(denoiser, name, texts, size, others, config: TrainingConfig, done: int) -> dict[str, str]:
+def _metadata(denoiser, name, phrase, texts, size, others, config: TrainingConfig, result) -> dict[str, str]:
     """What the file says of how it was trained; the library adds what it knows"""
     metric = "in the metric of the base model's layer inputs" if config.whitened else "in the plain metric"
     said = {
-        "ss_tag_frequency": tag_frequency(name, texts),
-        "seqlora.steps_done": str(done),
+        "ss_tag_frequency": tag_frequency(name, texts, phrase),
+        "ss_datasets": datasets(name, phrase, len(texts)),
+        "seqlora.steps_done": str(len(result.losses)),
+        "seqlora.curves": curves(result.losses, result.energies),
         "seqlora.constraint": {
             "lora_down": f"orthogonal {metric}" if config.orthogonal else "free",
             "to": [c.name for c in others] if config.orthogonal else [],
         },
     }
-    return settings(config) | training(config, texts, size, done) | denoiser.about().metadata() | json_metadata(said)
+    return (
+        settings(config) | training(config, texts, size, len(result.losses)) | denoiser.about().metadata() | json_metadata(said)
+    )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from seqlora_core.concept import Concept
 from seqlora_core.demo_model import DEMO_MODEL
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
-from seqlora_core.metadata import Base
+from seqlora_core.metadata import Base, curves
+from seqlora_core.plots import kept_curves_picture
 from seqlora_core.statistics import Moments
 
 
@@ -59,7 +61,11 @@ def test_what_the_file_says(library):
     assert said["ss_new_sd_model_hash"] == hashlib.sha256(DEMO_MODEL.read_bytes()).hexdigest()
     assert said["modelspec.title"] == "fox" and said["modelspec.trigger_phrase"] == said["seqlora.trigger"] == "foxqi"
     tags = json.loads(said["ss_tag_frequency"])["fox"]
-    assert tags["a foxqi animal"] == 8 and tags["a small foxqi animal"] == 2 and sum(tags.values()) == 20
+    assert tags["a foxqi animal"] == 8 and tags["a small foxqi animal"] == 2 and sum(tags.values()) == 30
+    assert tags["foxqi animal"] == 10  # what calls it, whatever the captions look like
+    assert json.loads(said["ss_datasets"])[0]["subsets"][0]["class_tokens"] == "foxqi animal"
+    kept = json.loads(said["seqlora.curves"])
+    assert kept["every"] == 1 and len(kept["loss"]) == len(kept["interference"]) == 12 and min(kept["loss"]) > 0
     assert json.loads(said["seqlora.constraint"])["to"] == ["octopus", "penguin"] and said["seqlora.order"] == "2"
     assert (
         len(said["seqlora.library"]) == 16
@@ -81,3 +87,19 @@ def test_a_useless_concept_leaves_nothing_in_the_library(tmp_path, value, messag
     with pytest.raises(UserError, match=message):
         library.add(concept)
     assert library.names == [] and not list(library.folder.glob("*.safetensors"))
+
+
+def test_long_curves_are_thinned_to_means():
+    kept = curves([float(i) for i in range(1201)], [1.0] * 1201)
+    assert kept["every"] == 3 and len(kept["loss"]) == 401 and kept["loss"][:2] == [1.0, 4.0]
+    assert kept["loss"][-1] == 1200 and set(kept["interference"]) == {1.0}
+
+
+def test_kept_curves_are_drawn_and_what_is_none_says_so(monkeypatch):
+    few, many = ({"seqlora.curves": json.dumps(curves([1.0 / (i + 1) for i in range(n)], [0.1] * n))} for n in (40, 2000))
+    assert kept_curves_picture(few).shape == kept_curves_picture(many).shape == (1, 450, 1000, 3)
+    bad = [{}, {"seqlora.curves": "["}, {"seqlora.curves": '{"every": 1, "loss": ["x"], "interference": [1]}'}]
+    sentences = [kept_curves_picture(metadata) for metadata in bad]
+    assert all(p.shape == sentences[0].shape != (1, 450, 1000, 3) and p.std() > 0.05 for p in sentences)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    assert kept_curves_picture(few).std() > 0.05 and not torch.equal(kept_curves_picture(few), sentences[0])
