@@ -1,5 +1,6 @@
 """Record what anyone's LoRAs see on this model, so that mode 'data' and the report work on them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management as management
@@ -65,11 +66,13 @@ class SeqLoRACalibrate(io.ComfyNode):
     def execute(cls, model, clip, vae, loras, triggers, resolution, pictures, seed, stack=None) -> io.NodeOutput:
         given = [Entry("", name, strength) for name, strength in parse_list(loras, STRENGTH["default"])]
         whole = (stack or Stack()).plus(*given)
-        files = [e for e in whole.entries if not e.library]
+        # a LoRA that stands there for the model and for the text encoder apart is seen once, whole
+        once = Stack().plus(*(replace(e, part="") for e in whole.entries))
+        files = [e for e in once.entries if not e.library]
         if not files:
             raise UserError("no LoRA to calibrate: name files of models/loras, one a line; concepts of a library need none")
         weights = Weights(model, clip)
-        members = load_members(whole, weights)
+        members = load_members(once, weights)
         loras = {m.entry.name: m.fitted for m in members if not m.entry.library}
         adapters = {name: fitted.adapter for name, fitted in loras.items()}
         calls = _triggers(triggers, files, adapters)
@@ -99,7 +102,7 @@ class SeqLoRACalibrate(io.ComfyNode):
                 else:
                     lines.append(f"{entry.name}: was recorded before")
                 bar.update(1)
-        named = [e if e.library else Entry("", e.name, e.strength, base) for e in whole.entries]
+        named = [e if e.library else replace(e, base=base) for e in whole.entries]
         report = "\n".join(lines)
         return io.NodeOutput(Stack(named), report, ui=ui.PreviewText(report))
 

@@ -26,6 +26,7 @@ from .comfy_denoiser import file_names
 
 # a weight's key, or with it the rows that are meant and how a change is laid out in them
 Target = str | tuple
+TEXT_LAYERS = ("lora_te", "text_encoders.")  # how names of a text encoder's layers begin
 
 
 @dataclass
@@ -35,6 +36,16 @@ class Fitted:
     adapter: Adapter
     patches: dict[Target, object] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)  # keys of the file that have no place in this model
+
+    @property
+    def acts(self) -> bool:
+        return bool(self.adapter.layers or self.patches)
+
+    def only(self, text: bool) -> Fitted:
+        """What it does to the text encoder, or to all else"""
+        layers = {n: d for n, d in self.adapter.layers.items() if n.startswith(TEXT_LAYERS) == text}
+        patches = {t: p for t, p in self.patches.items() if _parts(t)[0].startswith("diffusion_model.") != text}
+        return Fitted(Adapter(layers, self.adapter.metadata), patches, self.unknown)
 
     def names(self, weights: Weights) -> list[str]:
         """Layers that it changes, in whatever way"""

@@ -1,5 +1,6 @@
 """The embedded demo model: small enough to ship, so that every sample workflow runs as it is."""
 
+import torch
 from comfy_api.latest import io
 
 from ..seqlora_core.demo_model import DEMO_MODEL
@@ -28,4 +29,6 @@ class SeqLoRADemoModel(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         if not DEMO_MODEL.exists():
             raise UserError("the demo model is missing from this installation: install the pack again, or use Load Checkpoint")
-        return io.NodeOutput(*load_demo_model(DEMO_MODEL))
+        # weights as ComfyUI's Train LoRA can use them: tensors of inference mode take part in no backward
+        with torch.inference_mode(False), torch.no_grad():
+            return io.NodeOutput(*load_demo_model(DEMO_MODEL))

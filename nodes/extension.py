@@ -8,9 +8,11 @@ from .concept import SeqLoRAConcept
 from .concept_images import SeqLoRAConceptImages
 from .demo_model import SeqLoRADemoModel
 from .folders import offer_sample_loras
+from .from_lora_stack import SeqLoRAFromLoraStack
 from .interference_report import SeqLoRAInterferenceReport
 from .library import SeqLoRALibrary
 from .save_stack import SeqLoRASaveStack
+from .to_lora_stack import SeqLoRAToLoraStack
 from .train_concept import SeqLoRATrainConcept
 
 NODES: list[type[io.ComfyNode]] = [
@@ -22,6 +24,8 @@ NODES: list[type[io.ComfyNode]] = [
     SeqLoRAApplyStack,
     SeqLoRAInterferenceReport,
     SeqLoRASaveStack,
+    SeqLoRAFromLoraStack,
+    SeqLoRAToLoraStack,
     SeqLoRADemoModel,
 ]
 

@@ -22,7 +22,7 @@ from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
 from .comfy_patches import Fitted, Part, Weights, fit, in_low_rank
 from .folders import libraries_folder, library_folder, lora_file
-from .types import Entry, Stack
+from .types import TEXT, Entry, Stack
 
 KEPT = 256  # LoRA files in memory
 
@@ -51,7 +51,7 @@ class Composed:
 
     @property
     def triggers(self) -> str:
-        return ", ".join(filter(None, (f"{c.trigger} {c.class_noun}".strip() for c in self.concepts)))
+        return ", ".join(filter(None, dict.fromkeys(f"{c.trigger} {c.class_noun}".strip() for c in self.concepts)))
 
     def notes(self, mode: str, cap: float | None = None) -> list[str]:
         """What of the files does not act as one might think, a sentence each"""
@@ -79,7 +79,7 @@ def _read_moments(path: Path, base: str) -> Moments | None:
     return kept[0] if kept else None
 
 
-def _path(entry: Entry) -> Path:
+def entry_file(entry: Entry) -> Path:
     if not entry.library:
         return lora_file(entry.name)
     path = Library(library_folder(entry.library)).paths(entry.name)[0]
@@ -98,11 +98,15 @@ def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
     """What the stack's entries are and do to a model's weights.  Without those only plain LoRAs can be read."""
     if not stack.entries:
         raise UserError("the stack is empty: add a concept")
-    return [_load(entry, weights) for entry in stack.entries]
+    members = [_load(entry, weights) for entry in stack.entries]
+    members = [m for m in members if m.fitted.acts or not m.entry.part]
+    if not members:
+        raise UserError(f"nothing of the stack acts: {stack.entries[0].name} changes no {stack.entries[0].part} layer")
+    return members
 
 
 def _load(entry: Entry, weights: Weights | None) -> Member:
-    path = _path(entry)
+    path = entry_file(entry)
     if entry.library:
         library = library_folder(entry.library)
         concept = _concepts.get((path,), _changed(path), lambda: Library(library).load(entry.name))
@@ -113,6 +117,8 @@ def _load(entry: Entry, weights: Weights | None) -> Member:
         moments = _moments.get((path, entry.base), state, lambda: _read_moments(path, entry.base))
         trigger = trigger_of(fitted.adapter.metadata)
         concept = Concept(path.stem, trigger, "", fitted.adapter, moments, {}, torch.zeros(0), [])
+    if entry.part:
+        fitted = fitted.only(text=entry.part == TEXT)
     adapter = selected(fitted.adapter, entry.layers)
     if fitted.adapter.layers and not adapter.layers:
         first = next(iter(fitted.adapter.layers))
@@ -147,7 +153,9 @@ def compose_stack(
             member.fitted = in_low_rank(member.fitted, weights, exact)
     adapters = [m.fitted.adapter for m in members]
     wishes = replace(wishes, protected=frozenset(i for i, m in enumerate(members) if m.entry.protected))
-    states = tuple((_path(m.entry), _changed(_path(m.entry), m.entry.base), m.entry.layers) for m in members)
+    states = tuple(
+        (entry_file(m.entry), _changed(entry_file(m.entry), m.entry.base), m.entry.layers, m.entry.part) for m in members
+    )
     key = (states, mode, amount, wishes, exact, weights and weights.signature)
     projected = _projected.get(key, None, lambda: _project(members, adapters, mode, amount, wishes))
     share = len(members) ** -0.5 if norm_control else 1.0

@@ -8,8 +8,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 CATEGORY = "SeqLoRA"
+MODEL, TEXT = "model", "text"
 ImagesType = io.Custom("SEQLORA_IMAGES")
 StackType = io.Custom("SEQLORA_STACK")
+# other packs': a list of (file, model strength, clip strength); ComfyUI's Train LoRA's: tensors by key
+LoraStackType = io.Custom("LORA_STACK")
+LoraModelType = io.Custom("LORA_MODEL")
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Entry:
 
     base: of a file, the fingerprint of the base model on which its moments count; "" for whichever is there.  start, end:
     shares of the sampling between which it acts.  protected: no projection touches it.  layers: which of its layers act,
-    see `selection.selected`.
+    see `selection.selected`.  part: MODEL or TEXT if only what it does to that acts, else "".
     """
 
     library: str
@@ -37,6 +41,7 @@ class Entry:
     end: float = 1.0
     protected: bool = False
     layers: str = ""
+    part: str = ""
 
     def times(self, strength: float, layers: str = "") -> Entry:
         """This entry weaker or stronger, and with a second filter on its layers"""
@@ -49,7 +54,7 @@ class Stack:
 
     def plus(self, *entries: Entry) -> Stack:
         """This stack with more entries; a concept named again takes the later strength."""
-        new = {(e.library, e.name): e for e in (*self.entries, *entries)}
+        new = {(e.library, e.name, e.part): e for e in (*self.entries, *entries)}
         return Stack(list(new.values()))
 
 

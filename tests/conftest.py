@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 
 from seqlora_core.calibration import Calibration, calibrate
@@ -33,6 +36,8 @@ def server(model, calibration, tmp_path_factory):
     for name in LIBRARIES:
         calibration.save(base / "models" / "loras" / "seqlora" / name / "calibration.safetensors", model.fingerprint())
     calibration.save(general_path(base / "models" / "loras" / "seqlora", model.fingerprint()), model.fingerprint())
+    (base / "custom_nodes").mkdir()
+    shutil.copy(Path(__file__).parent / "nodes" / "their_stacker.py", base / "custom_nodes")
     server = Server(*found, base)
     yield server
     server.stop()
