@@ -58,6 +58,18 @@ def trained(server):
     return outputs
 
 
+def test_a_concept_that_is_there_shows_its_curves(server, trained):
+    """Read back from its file: the picture of the run that trained it"""
+    look = {
+        "8": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}},
+        "9": {"class_type": "PreviewImage", "inputs": {"images": ["3", 2]}},
+    }
+    shown = pixels(server, server.run(train("base") | look), "9")
+    again = server.run(train("base", steps=31) | look)  # another input: the node runs again, and finds the concept
+    assert "octopus is in the library already" in again["8"]["text"][0]
+    assert shown.std() > 10 and np.array_equal(pixels(server, again, "9"), shown)
+
+
 def test_thirty_steps_write_a_whole_concept(server, trained):
     folder = server.base / "models" / "loras" / "seqlora" / "base"
     assert json.loads((folder / "library.json").read_text())["concepts"][0]["name"] == "octopus"
