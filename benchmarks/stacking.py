@@ -3,8 +3,8 @@
     python -m benchmarks.stacking
 
 Each LoRA then draws its own trigger (`lora_moments`), which is all that mode `data` learns of it: no references, no training.
-Rows that are done are kept: a stopped run goes on where it was; --again starts anew.  Nothing was chosen on these ten; the
-learning rate is the best of three on two others.
+LoRAs and rows that are done are kept: a stopped run goes on where it was; --again measures the rows asked for anew.  Nothing was
+chosen on these ten; the learning rate is the best of RATES on two others, whose losses stand in the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from seqlora_core.demo_model import SIZE, DemoModel
 from seqlora_core.evaluation import held_out_loss, mean, measure
 from seqlora_core.identity import Identity
 from seqlora_core.lora_moments import general_calibration, keep_moments, kept_moments, see_trigger
-from seqlora_core.ordinary import combined
+from seqlora_core.ordinary import Combine, combined
 from seqlora_core.statistics import Moments
 from seqlora_core.tables import markdown, meta
 
@@ -35,7 +35,9 @@ TUNING = ("alien", "crab", "parrot", "pumpkin", "squid", "ufo")
 TEN = ("octopus", "penguin", "fox", "ghost", "rocket", "monkey", "panda", "robot", "unicorn", "dragon")
 RATES = (3e-4, 1e-3, 3e-3)
 # row -> (adapters, moments, general moments) to one adapter
-ROWS = COMBINED | {
+ROWS: dict[str, Combine] = {
+    "base": lambda a, m, g: Adapter({}),
+    **COMBINED,
     "weights": lambda a, m, g: concatenate(project(a, "weights")),
     "closed_form": lambda a, m, g: concatenate(project(a, "data", 1.0, m, g)),
 }
@@ -46,7 +48,7 @@ class Loras:
 
     def __init__(self, model: DemoModel, cache: Path = CACHE):
         self.model, self.cache, self.base = model, cache, model.fingerprint()
-        self._rate: float | None = None
+        self._tried: dict[float, float] | None = None
 
     def path(self, name: str, rate: float) -> Path:
         path = self.cache / f"{rate:g}" / f"{name}.safetensors"
@@ -57,21 +59,19 @@ class Loras:
             print(f"{name}: {STEPS} steps at {rate:g} in {adapter.metadata['seconds']} s", flush=True)
         return path
 
+    def tried(self) -> dict[float, float]:
+        """Rate -> mean held-out loss alone of two tuning concepts"""
+        if self._tried is None:
+            seen = {n: load_subject(self.model, n).held_out for n in TUNING[:2]}
+            self._tried = {r: mean([held_out_loss(self.model, h, self._load(n, r)) for n, h in seen.items()]) for r in RATES}
+            print(f"learning rate {self.rate:g}, of {self._tried}", flush=True)
+        return self._tried
+
     @property
     def rate(self) -> float:
-        """Best of RATES by held-out loss alone of two tuning concepts; kept in the cache"""
-        kept = self.cache / "rate.json"
-        if self._rate is None and kept.exists():
-            self._rate = json.loads(kept.read_text(encoding="utf-8"))["rate"]
-        if self._rate is None:
-            losses = {
-                r: mean([held_out_loss(self.model, load_subject(self.model, n).held_out, self._load(n, r)) for n in TUNING[:2]])
-                for r in RATES
-            }
-            self._rate = min(losses, key=losses.get)
-            kept.write_text(json.dumps({"rate": self._rate, "losses": losses}), encoding="utf-8")
-            print(f"learning rate {self._rate:g}, of {losses}", flush=True)
-        return self._rate
+        """The best of RATES"""
+        tried = self.tried()
+        return min(tried, key=tried.get)
 
     def _load(self, name: str, rate: float) -> Adapter:
         return load_adapter(self.path(name, rate))
@@ -108,11 +108,12 @@ class Table:
         self._identity: tuple[Identity, dict] | None = None
 
     def row(self, name: str, combine) -> dict:
-        start = time.perf_counter()
+        start = time.process_time()
         combine(self.adapters, self.moments, self.general)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         stack = combined(combine, self.adapters, self.moments, self.general)
-        losses = measure(self.model, self.adapters, stack, self.held_outs, self.generic, self.pairs)
+        alone = [Adapter({})] * len(self.names) if name == "base" else self.adapters
+        losses = measure(self.model, alone, stack, self.held_outs, self.generic, self.pairs)
         result = evaluation.row(name, losses, self.base, self.best, self.base_generic) | {"seconds": seconds}
         return result | {"losses": dict(zip(self.names, losses.stack))}
 
@@ -130,18 +131,25 @@ class Table:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--again", action="store_true", help="measure rows that are in the file already")
+    parser.add_argument("--again", action="store_true", help="measure these rows although they are in the file")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "stacking.json")
     args = parser.parse_args(arguments)
     model = DemoModel()
     loras = Loras(model)
     table = Table(model, loras, TEN)
     about = meta("python -m benchmarks.stacking", model.device, [0]) | {"rate": loras.rate, "steps": STEPS}
-    about |= {"concepts": list(TEN), "base": dict(zip(TEN, table.base)), "alone": dict(zip(TEN, table.best))}
+    about |= {
+        "rates": {f"{r:g}": loss for r, loss in loras.tried().items()},
+        "concepts": list(TEN),
+        "base": dict(zip(TEN, table.base)),
+        "alone": dict(zip(TEN, table.best)),
+    }
     done = {}
-    if args.output.exists() and not args.again:
+    if args.output.exists():
         kept = json.loads(args.output.read_text(encoding="utf-8"))
         done = {r["row"]: r for r in kept["rows"]} if kept["meta"]["alone"] == about["alone"] else {}
+    if args.again:
+        done = {name: r for name, r in done.items() if name not in args.rows}
     for key, add in (("row", table.row), ("identity_stack", lambda name, combine: table.identity(combine))):
         for name in args.rows:
             if key not in done.get(name, {}):
@@ -156,7 +164,7 @@ def won_back(rows: list[dict]) -> list[dict]:
     lost = next((r for r in rows if r["row"] == "ordinary_sum"), None)
     if lost is None:
         return rows
-    return [r | {"won_back": (lost["stack"] - r["stack"]) / (lost["stack"] - r["alone"])} for r in rows]
+    return [r | {"won_back": (lost["stack"] - r["stack"]) / (lost["stack"] - lost["alone"])} for r in rows]
 
 
 if __name__ == "__main__":
