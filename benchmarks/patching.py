@@ -30,7 +30,7 @@ SD15 = {
     "transformer_depth_output": [1] * 9 + [0] * 3, "num_heads": 8, "context_dim": 768, "use_spatial_transformer": True,
     "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None, "use_temporal_attention": False,
 }  # fmt: skip
-COUNT, RANK, REPEATS = 101, 4, 2
+COUNT, RANK, REPEATS = 101, 4, 4
 
 
 def build_unet():
@@ -99,7 +99,9 @@ def peak_above(work: Callable) -> tuple[int, object]:
 
 def measure(every: int) -> dict:
     import comfy.sd
-    from seqlora_pack.nodes.comfy_patches import Part, Weights, fit, patch_model
+    from seqlora_pack.nodes.comfy_lora_files import fit
+    from seqlora_pack.nodes.comfy_patches import Part, patch_model
+    from seqlora_pack.nodes.comfy_weights import Weights
 
     unet = build_unet()
     weights = Weights(unet, None)

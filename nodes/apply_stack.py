@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..seqlora_core.composition import MODES, ORDERS, Wishes
-from .comfy_patches import Weights, patch_model
+from .comfy_patches import patch_model
+from .comfy_weights import Weights
 from .concept import LAYERS
 from .interference_report import report_of
 from .loading import compose_stack

@@ -13,7 +13,8 @@ from ..seqlora_core.lora_moments import general_calibration, keep_moments, kept_
 from ..seqlora_core.storage import stamp
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
-from .comfy_patches import Part, Weights, patch_model
+from .comfy_patches import Part, patch_model
+from .comfy_weights import Weights
 from .concept import STRENGTH
 from .folders import libraries_folder, lora_file
 from .library import parse_list

@@ -1,7 +1,7 @@
 """ComfyUI's models behind seqlora_core's Denoiser protocol.
 
 Nothing here names an architecture: what a family's model wants beside the noised latents is asked of ComfyUI, as its
-samplers do.  With `comfy_training` and `comfy_patches` the only file that touches ComfyUI's internals.
+samplers do.  Files called `comfy_*` alone touch ComfyUI's internals.
 """
 
 from __future__ import annotations

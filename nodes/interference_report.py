@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..seqlora_core.composition import MODES
 from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
-from .comfy_patches import Weights
+from .comfy_weights import Weights
 from .loading import Composed, compose_stack, load_members, names_of
 from .types import CATEGORY, StackType
 

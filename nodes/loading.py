@@ -20,7 +20,9 @@ from ..seqlora_core.statistics import Moments
 from ..seqlora_core.storage import Kept, stamp
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
-from .comfy_patches import Fitted, Part, Weights, fit, in_low_rank
+from .comfy_lora_files import Fitted, fit, in_low_rank
+from .comfy_patches import Part
+from .comfy_weights import Weights
 from .folders import libraries_folder, library_folder, lora_file
 from .types import TEXT, Entry, Stack
 
@@ -132,10 +134,6 @@ def _read_file(path: Path, weights: Weights | None) -> Fitted:
     return fit(*read_safetensors(path), weights, path.name) if weights else Fitted(load_adapter(path))
 
 
-def load_concepts(stack: Stack) -> list[Concept]:
-    return [m.concept for m in load_members(stack)]
-
-
 def compose_stack(
     stack: Stack, mode: str, amount: float, wishes: Wishes | None = None, weights: Weights | None = None,
     norm_control: bool = False, exact: bool = False,
@@ -151,28 +149,32 @@ def compose_stack(
     for member in members:
         if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
             member.fitted = in_low_rank(member.fitted, weights, exact)
-    adapters = [m.fitted.adapter for m in members]
     wishes = replace(wishes, protected=frozenset(i for i, m in enumerate(members) if m.entry.protected))
     states = tuple(
         (entry_file(m.entry), _changed(entry_file(m.entry), m.entry.base), m.entry.layers, m.entry.part) for m in members
     )
     key = (states, mode, amount, wishes, exact, weights and weights.signature)
-    projected = _projected.get(key, None, lambda: _project(members, adapters, mode, amount, wishes))
+    projected, kept = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
     share = len(members) ** -0.5 if norm_control else 1.0
     parts = [
         Part(m.concept.name, m.entry.strength * share, a, m.fitted.patches, m.entry.start, m.entry.end)
         for m, a in zip(members, projected)
     ]
-    return Composed(members, parts, [energy_kept(a, p) for a, p in zip(adapters, projected)])
+    return Composed(members, parts, kept)
 
 
-def _project(members: list[Member], adapters: list[Adapter], mode: str, amount: float, wishes: Wishes) -> list[Adapter]:
+def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, exact: bool) -> tuple[list[Adapter], list[float]]:
+    """The adapters as they go into the stack, and the energy that this leaves each, as shares"""
+    adapters = [m.fitted.adapter for m in members]
+    if exact or mode != "sum" or wishes.cap:
+        adapters = [a.to(torch.float32) for a in adapters]
     moments = [m.concept.moments for m in members]
     silent = [m.concept.name for m in members if m.concept.moments is None]
     if mode == "data" and silent:
         raise UserError(f"mode 'data' needs to know what {silent[0]!r} sees: put a Calibrate node before, or use 'weights'")
     general = general_moments([m.entry for m in members]) if mode == "data" else None
-    return project(adapters, mode, amount, None if silent else moments, general, wishes=wishes)
+    projected = project(adapters, mode, amount, None if silent else moments, general, wishes=wishes)
+    return projected, [energy_kept(a, p) for a, p in zip(adapters, projected)]
 
 
 def general_moments(entries: list[Entry]) -> Moments | None:

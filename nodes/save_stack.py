@@ -11,7 +11,8 @@ from ..seqlora_core.errors import UserError
 from ..seqlora_core.low_rank import truncated
 from ..seqlora_core.names import safe_name
 from .apply_stack import cap_input, projection_inputs
-from .comfy_patches import Weights, full_differences
+from .comfy_patches import full_differences
+from .comfy_weights import Weights
 from .loading import compose_stack
 from .types import CATEGORY, StackType, advanced
 

@@ -8,6 +8,7 @@ trainers write is read under the names of `spelling.canonical`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from .spelling import Factors, canonical, factors, other_kind, plain
 from .tensor_file import read_safetensors, write_safetensors
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+HALVES = (torch.float16, torch.bfloat16)
 LARGEST_SCALE = 1000  # alpha over rank that is still believed
 
 
@@ -42,6 +44,12 @@ class LayerDelta:
     def dense(self) -> Tensor:
         """[out, in]"""
         return self.up @ self.down
+
+    def float(self) -> LayerDelta:
+        """With factors of half precision in float32"""
+        if self.down.dtype not in HALVES and self.up.dtype not in HALVES:
+            return self
+        return replace(self, down=self.down.float(), up=self.up.float())
 
     def energy(self) -> Tensor:
         """Squared Frobenius norm of the change, from r x r products only."""
@@ -72,10 +80,13 @@ def concatenate(adapters: list[Adapter]) -> Adapter:
     names = dict.fromkeys(name for a in adapters for name in a.layers)
     layers = {}
     for name in names:
-        parts = [a.layers[name] for a in adapters if name in a.layers]
-        down, up = torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1)
-        layers[name] = LayerDelta(down, up, parts[0].kernel)
+        layers[name] = joined([a.layers[name] for a in adapters if name in a.layers])
     return Adapter(layers)
+
+
+def joined(parts: list[LayerDelta]) -> LayerDelta:
+    """The sum of several changes of one weight as one of summed rank"""
+    return LayerDelta(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1), parts[0].kernel)
 
 
 def renamed(adapter: Adapter, names: Iterable[str]) -> Adapter:
@@ -132,10 +143,15 @@ def load_adapter(path: Path) -> Adapter:
     return Adapter(layers, metadata)
 
 
-def layer_delta(layer: Factors, source: str) -> LayerDelta:
-    """A layer's factors in float32 and two dimensions; the middle of a Tucker LoCon goes into lora_down."""
+def layer_delta(layer: Factors, source: str, halves: bool = False) -> LayerDelta:
+    """A layer's factors in float32 and two dimensions; the middle of a Tucker LoCon goes into lora_down.
+
+    halves: factors of half precision stay so, if nothing has to be folded into them.
+    """
     _check_numbers(layer, source)
-    down, up = layer.down.float(), layer.up.float()
+    scale = 1.0 if layer.alpha is None else layer.alpha / max(layer.down.shape[0], 1)
+    halves = halves and scale == 1 and layer.mid is None and {layer.down.dtype, layer.up.dtype} <= set(HALVES)
+    down, up = (layer.down, layer.up) if halves else (layer.down.float(), layer.up.float())
     fits = down.ndim in (2, 4) and up.ndim in (2, 4) and down.shape[0] == up.shape[1] and up.shape[2:].numel() == 1
     if layer.mid is not None:
         fits = fits and layer.mid.ndim == 4 and layer.mid.shape[:2] == (len(down), len(down)) and down.shape[2:].numel() == 1
@@ -145,17 +161,22 @@ def layer_delta(layer: Factors, source: str) -> LayerDelta:
             f"{source} has lora_down {list(layer.down.shape)} and lora_up {list(layer.up.shape)}, which do not multiply; "
             f"{'both are transposed, write them as [rank, in] and [out, rank]' if turned else 'the file is damaged, get it again'}"
         )
-    if not (down.isfinite().all() and up.isfinite().all()):
-        raise UserError(f"{source} holds values that are not finite; the file is damaged, get it again")
     if layer.mid is not None:
         down = torch.einsum("r q h w, q i -> r i h w", layer.mid.float(), down.flatten(1))
-    scale = 1.0 if layer.alpha is None else layer.alpha / layer.down.shape[0]
-    delta = LayerDelta(down.flatten(1), up.flatten(1) * scale, tuple(down.shape[2:]))
-    if not delta.energy().isfinite():
+    delta = LayerDelta(down.flatten(1), up.flatten(1) if scale == 1 else up.flatten(1) * scale, tuple(down.shape[2:]))
+    # the factors' lengths, nan or infinite if any value is, bound the root of the energy
+    bound = _length(delta.down) * _length(delta.up)
+    if not bound < 1e18 and not math.isfinite(delta.float().energy()):
+        if not all(part.float().isfinite().all() for part in (layer.down, layer.up, layer.mid) if part is not None):
+            raise UserError(f"{source} holds values that are not finite; the file is damaged, get it again")
         raise UserError(
             f"{source} holds values so large that lora_up @ lora_down is not finite; the file is damaged, get it again"
         )
     return delta
+
+
+def _length(part: Tensor) -> float:
+    return float(torch.linalg.vector_norm(part, dtype=torch.float32))
 
 
 def _check_numbers(layer: Factors, source: str) -> None:

@@ -185,6 +185,8 @@ def norm_controlled(adapters: list[Adapter]) -> list[Adapter]:
 
 def energy_kept(before: Adapter, after: Adapter) -> float:
     """Energy (squared Frobenius norm of the change, over all layers) that a projection leaves, as a share."""
+    if before is after:
+        return 1.0
     total = float(sum(d.energy() for d in before.layers.values()))
     return float(sum(d.energy() for d in after.layers.values())) / total if total else 1.0
 

@@ -153,7 +153,7 @@ class _Sums:
         self.weights = torch.zeros(len(stack), dtype=torch.float64)
         self.moved = torch.zeros(len(stack), dtype=torch.float64)
         for name in self.layers:
-            deltas, own = [a.layers.get(name) for a in stack], [a.layers.get(name) for a in plain]
+            deltas, own = ([a.layers[name].float() if name in a.layers else None for a in s] for s in (stack, plain))
             self.alike.append(overlaps(deltas))
             self.weights += torch.tensor([0.0 if d is None else float(d.energy()) for d in deltas], dtype=torch.float64)
             if moments is not None:

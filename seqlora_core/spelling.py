@@ -22,6 +22,7 @@ PAIRS = (
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     (".lora_A", ".lora_B"),
 )
+_ENDINGS = tuple(ending for pair in PAIRS for ending in pair)
 # part of a key -> what kind of file it gives away
 _OTHER_KINDS = {
     "hada_w": "a LoHa", "lokr_w": "a LoKr", "oft_blocks": "an OFT or BOFT", "oft_R": "an OFT", "dora_scale": "a DoRA",
@@ -43,9 +44,8 @@ def factors(tensors: dict[str, Tensor], source: str) -> dict[str, Factors]:
     """Stem -> factors of every plain low-rank layer.  source: the file's name, for messages."""
     found, half = {}, {}
     for key, tensor in tensors.items():
-        ending = next(((p, i) for p in PAIRS for i in (0, 1) if key.endswith(p[i])), None)
-        if ending:
-            pair, side = ending
+        if key.endswith(_ENDINGS):
+            pair, side = next((p, i) for p in PAIRS for i in (0, 1) if key.endswith(p[i]))
             half.setdefault((key.removesuffix(pair[side]), pair), {})[side] = tensor
     for (stem, pair), sides in half.items():
         if len(sides) < 2:
@@ -54,17 +54,21 @@ def factors(tensors: dict[str, Tensor], source: str) -> dict[str, Factors]:
                 f"{source}: {stem} has {here.strip('._')} but no {absent.strip('._')}; the file is incomplete, get it again"
             )
         alpha = tensors.get(f"{stem}.alpha")
-        if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
-            raise UserError(f"{source}: {stem} has an alpha of shape {list(alpha.shape)}, not one number; get the file again")
-        found[stem] = Factors(
-            sides[0], sides[1], tensors.get(f"{stem}.lora_mid.weight"), None if alpha is None else float(alpha)
-        )
+        alpha = None if alpha is None else alpha_of(alpha, f"{source}: {stem}")
+        found[stem] = Factors(sides[0], sides[1], tensors.get(f"{stem}.lora_mid.weight"), alpha)
     return found
+
+
+def alpha_of(alpha: Tensor, source: str) -> float:
+    if alpha.numel() != 1 or alpha.is_complex():
+        raise UserError(f"{source} has an alpha of shape {list(alpha.shape)}, not one number; get the file again")
+    return float(alpha)
 
 
 def other_kind(tensors: dict[str, Tensor]) -> str | None:
     """What a file is, in words, if some of it is not plain low-rank"""
-    return next((kind for part, kind in _OTHER_KINDS.items() if any(re.search(part, key) for key in tensors)), None)
+    keys = "\n".join(tensors)
+    return next((kind for part, kind in _OTHER_KINDS.items() if re.search(part, keys, re.MULTILINE)), None)
 
 
 def canonical(stem: str, two_encoders: bool = False) -> str:

@@ -140,6 +140,20 @@ def test_each_broken_adapter_gets_its_sentence(tmp_path, change, message):
     assert "\n" not in str(told.value) and "x.safetensors" in str(told.value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part, shape", [("lora_down", (2, 8, 1, 1)), ("lora_up", (6, 2, 1, 1)), ("lora_mid", (2, 2, 3, 3))])
+def test_one_value_that_is_not_finite_is_found_wherever_it_stands(tmp_path, value, part, shape):
+    """Also where what it is multiplied with is zero"""
+    path = tmp_path / "x.safetensors"
+    for place in range(math.prod(shape)):
+        tensors = {"l.lora_down.weight": torch.zeros(2, 8, 1, 1), "l.lora_up.weight": torch.zeros(6, 2, 1, 1)}
+        tensors |= {"l.lora_mid.weight": torch.zeros(2, 2, 3, 3)}
+        tensors[f"l.{part}.weight"].view(-1)[place] = value
+        write_safetensors(path, tensors, {})
+        with pytest.raises(UserError, match="values that are not finite"):
+            load_adapter(path)
+
+
 def spiked(times):
     generator = torch.Generator().manual_seed(1)
     layers = {

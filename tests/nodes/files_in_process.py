@@ -20,7 +20,9 @@ import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from seqlora_pack.nodes.comfy_denoiser import load_demo_model  # noqa: E402
-from seqlora_pack.nodes.comfy_patches import Part, Weights, fit, in_low_rank, patch_model  # noqa: E402
+from seqlora_pack.nodes.comfy_lora_files import fit, in_low_rank  # noqa: E402
+from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
+from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import read_safetensors  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.errors import UserError  # noqa: E402
@@ -73,6 +75,7 @@ def compare(path, model, clip, stock_tensors=None):
     states = [p.model.state_dict() for p in ([model] if clip is None else [model, clip.patcher])]
     before = {k: v.clone() for s in states for k, v in s.items()}
     fitted, weights = read(path, model, clip)
+    again = fit(*read_safetensors(path), weights, path.name)  # by what the first reading found out, if it was plain
     ours = patch_model(model, clip, [Part(path.name, 0.75, fitted.adapter, fitted.patches)], weights)
     tensors = stock_tensors or comfy.utils.load_torch_file(str(path), safe_load=True)
     stock = comfy.sd.load_lora_for_models(model, clip, tensors, 0.75, 0.75)
@@ -80,6 +83,9 @@ def compare(path, model, clip, stock_tensors=None):
     return {
         **difference(own, theirs, before.get), "plain": len(fitted.adapter.layers), "patches": len(fitted.patches),
         "patches_left": len(in_low_rank(fitted, weights).patches), "unknown": len(fitted.unknown),
+        "read_again": again.adapter.layers.keys() == fitted.adapter.layers.keys()
+        and all(torch.equal(d.dense(), fitted.adapter.layers[n].dense()) for n, d in again.adapter.layers.items())
+        and again.patches.keys() == fitted.patches.keys(),
         "restored": all(torch.equal(v, before[k]) for s in states for k, v in s.items()),
     }  # fmt: skip
 
@@ -126,7 +132,9 @@ with torch.inference_mode():
             stock = {k.replace("base_model.model", "text_encoder"): v
                      for k, v in comfy.utils.load_torch_file(str(path), safe_load=True).items()}  # fmt: skip
         found[path.stem] = compare(path, model, clip, stock)
-    errors = {}
+    errors, after_good = {}, {}
+    warm = Weights(unet, None)
+    fit(*read_safetensors(folder / "good" / "kohya.safetensors"), warm, "kohya")
     state = {k: v.clone() for k, v in unet.model.state_dict().items()}
     for path in sorted((folder / "broken").glob("*.safetensors")):
         try:
@@ -135,6 +143,11 @@ with torch.inference_mode():
             errors[path.stem] = None
         except UserError as error:
             errors[path.stem] = str(error)
-    found["errors"] = errors
+        try:
+            fit(*read_safetensors(path), warm, path.name)
+            after_good[path.stem] = None
+        except UserError as error:
+            after_good[path.stem] = str(error)
+    found["errors"], found["errors_after_good"] = errors, after_good
     found["untouched"] = not unet.patches and all(torch.equal(v, state[k]) for k, v in unet.model.state_dict().items())
 output.write_text(json.dumps(found))

@@ -18,7 +18,8 @@ import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, load_demo_model  # noqa: E402
-from seqlora_pack.nodes.comfy_patches import Part, Weights, patch_model  # noqa: E402
+from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
+from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.library import Library  # noqa: E402
 

@@ -56,7 +56,7 @@ def test_our_sum_is_what_the_stock_loader_makes(found, name):
     """Equal to rounding in float32, every weight, all of which the file really changes; and the model is as it was."""
     one = found[name]
     assert one["same_weights"] and one["weights"] >= 1 and one["unknown"] == 0 and one["restored"]
-    assert one["difference"] < 1e-6 and one["change"] > 2e-5
+    assert one["difference"] < 1e-6 and one["change"] > 2e-5 and one["read_again"]
 
 
 def test_what_is_plain_and_what_becomes_low_rank(found):
@@ -87,6 +87,10 @@ def test_broken_files_get_one_sentence(found, name):
 
     said = found["errors"][name]
     assert said and re.search(WORDS[name], said) and f"{name}.safetensors" in said and "\n" not in said
+
+
+def test_a_broken_file_is_found_after_a_good_one_of_the_same_keys(found):
+    assert found["errors_after_good"] == found["errors"]
 
 
 def test_broken_files_leave_the_model_untouched(found):

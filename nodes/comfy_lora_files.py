@@ -1,0 +1,222 @@
+"""LoRA files of any trainer and kind on a ComfyUI model, through its own key maps and weight adapters.
+
+What a key means, ComfyUI says (`comfy.lora`), once for all files of the same keys; a plain low-rank change becomes an `Adapter`
+layer under the weight's one name, and whatever else stays the patch that ComfyUI made of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import comfy.lora
+import comfy.lora_convert
+import torch
+from comfy.weight_adapter import BOFTAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
+from torch import Tensor
+
+from ..seqlora_core.adapter import Adapter, LayerDelta, joined, layer_delta
+from ..seqlora_core.errors import UserError
+from ..seqlora_core.low_rank import factorised
+from ..seqlora_core.spelling import Factors, alpha_of, factors, other_kind
+from .comfy_weights import Target, Weights, parts
+
+TEXT_LAYERS = ("lora_te", "text_encoders.")  # how names of a text encoder's layers begin
+
+
+@dataclass
+class Fitted:
+    """A LoRA on one model: what is plain low-rank, by layer name (in the file's own precision), and ComfyUI's own patches for the rest, by target."""
+
+    adapter: Adapter
+    patches: dict[Target, object] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)  # keys of the file that have no place in this model
+
+    @property
+    def acts(self) -> bool:
+        return bool(self.adapter.layers or self.patches)
+
+    def only(self, text: bool) -> Fitted:
+        """What it does to the text encoder, or to all else"""
+        layers = {n: d for n, d in self.adapter.layers.items() if n.startswith(TEXT_LAYERS) == text}
+        patches = {t: p for t, p in self.patches.items() if parts(t)[0].startswith("diffusion_model.") != text}
+        return Fitted(Adapter(layers, self.adapter.metadata), patches, self.unknown)
+
+    def names(self, weights: Weights) -> list[str]:
+        """Layers that it changes, in whatever way"""
+        changed = (weights.name_of.get(parts(target)[0]) for target in self.patches)
+        return list(dict.fromkeys([*self.adapter.layers, *filter(None, changed)]))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one plain low-rank change of a file goes, and the file's keys of its parts.
+
+    rows: as ComfyUI has them, (0, start, length) of a fused weight; None of all of it.
+    """
+
+    name: str
+    key: str
+    rows: tuple | None
+    down: str
+    up: str
+    mid: str | None
+    alpha: str | None
+
+
+def fit(tensors: dict[str, Tensor], metadata: dict[str, str], weights: Weights, source: str) -> Fitted:
+    """What a file of any trainer and kind does to these weights.  source: its name, for messages."""
+    places = weights.places.get(tuple(tensors))
+    if places is None:
+        return _fit_by_comfyui(tensors, metadata, weights, source)
+    return Fitted(Adapter(_layers(places, tensors, weights, source), metadata))
+
+
+def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weights: Weights, source: str) -> Fitted:
+    factors(tensors, source)  # tells of a missing half, which ComfyUI would leave out
+    # of plain LoRAs `layer_delta` looks at every number
+    for key, tensor in tensors.items() if other_kind(tensors) else ():
+        if not tensor.float().isfinite().all():
+            raise UserError(f"{source}: {key} holds values that are not finite; the file is damaged, get it again")
+    keys, tensors = tuple(tensors), comfy.lora_convert.convert_lora(tensors)
+    stems = {key: _stem(key, weights.targets) for key in tensors}
+    used = {stem: weights.targets[stem] for stem in stems.values() if stem}
+    unknown = [key for key, stem in stems.items() if not stem]
+    if not used:
+        first = next(iter(tensors), "nothing at all")
+        raise UserError(
+            f"{source} does not fit this model: none of its {len(tensors)} tensors has a place in it, first {first}; load "
+            "the model it was trained on"
+        )
+    try:
+        loaded = comfy.lora.load_lora(tensors, used, log_missing=False)
+    except (KeyError, IndexError, RuntimeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source} is incomplete or damaged ({error}); get it again") from error
+    fitted = Fitted(Adapter({}, metadata), unknown=unknown)
+    places, key_of, stem_of = [], {id(t): k for k, t in tensors.items()}, {t: s for s, t in used.items()}
+    for target, patch in loaded.items():
+        key, rows, layout = parts(target)
+        name = weights.name_of.get(key)
+        _check_shape(patch, _rows_shape(weights.shapes.get(key, ()), rows), f"{source}: {name or key}")
+        plain = isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None and layout is None
+        if not plain or name is None or (rows and rows[0] != 0):
+            fitted.patches[target] = patch
+            continue
+        up, down, alpha, mid = patch.weights[:4]
+        names = [None if part is None else key_of[id(part)] for part in (down, up, mid)]
+        places.append(Place(name, key, rows, *names, None if alpha is None else f"{stem_of[target]}.alpha"))
+    fitted.adapter.layers = _layers(places, tensors, weights, source)
+    if not (fitted.patches or unknown) and keys == tuple(tensors):
+        weights.places[keys] = places
+    return fitted
+
+
+def _layers(places: list[Place], tensors: dict[str, Tensor], weights: Weights, source: str) -> dict[str, LayerDelta]:
+    """The changes of whole weights; those of slices, such as q of qkv, side by side in their rows"""
+    found: dict[str, list[LayerDelta]] = {}
+    for place in places:
+        shape, where = weights.shapes[place.key], f"{source}: {place.name}"
+        mid = None if place.mid is None else tensors[place.mid]
+        alpha = None if place.alpha is None else alpha_of(tensors[place.alpha], where)
+        delta = layer_delta(Factors(tensors[place.down], tensors[place.up], mid, alpha), where, halves=True)
+        delta.kernel = shape[2:]
+        _check_size((delta.up.shape[0], delta.down.shape[1]), _rows_shape(shape, place.rows), where)
+        if place.rows:
+            whole = delta.up.new_zeros(shape[0], delta.rank)
+            whole[place.rows[1] : place.rows[1] + place.rows[2]] = delta.up
+            delta.up = whole
+        found.setdefault(place.name, []).append(delta)
+    return {name: d[0] if len(d) == 1 else joined(d) for name, d in found.items()}
+
+
+def _stem(key: str, names: dict) -> str | None:
+    """The layer's name at the start of a file's key"""
+    stem = key
+    while stem:
+        for candidate in (stem, stem.removesuffix("_lora")):
+            if candidate in names:
+                return candidate
+        stem = stem.rpartition(".")[0]
+    return None
+
+
+def _rows_shape(shape: tuple[int, ...], rows) -> tuple[int, ...]:
+    return tuple(rows[2] if rows and i == rows[0] else n for i, n in enumerate(shape))
+
+
+def _check_shape(patch, shape: tuple[int, ...], source: str) -> None:
+    found = _shape_of(patch, shape)
+    if found is not None:
+        _check_size(found, shape, source)
+
+
+def _check_size(found: tuple[int, int], shape: tuple[int, ...], source: str) -> None:
+    """UserError if a change of so many rows and columns is none of a weight of this shape"""
+    if found != (shape[0], math.prod(shape[1:])):
+        raise UserError(
+            f"{source} is for a weight of {list(found)}, this model's is {list(shape)}: the file was trained on another kind "
+            "of model, load that one"
+        )
+
+
+def _shape_of(patch, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of the weight that a patch was made for; None if it does not say"""
+    if isinstance(patch, LoRAAdapter):
+        up, down, _, mid, _, reshape = patch.weights[:6]
+        if reshape is not None:
+            return None
+        if mid is not None:
+            return up.shape[0], down.shape[1] * mid.shape[2:].numel()
+        return up.shape[0], down.shape[1:].numel()
+    if isinstance(patch, LoHaAdapter):
+        a, b, _, _, _, core = patch.weights[:6]
+        return (a.shape[0], b.shape[1:].numel()) if core is None else (a.shape[1], b.shape[1] * core.shape[2:].numel())
+    if isinstance(patch, LoKrAdapter):
+        w1, w2, _, w1_a, w1_b, w2_a, w2_b, core = patch.weights[:8]
+        first = tuple(w1.shape) if w1 is not None else (w1_a.shape[0], w1_b.shape[1])
+        if w2 is not None:
+            second = (w2.shape[0], w2.shape[1:].numel())
+        elif core is None:
+            second = (w2_a.shape[0], w2_b.shape[1:].numel())
+        else:
+            second = (w2_a.shape[1], w2_b.shape[1] * core.shape[2:].numel())
+        return first[0] * second[0], first[1] * second[1]
+    if isinstance(patch, (OFTAdapter, BOFTAdapter)):
+        blocks = patch.weights[0]
+        return blocks.shape[-3] * blocks.shape[-1], int(torch.Size(shape[1:]).numel())
+    if isinstance(patch, tuple) and isinstance(patch[-1], tuple):
+        change = patch[-1][0]
+        return (change.shape[0], change.shape[1:].numel()) if change.ndim else (1, 1)
+    return None
+
+
+def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False) -> Fitted:
+    """The LoRA with those of its patches that are nearly low-rank as layers of the adapter; the others stay patches.
+
+    Done weight by weight in float64: what ComfyUI makes of the weight, less the weight.  exact: every matrix becomes
+    factors, of full rank if need be.
+    """
+    layers, left, changes = dict(fitted.adapter.layers), {}, {}
+    for target, patch in fitted.patches.items():
+        key, rows, layout = parts(target)
+        shape = weights.shapes[key]
+        if key not in weights.name_of or len(shape) < 2:
+            left[target] = patch
+            continue
+        before = weights.original(key)
+        after = comfy.lora.calculate_weight([(1.0, patch, 1.0, rows, layout)], before.clone(), key)
+        if after.shape != before.shape:
+            left[target] = patch
+            continue
+        changes.setdefault(key, []).append((target, patch, after - before))
+    for key, made in changes.items():
+        name = weights.name_of[key]
+        total = sum(change for *_, change in made)
+        delta = factorised(total, *((1e-12, True) if exact else ()))
+        if delta is None:
+            left |= {target: patch for target, patch, _ in made}
+        elif name in layers:
+            layers[name] = joined([layers[name], delta])
+        else:
+            layers[name] = delta
+    return Fitted(Adapter(layers, fitted.adapter.metadata), left, fitted.unknown)

@@ -1,0 +1,75 @@
+"""The weights of a ComfyUI model, and every name that LoRA files call them by (`comfy.lora`)."""
+
+from __future__ import annotations
+
+import comfy.lora
+import comfy.utils
+import torch
+from torch import Tensor
+
+from .comfy_denoiser import file_names
+
+# a weight's key, or with it the rows that are meant and how a change is laid out in them
+Target = str | tuple
+
+
+class Weights:
+    """The weights of a model and its text encoder: their shapes, and every name that files call them by."""
+
+    def __init__(self, model, clip):
+        self.model, self.clip = model, clip
+        self.targets: dict[str, Target] = _more_names(model.model, comfy.lora.model_lora_keys_unet(model.model, {}))
+        self.shapes = _shapes(model.model)
+        if clip is not None:
+            self.targets = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, self.targets)
+            self.shapes |= _shapes(clip.cond_stage_model)
+            first = {n.removeprefix("text_encoder."): t for n, t in self.targets.items() if n.startswith("text_encoder.")}
+            self.targets = {f"base_model.model.{n}": t for n, t in first.items()} | self.targets  # as PEFT writes it
+        names = {f"diffusion_model.{path}.weight": name for path, name in file_names(model.model).items()}
+        for name, target in self.targets.items():
+            if isinstance(target, str) and name.startswith("lora_te"):
+                names.setdefault(target, name)
+        for key in self.shapes:
+            if key.endswith(".weight"):
+                stem = key.removesuffix(".weight")
+                names.setdefault(key, stem if key.startswith("diffusion_model.") else f"text_encoders.{stem}")
+        self.name_of = names
+        self.key_of = {name: key for key, name in names.items()}
+        # what the files read so far are, by their keys: files of the same keys are read alike
+        self.places: dict[tuple[str, ...], list] = {}
+        # equal for models of one kind: a LoRA that was fitted to one of them fits the others
+        self.signature = hash(tuple(self.shapes.items()))
+
+    def key(self, name: str) -> str | None:
+        """The weight that a layer's name means"""
+        target = self.key_of.get(name, self.targets.get(name))
+        return target if isinstance(target, str) else None
+
+    def original(self, key: str) -> Tensor:
+        """The unpatched weight, in float64"""
+        patcher = self.model if key in self.model.model_state_dict() else self.clip.patcher
+        weight, convert = patcher.get_key_patches(key)[key][0]
+        return convert(weight.to(torch.float32, copy=True), inplace=True).double()
+
+
+def _more_names(base, targets: dict[str, Target]) -> dict[str, Target]:
+    """ComfyUI's names, and those that it leaves out: attention layers of a U-Net as diffusers and PEFT write them today, and
+    PEFT's prefix on any dotted name"""
+    more = {}
+    for name, key in comfy.utils.unet_to_diffusers(base.model_config.unet_config).items():
+        if name.endswith(".weight"):
+            stem = name.removesuffix(".weight")
+            more |= {stem: f"diffusion_model.{key}", f"unet.{stem}": f"diffusion_model.{key}"}
+    dotted = {n.removeprefix("transformer.").removeprefix("unet."): t for n, t in (targets | more).items() if "." in n}
+    return {f"base_model.model.{n}": t for n, t in dotted.items()} | more | targets
+
+
+def _shapes(module) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in module.state_dict().items()}
+
+
+def parts(target: Target):
+    """Key, rows (dimension, start, length) or None, layout function or None"""
+    if isinstance(target, str):
+        return target, None, None
+    return target[0], target[1], target[2] if len(target) > 2 else None
