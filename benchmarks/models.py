@@ -2,7 +2,8 @@
 
     python -m benchmarks.models ~/comfy/ComfyUI/.venv/bin/python ~/comfy/ComfyUI [PYTHON CHECKOUT ...]
 
-ComfyUI's model classes run in ComfyUI's own python (comfy_models.py), diffusers' in this one (diffusers_models.py).
+ComfyUI's model classes run in ComfyUI's own python (comfy_models.py).  Without arguments only what full-size models' metrics
+take is worked out anew.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from seqlora_core.sketch import MOST
+from seqlora_core.statistics import SKETCH_FROM
 from seqlora_core.tables import meta
 
 ROOT = Path(__file__).resolve().parent.parent
-# transformer blocks of the UNets: (width, how many), and the width of their text
-UNETS = {"SD1.5": ([(320, 5), (640, 5), (1280, 6)], 768), "SDXL": ([(640, 10), (1280, 60)], 2048)}
+# adapted layers of full-size models: (width of the input, layers, different inputs)
+ADAPTED = {
+    "SD1.5": [(320, 30, 20), (640, 30, 20), (1280, 36, 24), (768, 32, 1)],
+    "SDXL": [(640, 60, 40), (1280, 360, 240), (2048, 140, 1)],
+    "Flux.1": [(3072, 76, 76), (3072, 38, 38), (15360, 38, 38)],
+}
 RESULTS = ROOT / "docs" / "results" / "models.json"
 
 
@@ -30,9 +37,11 @@ def run(python: str, script: str, *arguments: str) -> tuple[str, list[dict]]:
     return found["meta"]["host"], found["rows"]
 
 
-def metric_bytes(blocks: list[tuple[int, int]], text: int) -> int:
-    """Of a fit's two dense float32 matrices a layer; six attention projections a block read its width, two the text"""
-    return sum(2 * 4 * count * (6 * width**2 + 2 * text**2) for width, count in blocks)
+def metric_bytes(adapted: list[tuple[int, int, int]]) -> int:
+    """Of a fit's metric and of what others see, in float32: two matrices a layer, of wide inputs two sketches an input"""
+    return sum(
+        2 * 4 * (layers * width**2 if width < SKETCH_FROM else inputs * MOST * width) for width, layers, inputs in adapted
+    )
 
 
 def main() -> None:
@@ -43,7 +52,9 @@ def main() -> None:
     for python, checkout in zip(args.comfyui[::2], args.comfyui[1::2]):
         host, found = run(python, "comfy_models.py", checkout)
         rows += [{"host": host, **row} for row in found]
-    sizes = {name: metric_bytes(*unet) for name, unet in UNETS.items()}
+    if not args.comfyui:
+        rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    sizes = {name: metric_bytes(adapted) for name, adapted in ADAPTED.items()}
     about = meta("python -m benchmarks.models", "cpu", [0])
     RESULTS.write_text(json.dumps({"meta": about, "metric_bytes": sizes, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

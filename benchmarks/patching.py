@@ -24,24 +24,7 @@ import torch  # noqa: E402
 from benchmarks.comfy_process import start  # noqa: E402
 from seqlora_core.tables import meta  # noqa: E402
 
-SD15 = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
-    "transformer_depth_output": [1] * 9 + [0] * 3, "num_heads": 8, "context_dim": 768, "use_spatial_transformer": True,
-    "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None, "use_temporal_attention": False,
-}  # fmt: skip
 COUNT, RANK, REPEATS = 101, 4, 4
-
-
-def build_unet():
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    model = comfy.supported_models.SD15({**SD15, "dtype": torch.float16}).get_model({}, "", "cpu")
-    torch.manual_seed(0)
-    for tensor in model.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape) * 0.02)
-    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
 def build_loras(weights, every: int) -> list[dict[str, torch.Tensor]]:
@@ -103,7 +86,9 @@ def measure(every: int) -> dict:
     from seqlora_pack.nodes.comfy_patches import Part, patch_model
     from seqlora_pack.nodes.comfy_weights import Weights
 
-    unet = build_unet()
+    from benchmarks import comfy_sd15
+
+    unet = comfy_sd15.build(torch.float16)
     weights = Weights(unet, None)
     loras = build_loras(weights, every)
     layers = len([k for k in loras[0] if k.endswith("lora_up.weight")])

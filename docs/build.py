@@ -181,7 +181,7 @@ def models_table() -> str:
 
 def metric_table() -> str:
     sizes = load("models")["metric_bytes"]
-    return values([f"| {name} | {size / 1e9:.1f} |" for name, size in sizes.items()], "| model | GB |")
+    return values([f"| {name} | {size / 1e9:.2f} |" for name, size in sizes.items()], "| model | GB |")
 
 
 TABLES = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 
 import comfy.model_management as management
+import torch
 from torch import Tensor, nn
 
 
@@ -30,7 +31,7 @@ class Trainable:
         ]
 
     def prepare(self) -> None:
-        """Equal clones in the place of inference tensors; rotary embeddings in plain torch."""
+        """Ordinary tensors in the place of inference tensors; rotary embeddings in plain torch."""
         self.ready = True
         if hasattr(management, "in_training"):
             management.in_training = True
@@ -42,11 +43,11 @@ class Trainable:
                     if value is None or not (value.is_inference() or value.requires_grad):
                         continue
                     self._swapped.append((kind, key, value))
-                    clone = value.detach().clone()
-                    kind[key] = nn.Parameter(clone, requires_grad=False) if kind is module._parameters else clone
+                    same = _ordinary(value)
+                    kind[key] = nn.Parameter(same, requires_grad=False) if kind is module._parameters else same
 
     def restore(self) -> None:
-        """Clones left in place would break later LoRA loads on quantised models."""
+        """What were left in place would break later LoRA loads on quantised models."""
         self.ready = False
         for kind, key, value in self._swapped:
             kind[key] = value
@@ -60,6 +61,14 @@ class Trainable:
         self.restore()
         for hook in self._hooks:
             hook.remove()
+
+
+def _ordinary(value: Tensor) -> Tensor:
+    """The same numbers in the same memory as a tensor that a backward pass may save; a clone of what has no plain memory"""
+    value = value.detach()
+    if type(value) is not Tensor or value.ndim == 0 or not value.is_contiguous():
+        return value.clone()
+    return torch.from_dlpack(value.view(torch.uint8)).view(value.dtype)
 
 
 def _plain_rotary_embeddings() -> list[tuple[object, str, object]]:

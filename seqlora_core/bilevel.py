@@ -22,6 +22,7 @@ from .adapter import Adapter, LayerDelta
 from .interference import whitened_energy
 from .linalg import retract, tangent
 from .optimisers import make_optimiser
+from .sketch import Operator
 
 
 @dataclass
@@ -30,20 +31,21 @@ class Group:
 
     up [n, out, r]; basis [n, d, r]; white [n, d, d]; moment [n, d, d] is what the energy is measured on, in
     whitened coordinates; scale [n] divides each layer's energy by that of the layer's own output;
-    occupied [n, d, k] or None.
+    occupied [n, d, k] or None.  Of wide layers white and moment are operators, moment in plain coordinates; one serves
+    several layers in a row that read the same input.
     """
 
     names: list[str]
     up: Tensor
     basis: Tensor
-    white: Tensor
-    moment: Tensor
+    white: Tensor | Operator
+    moment: Tensor | Operator
     scale: Tensor
     occupied: Tensor | None
 
     def down(self) -> Tensor:
         """lora_down of each layer, [n, r, d]"""
-        return self.basis.mT @ self.white
+        return (self.white @ self.basis).mT if isinstance(self.white, Operator) else self.basis.mT @ self.white
 
 
 def live_layers(groups: list[Group]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -72,6 +74,9 @@ def mean_energy(groups: list[Group]) -> Tensor:
 
 def whitened_energies(group: Group) -> Tensor:
     """[n]"""
+    if isinstance(group.moment, Operator):
+        down = group.down()
+        return ((group.up.mT @ group.up) * (down @ (group.moment @ down.mT))).sum((1, 2))
     return torch.func.vmap(whitened_energy)(group.up, group.basis, group.moment)
 
 

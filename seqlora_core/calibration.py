@@ -56,7 +56,7 @@ class Calibration:
 @torch.no_grad()
 def record_moments(
     denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, adapter: Adapter | None = None,
-    passes: int = PASSES, batch: int = 16, seed: int = 0,
+    passes: int = PASSES, batch: int | None = None, seed: int = 0,
 ) -> Moments:  # fmt: skip
     """Second moments of every site's inputs while these latents are seen at noise levels spread over the schedule.
 
@@ -65,7 +65,7 @@ def record_moments(
     attachment = Attachment()
     attachment.set_frozen(adapter, denoiser.device)
     generator = torch.Generator().manual_seed(seed)
-    count = len(latents)
+    count, batch = len(latents), batch or at_once((8 * latents.shape[-2], 8 * latents.shape[-1]))
     sigmas = denoiser.even_sigmas(count * passes)[torch.randperm(count * passes, generator=generator)]
     with attached(denoiser.sites(), attachment), Recorder(attachment) as recorder:
         for repeat in range(passes):
@@ -78,17 +78,20 @@ def record_moments(
     return recorder.moments()
 
 
-def draw(
-    denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None, batch: int = 16
-) -> Tensor:
+def draw(denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None) -> Tensor:
     """Latents that the model draws for these prompts, in few steps; with the adapter on, or bare."""
-    attachment, parts = Attachment(), []
+    attachment, parts, batch = Attachment(), [], at_once(size)
     attachment.set_frozen(adapter, denoiser.device)
     with attached(denoiser.sites(), attachment):
         for start in range(0, len(prompts), batch):
             conditioning = denoiser.encode_prompts(prompts[start : start + batch])
             parts.append(denoiser.sample(conditioning, seed + start, DRAW_STEPS, DRAW_GUIDANCE, size))
     return torch.cat(parts).cpu()
+
+
+def at_once(size: tuple[int, int]) -> int:
+    """Pictures that go through the model together: few of large ones, so that a start takes no more memory than a step"""
+    return 16 if max(size) <= 128 else 4
 
 
 def picture_count(size: tuple[int, int]) -> int:

@@ -5,12 +5,53 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ENERGY = 0.995  # share of the trace that the kept pairs hold, if MOST of them can
 MOST = 128  # pairs
 COLUMNS = 192  # of the random basis of a stream
 EXACT = 2048  # inputs up to which all eigenpairs are computed; wider moments go through torch.svd_lowrank
+
+
+@dataclass
+class Operator:
+    """A symmetric matrix in little room, `floor I + V diag(weights) V^T`, or a stack of them.
+
+    vectors V [..., d, k]; weights [..., k]; floor [...].
+    """
+
+    vectors: Tensor
+    weights: Tensor
+    floor: Tensor
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """[..., d, r] -> [..., d, r]; one of m in a stack serves n / m in a row of the n in x"""
+        if x.ndim > 2 and len(x) != len(self.vectors):
+            n, d, r = x.shape
+            m = len(self.vectors)
+            side_by_side = x.view(m, n // m, d, r).transpose(1, 2).reshape(m, d, -1)
+            return (self @ side_by_side).view(m, d, n // m, r).transpose(1, 2).reshape(n, d, r)
+        low = self.weights.unsqueeze(-1) * (self.vectors.mT @ x)
+        return self.floor[..., None, None] * x + self.vectors @ low
+
+    def to(self, device) -> Operator:
+        return Operator(self.vectors.to(device), self.weights.to(device), self.floor.to(device))
+
+    @classmethod
+    def identity(cls, d: int) -> Operator:
+        return cls(torch.zeros(d, 0), torch.zeros(0), torch.ones(()))
+
+    @classmethod
+    def stack(cls, parts: list[Operator]) -> Operator:
+        """Of unequal k: the narrower ones are filled up with columns of weight zero"""
+        widest = max(len(p.weights) for p in parts)
+        room = [widest - len(p.weights) for p in parts]
+        return cls(
+            torch.stack([F.pad(p.vectors, (0, n)) for p, n in zip(parts, room)]),
+            torch.stack([F.pad(p.weights, (0, n)) for p, n in zip(parts, room)]),
+            torch.stack([p.floor for p in parts]),
+        )
 
 
 @dataclass
@@ -28,6 +69,17 @@ class Sketch:
         """[d, d]"""
         eye = torch.eye(len(self.vectors), dtype=self.vectors.dtype, device=self.vectors.device)
         return (self.vectors * (self.values - self.floor)) @ self.vectors.mT + self.floor * eye
+
+    def operator(self) -> Operator:
+        return Operator(self.vectors, self.values - self.floor, self.floor)
+
+    def whitening(self, eps: float) -> tuple[Operator, Operator]:
+        """`ridge(S)^(-1/2)` and its inverse, as `linalg.whitening` gives them of a matrix; exact, since they bend V's span only"""
+        more = eps * (self.values.sum() + self.rest) / len(self.vectors)
+        roots = (self.values + more).double().sqrt()
+        root = (self.floor + more).double().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        white = Operator(self.vectors, (1 / roots - 1 / root).float(), (1 / root).float())
+        return white, Operator(self.vectors, (roots - root).float(), root.float())
 
     @property
     def floor(self) -> Tensor:
@@ -64,6 +116,29 @@ def sketch(moment: Tensor, energy: float = ENERGY, most: int = MOST) -> Sketch:
             torch.manual_seed(0)
             vectors, values, _ = torch.svd_lowrank(moment, q=most, niter=4)
     return _cut(vectors, values.clamp_min(0), torch.diagonal(moment).sum(), energy)
+
+
+def added(parts: list[Sketch], weights: list[float], energy: float = ENERGY, most: int = MOST) -> Sketch:
+    """`sum_i w_i S_i` as a sketch, with the trace of the sum"""
+    d = len(parts[0].vectors)
+    factor = torch.cat([p.vectors * (w * (p.values - p.floor).clamp_min(0)).sqrt() for p, w in zip(parts, weights)], 1).double()
+    floor = sum(w * p.floor.double() for p, w in zip(parts, weights))
+    if factor.shape[1] <= min(d, EXACT):
+        values, right = torch.linalg.eigh(factor.mT @ factor)
+        values, right = values.clamp_min(0).flip(0)[:most], right.flip(1)[:, :most]
+        kept = values > 1e-12 * values[0]
+        values = values[kept]
+        vectors = factor @ right[:, kept] / values.sqrt()
+    elif d <= EXACT:
+        values, vectors = torch.linalg.eigh(factor @ factor.mT)
+        values, vectors = values.clamp_min(0).flip(0)[:most], vectors.flip(1)[:, :most]
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vectors, values, _ = torch.svd_lowrank(factor, q=most, niter=4)
+        values = values.square()
+    trace = sum(w * (p.values.sum() + p.rest).double() for p, w in zip(parts, weights))
+    return _cut(vectors, values + floor, trace, energy)
 
 
 def _cut(vectors: Tensor, values: Tensor, trace: Tensor, energy: float) -> Sketch:

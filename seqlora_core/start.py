@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from . import subspace
+from .attach import Site
 from .bilevel import Group
 from .concept import Concept
 from .config import TrainingConfig
+from .interference import dense_energy
 from .linalg import orthonormal_basis, project_out
+from .sketch import Operator, Sketch
 from .statistics import Moments, average
 
 
@@ -22,17 +26,20 @@ def others_moments(general: Moments, decoy: Moments | None, earlier: list[Concep
 
 
 def starting_groups(denoiser, seen, others, earlier, calibration, config, generator) -> tuple[list[Group], list[str]]:
-    """Groups of layers of one shape, with the concept's first basis and lora_up = 0."""
-    device, parts, notes = denoiser.device, {}, []
+    """Groups of layers of one shape, with the concept's first basis and lora_up = 0.
+
+    No square matrix is made of a layer whose moments are sketches.
+    """
+    device, parts, notes, metrics = denoiser.device, {}, [], {}
     for site in denoiser.sites():
         if site.name not in calibration.moments.layers:  # never ran: a branch for other tasks, as of image editors
             continue
-        moment = calibration.moments[site.name]
-        if config.whitened:
-            metric = subspace.Metric.of(moment)
-        else:
-            eye = torch.eye(site.in_features)
-            metric = subspace.Metric(eye, eye)
+        moment, other = calibration.moments.layers[site.name], others.layers[site.name]
+        if isinstance(moment, Sketch) != isinstance(other, Sketch):
+            moment, other = calibration.moments[site.name], others[site.name]
+        if id(moment) not in metrics:  # with the moment, so that its id is not given again
+            metrics[id(moment)] = moment, (subspace.Metric.of if config.whitened else subspace.Metric.plain)(moment)
+        metric = metrics[id(moment)][1]
         rank, taken, shared = min(config.rank, site.in_features), None, 0
         if config.orthogonal:
             rank = subspace.rank_limit(site.in_features, config.planned, rank)
@@ -41,21 +48,45 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
         if shared:
             notes.append(f"{site.name} is full: the {shared} least used directions of earlier concepts are shared")
         if config.data_start:
-            basis = subspace.data_driven_basis(seen[site.name], metric, rank, taken)
+            own = seen.layers[site.name] if isinstance(moment, Sketch) else seen[site.name]
+            basis = subspace.data_driven_basis(own, metric, rank, taken)
         else:
             random = torch.randn(site.in_features, rank, generator=generator)
             basis = orthonormal_basis(project_out(random, taken))
-        scale = 1 / site.weight_energy(moment.to(device)).clamp_min(1e-12)
+        scale = (1 / _output_energy(site, moment, device).clamp_min(1e-12)).cpu()
         columns = 0 if taken is None else taken.shape[1]
-        key = (site.in_features, site.out_features, rank, columns)
-        white_others = metric.white @ others[site.name] @ metric.white
-        parts.setdefault(key, []).append((site.name, basis, metric.white, white_others, scale.cpu(), taken))
+        key = (site.in_features, site.out_features, rank, columns, isinstance(moment, Sketch))
+        parts.setdefault(key, []).append((site.name, basis, metric.white, other, scale, taken))
     groups = []
-    for (_, out, rank, columns), layers in parts.items():
-        names, bases, whites, moments, scales, takens = zip(*layers)
-        stack = [torch.stack(t).to(device) for t in (bases, whites, moments, scales)]
-        basis = stack[0].requires_grad_(config.learn_basis)
-        up = torch.zeros(len(names), out, rank, device=device, requires_grad=True)
-        taken = torch.stack(takens).to(device) if columns else None
-        groups.append(Group(list(names), up, basis, stack[1], stack[2], stack[3], taken))
+    for (_, out, rank, columns, sketched), layers in parts.items():
+        for some in _by_readers(layers) if sketched else [layers]:
+            names, bases, whites, moments, scales, takens = zip(*some)
+            basis, scale = (torch.stack(t).to(device) for t in (bases, scales))
+            up = torch.zeros(len(names), out, rank, device=device, requires_grad=True)
+            taken = torch.stack(takens).to(device) if columns else None
+            if sketched:
+                once = list({(id(w), id(m)): (w, m) for w, m in zip(whites, moments)}.values())
+                white = Operator.stack([w for w, _ in once]).to(device)
+                moment = Operator.stack([m.operator() for _, m in once]).to(device)
+            else:
+                white = torch.stack(whites).to(device)
+                moment = torch.stack([w @ m @ w for w, m in zip(whites, moments)]).to(device)
+            groups.append(Group(list(names), up, basis.requires_grad_(config.learn_basis), white, moment, scale, taken))
     return groups, notes
+
+
+def _output_energy(site: Site, moment: Tensor | Sketch, device) -> Tensor:
+    if not isinstance(moment, Sketch):
+        return site.weight_energy(moment.to(device))
+    return torch.tensor(sum(dense_energy(m.weight.detach().to(device, torch.float32), moment) for m in site.modules))
+
+
+def _by_readers(layers: list[tuple]) -> list[list[tuple]]:
+    """Apart by how many layers read one input, those of one input in a row: each input's operators are then kept once"""
+    readers: dict[tuple[int, int], list[tuple]] = {}
+    for layer in layers:
+        readers.setdefault((id(layer[2]), id(layer[3])), []).append(layer)
+    alike: dict[int, list[tuple]] = {}
+    for some in readers.values():
+        alike.setdefault(len(some), []).extend(some)
+    return list(alike.values())

@@ -7,7 +7,7 @@ attention) share one moment.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .attach import Attachment, flat
 from .errors import UserError
-from .sketch import EXACT, Sketch, Stream, sketch
+from .sketch import Sketch, Stream, added, sketch
 from .tensor_file import read_safetensors
 
-SKETCH_FROM = 641  # inputs of a layer from which its moment is written as a sketch
+SKETCH_FROM = 641  # inputs of a layer from which its moment is recorded, kept and written as a sketch
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Moments:
         return moment.dense() if isinstance(moment, Sketch) else moment
 
     def plus(self, other: Moments, weight: float = 1.0) -> Moments:
-        return Moments({n: self[n] + weight * other[n] if n in other.layers else s for n, s in self.layers.items()})
+        both = Moments({n: s for n, s in self.layers.items() if n in other.layers})
+        return Moments(self.layers | _sum([both, other], [1.0, weight], lambda a, b: a + weight * b).layers)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a file: `moment.<layer>`, of wide layers `sketch.<layer>.vectors`, `.values` and `.rest`.
@@ -105,14 +106,30 @@ def average(moments: Iterable[Moments]) -> Moments | None:
     moments = list(moments)
     if not moments:
         return None
-    return Moments({n: sum(m[n] for m in moments) / len(moments) for n in moments[0].layers})
+    return _sum(moments, [1 / len(moments)] * len(moments), lambda *parts: sum(parts) / len(moments))
 
 
 def weighted(moments: list[Moments], weights: list[float]) -> Moments:
-    """Weighted mean of several moments over the same layers; layers that share one in the first go on sharing."""
-    owners, total = moments[0].shared(), sum(weights)
-    own = {n: sum(w / total * m[n] for m, w in zip(moments, weights)) for n in moments[0].layers if n not in owners}
-    return Moments({n: own[owners.get(n, n)] for n in moments[0].layers})
+    """Weighted mean of several moments over the same layers."""
+    shares = [w / sum(weights) for w in weights]
+    return _sum(moments, shares, lambda *parts: sum(w * p for w, p in zip(shares, parts)))
+
+
+def _sum(moments: list[Moments], weights: list[float], dense: Callable[..., Tensor]) -> Moments:
+    """Over the layers of the first; `dense` adds up matrices, sketches stay sketches.
+
+    Layers that share a moment in all of them share the sum.
+    """
+    made: dict[tuple[int, ...], Tensor | Sketch] = {}
+    out = {}
+    for name in moments[0].layers:
+        parts = [m.layers[name] for m in moments]
+        key = tuple(map(id, parts))
+        if key not in made:
+            sketches = all(isinstance(p, Sketch) for p in parts)
+            made[key] = added(parts, weights) if sketches else dense(*(m[name] for m in moments))
+        out[name] = made[key]
+    return Moments(out)
 
 
 class Recorder:
@@ -151,7 +168,7 @@ class Recorder:
         if owner != name:
             return
         rows = flat(x.detach()).float()
-        if rows.shape[1] > EXACT:
+        if rows.shape[1] >= SKETCH_FROM:
             if name not in self.streams:
                 self.streams[name] = Stream(rows.shape[1], rows.device)
             self.streams[name].add(rows)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import orthonormal_basis, project_out, top_eigenvectors, whitening
+from .linalg import orthonormal_basis, project_out, span, top_eigenvectors, whitening
+from .sketch import Operator, Sketch
 
 EPS = 1e-2  # ridge of the metric, in units of its mean eigenvalue
 SHARE = 0.95  # of a layer's dimensions that a planned library may fill
@@ -23,19 +24,25 @@ class Metric:
     """A layer's inner product: `<u, v> = u ridge(G) v^T` on lora_down rows.
 
     white `ridge(G)^(-1/2)` turns a basis B of whitened coordinates into lora_down, `D = B^T white`;
-    unwhite is its inverse.  Both symmetric [d, d].
+    unwhite is its inverse.  Both symmetric [d, d]; of a sketch of G operators that hold no such matrix.
     """
 
-    white: Tensor
-    unwhite: Tensor
+    white: Tensor | Operator
+    unwhite: Tensor | Operator
 
     @classmethod
-    def of(cls, moment: Tensor, eps: float = EPS) -> Metric:
-        return cls(*whitening(moment, eps))
+    def of(cls, moment: Tensor | Sketch, eps: float = EPS) -> Metric:
+        return cls(*(moment.whitening(eps) if isinstance(moment, Sketch) else whitening(moment, eps)))
+
+    @classmethod
+    def plain(cls, moment: Tensor | Sketch) -> Metric:
+        """Whatever G is: plain lengths and angles"""
+        eye = Operator.identity(len(moment.vectors)) if isinstance(moment, Sketch) else torch.eye(len(moment))
+        return cls(eye, eye)
 
     def down(self, basis: Tensor) -> Tensor:
         """[d, r] -> lora_down [r, d]"""
-        return basis.mT @ self.white
+        return (self.white @ basis).mT
 
     def basis(self, down: Tensor) -> Tensor:
         """lora_down [r, d] -> whitened directions [d, r] (a basis if it came from one)"""
@@ -60,15 +67,29 @@ def occupied_basis(bases: list[Tensor], room_for: int) -> tuple[Tensor | None, i
     return (u[:, :keep].to(stacked.dtype) if keep else None), shared
 
 
-def data_driven_basis(concept: Tensor, metric: Metric, rank: int, occupied: Tensor | None) -> Tensor:
+def data_driven_basis(concept: Tensor | Sketch, metric: Metric, rank: int, occupied: Tensor | None) -> Tensor:
     """Start of a concept's basis [d, rank]: the top generalised eigenvectors of (S_i, G) in the free space.
 
     concept: S_i [d, d].  In whitened coordinates these are the directions in which the concept's inputs are
     strongest relative to everything else's.
     """
+    if isinstance(metric.white, Operator):
+        return _sketched_start(concept, metric.white, rank, occupied)
     seen = metric.white @ concept @ metric.white
     if occupied is not None:
         seen = project_out(project_out(seen, occupied).mT, occupied)
         # the occupied space now has eigenvalue 0; push it below any free direction
         seen = seen - occupied @ occupied.mT * torch.diagonal(seen).sum()
     return orthonormal_basis(project_out(top_eigenvectors(seen, rank), occupied))
+
+
+def _sketched_start(concept: Sketch, white: Operator, rank: int, occupied: Tensor | None) -> Tensor:
+    """The same within the span of what both sketches single out: outside it all directions are alike"""
+    columns = torch.cat([white @ concept.vectors, white.vectors * white.floor], 1)
+    more = torch.randn(len(columns), rank, generator=torch.Generator().manual_seed(0))  # if that is too little
+    found = span(project_out(columns, occupied).double(), float(white.floor)).to(columns)
+    if found.shape[1] < rank:
+        found = orthonormal_basis(project_out(torch.cat([found, more], 1)[:, : max(rank, found.shape[1])], occupied))
+    seen = white @ found
+    small = seen.mT @ (concept.operator() @ seen)
+    return orthonormal_basis(project_out(found @ top_eigenvectors(small, rank), occupied))

@@ -3,12 +3,18 @@
 import pytest
 import torch
 
+from seqlora_core import linalg, statistics, trainer
 from seqlora_core import sketch as module
-from seqlora_core import statistics
 from seqlora_core.attach import Attachment
+from seqlora_core.calibration import Calibration
+from seqlora_core.concept import Concept
+from seqlora_core.config import TrainingConfig
+from seqlora_core.demo import load_subject
 from seqlora_core.interference import residual_energy
-from seqlora_core.sketch import Sketch, Stream, sketch
+from seqlora_core.sketch import Operator, Sketch, Stream, added, sketch
 from seqlora_core.statistics import Moments, Recorder, moments_from_tensors
+from seqlora_core.subspace import EPS, Metric, data_driven_basis
+from seqlora_core.trainer import fit
 
 
 def anisotropic(seed, d, decay=2.0):
@@ -72,7 +78,7 @@ def test_a_stream_finds_what_the_whole_moment_has(decay):
 
 
 def test_the_recorder_streams_inputs_that_are_too_wide(monkeypatch):
-    monkeypatch.setattr(statistics, "EXACT", 16)
+    monkeypatch.setattr(statistics, "SKETCH_FROM", 16)
     rows, attachment = torch.randn(400, 24, generator=torch.Generator().manual_seed(1)), Attachment()
     with Recorder(attachment) as recorder:
         for part in rows.split(100):
@@ -83,3 +89,70 @@ def test_the_recorder_streams_inputs_that_are_too_wide(monkeypatch):
     assert isinstance(moments.layers["wide"], Sketch) and moments.layers["narrow"].shape == (4, 4)
     exact = rows.mT @ rows / len(rows)
     assert (moments["wide"] - exact).norm() < 0.05 * exact.norm()
+
+
+def low(seed, d, k=12):
+    """A sketch, and the matrix it stands for"""
+    made = sketch(anisotropic(seed, d), 1.0, k)
+    return made, made.dense()
+
+
+def test_operators_are_their_matrices():
+    (a, dense_a), (b, dense_b) = low(0, 40), low(1, 40, 7)
+    stack, x = Operator.stack([a.operator(), b.operator()]), torch.randn(6, 40, 3, generator=torch.Generator().manual_seed(0))
+    matrices = torch.stack([dense_a] * 3 + [dense_b] * 3)  # each serves three layers in a row
+    assert torch.allclose(stack @ x, matrices @ x, atol=1e-6)
+    assert torch.allclose(Operator.identity(40) @ x[0], x[0])
+    for ours, theirs in zip(a.whitening(1e-2), linalg.whitening(dense_a, 1e-2)):
+        assert (ours @ torch.eye(40) - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("exact", [2048, 30])
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_sum_of_sketches_is_a_sketch_of_the_sum(monkeypatch, exact, count):
+    monkeypatch.setattr(module, "EXACT", exact)
+    parts, dense = zip(*(low(i, 40) for i in range(count)))
+    weights = [1.0, 0.5, 0.25, 2.0, 1.0][:count]
+    total = sum(w * m for w, m in zip(weights, dense))
+    made, best = added(list(parts), weights, 0.99, 20), sketch(total, 0.99, 20)
+    assert torch.allclose(torch.trace(made.dense()), torch.trace(total), rtol=1e-5)
+    assert torch.allclose(made.vectors.mT @ made.vectors, torch.eye(len(made.values)), atol=1e-4)
+    assert (made.dense() - total).norm() < 1.05 * (best.dense() - total).norm() + 1e-5 * total.norm()
+
+
+@pytest.mark.parametrize("held", [0, 5, 36])
+def test_a_start_from_sketches_is_the_start_from_their_matrices(held):
+    (general, dense), (own, dense_own) = low(0, 40), low(1, 40)
+    taken = torch.linalg.qr(torch.randn(40, held, generator=torch.Generator().manual_seed(2)))[0] if held else None
+    ours = data_driven_basis(own, Metric.of(general), 4, taken)
+    theirs = data_driven_basis(dense_own, Metric.of(dense), 4, taken)
+    assert torch.allclose(ours.mT @ ours, torch.eye(4), atol=1e-5)
+    assert taken is None or (taken.mT @ ours).abs().max() < 1e-5
+    assert linalg.principal_angles(ours.double(), theirs.double()).max() < 1e-3
+
+
+def test_a_fit_holds_no_square_matrix_of_layers_with_sketches(monkeypatch, model, calibration):
+    """And is the fit that holds them, as far as the sketches are the moments"""
+    references = load_subject(model, "octopus").references
+    config = TrainingConfig(steps=4, batch=4, replay_batch=6, planned=4)
+    whole = fit(model, references, "octzu", [], calibration, config)
+    monkeypatch.setattr(statistics, "SKETCH_FROM", 100)
+    known = Calibration(moments_from_tensors(calibration.moments.tensors(), calibration.moments.shared()), calibration.prompts, calibration.latents)  # fmt: skip
+    assert all(isinstance(m, Sketch) for m in known.moments.layers.values())
+    seen, starting_groups = [], trainer.starting_groups
+
+    def watched(*args):
+        seen.extend(starting_groups(*args)[0])
+        return seen, []
+
+    monkeypatch.setattr(trainer, "starting_groups", watched)
+    first = fit(model, references, "octzu", [], known, config)
+    assert all(t.shape[-2:] != (192, 192) for g in seen for o in (g.white, g.moment) for t in vars(o).values())
+    assert torch.allclose(torch.tensor(first.losses), torch.tensor(whole.losses), rtol=0.02)
+    assert torch.allclose(torch.tensor(first.energies[1:]), torch.tensor(whole.energies[1:]), rtol=0.2)
+    concept = Concept("octopus", "octzu", "octopus", first.adapter, first.moments, first.bases, references.latents[:2], references.captions[:2])  # fmt: skip
+    second = fit(model, load_subject(model, "penguin").references, "pengvo", [concept], known, config)
+    for name, delta in second.adapter.layers.items():
+        before, metric = first.adapter.layers[name].down, known.moments[name]
+        crossed = delta.down @ linalg.ridge(metric, EPS) @ before.mT
+        assert crossed.abs().max() < 1e-4, name

@@ -19,6 +19,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
+from seqlora_pack.nodes.comfy_training import Trainable  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.library import Library  # noqa: E402
@@ -63,6 +64,15 @@ for name in Library(library).names:
 for kind, patched in (("ours", stacked), ("stock", chained)):
     for key, value in weights(patched).items():
         out[f"{kind}.{key}"] = value.float().contiguous()
+with torch.inference_mode():  # as the executor loads models
+    loaded = load_demo_model(DEMO_MODEL)[0]
+parameters = list(loaded.model.named_parameters())
+trainable = Trainable(loaded.model)
+trainable.prepare()
+for (name, before), (_, now) in zip(parameters, loaded.model.named_parameters()):
+    out[f"ready.{name}"] = torch.tensor([before.is_inference(), not now.is_inference(), now.data_ptr() == before.data_ptr()])
+trainable.close()
+out["restored"] = torch.tensor([a is b for (_, a), b in zip(parameters, loaded.model.parameters())])
 images = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
 with torch.inference_mode():
     out["encoded"] = vae.encode(images).float().clone().contiguous()

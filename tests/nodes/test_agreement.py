@@ -82,3 +82,9 @@ def test_the_stack_is_the_sum_of_its_parts_through_the_stock_loader(comfy):
     for key in keys:
         ours, stock = comfy[f"ours.{key}"], comfy[f"stock.{key}"]
         assert (ours - stock).abs().max() <= 1e-5 * stock.abs().max()
+
+
+def test_weights_are_made_trainable_without_a_copy_and_given_back(comfy):
+    ready = {k: v for k, v in comfy.items() if k.startswith("ready.")}
+    assert len(ready) > 50 and all(v.all() for v in ready.values()), [k for k, v in ready.items() if not v.all()]
+    assert comfy["restored"].all()
