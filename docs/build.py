@@ -135,6 +135,42 @@ def patching_table() -> str:
     return "\n".join(lines)
 
 
+def training_rows() -> list[tuple[str, dict]]:
+    """What a row is called, and it"""
+    names = {"ours": "ours", "ours_no_replay": "ours, without replay", "native": "TrainLoraNode", "peft": "peft"}
+    models, hosts = {"demo": "demo model", "sd15": "SD1.5"}, {"diffusers": "diffusers", "comfyui": "ComfyUI"}
+    return [(f"{models[r['model']]} | {hosts[r['host']]} | {names[r['row']]}", r) for r in load("training")["rows"]]
+
+
+def training_table() -> str:
+    about = load("training")["meta"]
+    lines = [
+        "| model | host | way | s a step | over the fastest other | in its host | peak, MiB | over the leanest other | in its host | start-up |",
+        "|" + "---|" * 10,
+    ]
+    for name, r in training_rows():
+        cells = ["-" if k not in r else f"{r[k]:.2f}" for k in ("time_ratio", "time_ratio_same_host")]
+        more = ["-" if k not in r else f"{r[k]:.2f}" for k in ("memory_ratio", "memory_ratio_same_host")]
+        share = f"{r['start_up_share']:.0%}" if "start_up_share" in r else "-"
+        lines.append(
+            f"| {name} | {r['seconds']:.3f} | {' | '.join(cells)} | {r['bytes'] / 2**20:.0f} | {' | '.join(more)} | {share} |"
+        )
+    return (
+        "\n".join(lines) + f"\n\nFrom `{about['command']}`, {about['device']}, torch {about['versions']['torch']} in diffusers."
+    )
+
+
+def training_parts_table() -> str:
+    """Shares of a step of ours"""
+    rows = [(name, r) for name, r in training_rows() if r["row"] == "ours"]
+    parts = list(rows[0][1]["shares"])
+    lines = ["| model | host | " + " | ".join(parts) + " |", "|" + "---|" * (2 + len(parts))]
+    for name, r in rows:
+        model = name.rsplit(" | ", 1)[0]
+        lines.append(f"| {model} | " + " | ".join(f"{r['shares'][p]:.1%}" for p in parts) + " |")
+    return "\n".join(lines)
+
+
 COUNTED = ("kills", "files", "inputs", "prompts")
 
 
@@ -192,6 +228,8 @@ TABLES = {
     "prediction": prediction_table,
     "stacking": stacking_table,
     "patching": patching_table,
+    "training": training_table,
+    "training_parts": training_parts_table,
     "reliability": reliability_table,
     "models": models_table,
     "metric": metric_table,

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 HELP = HERE.parent / "web" / "docs"
 LANGUAGES = ("en", "ja", "zh")
-TYPES = {"SEQLORA_IMAGES": "concept images", "SEQLORA_STACK": "concept stack"}
+TYPES = {"SEQLORA_IMAGES": "concept images", "SEQLORA_OPTIONS": "training options", "SEQLORA_STACK": "concept stack"}
 
 
 def load_words() -> dict[str, dict[str, str]]:

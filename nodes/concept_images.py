@@ -1,17 +1,22 @@
 """Reference pictures of one concept."""
 
+from pathlib import Path
+
+import torch
 from comfy_api.latest import io
 
+from ..seqlora_core.config import PictureOptions
 from ..seqlora_core.errors import UserError
-from ..seqlora_core.references import load_pictures
+from ..seqlora_core.pictures import Pictures, load
 from ..seqlora_core.storage import stamp
 from .folders import pictures_folder
-from .types import CATEGORY, ConceptImages, ImagesType
+from .types import CATEGORY, ConceptImages, ImagesType, advanced
 
 
 class SeqLoRAConceptImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        default = PictureOptions()
         return io.Schema(
             node_id="SeqLoRAConceptImages",
             display_name="Concept Images (SeqLoRA)",
@@ -32,30 +37,71 @@ class SeqLoRAConceptImages(io.ComfyNode):
                     tooltip="Replaces the captions of the files. One line serves all pictures. Each must hold the trigger.",
                 ),
                 io.Image.Input("images", optional=True, tooltip="Reference pictures, instead of a folder."),
+                advanced(io.Boolean.Input(
+                    "buckets", default=default.buckets, optional=True,
+                    tooltip="Keeps the shape of each picture of the folder, at the area of resolution, instead of cropping squares.",
+                )),
+                advanced(io.Combo.Input(
+                    "masks", options=["files", "alpha", "none"], default=default.masks, optional=True,
+                    tooltip="What counts in a picture of the folder: what is white in a file NAME.mask.png beside it, what is not transparent, or all.",
+                )),
+                advanced(io.Boolean.Input(
+                    "flip", default=default.flip, optional=True,
+                    tooltip="Mirror images too. Not for faces with a parting, nor for writing.",
+                )),
+                io.Mask.Input("mask", optional=True, tooltip="What counts in the connected images: white. One for all, or one for each."),
             ],
             outputs=[ImagesType.Output(display_name="images")],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, folder, resolution, captions, images=None):
+    def fingerprint_inputs(cls, folder, **_):
         try:
-            path = pictures_folder(folder)
-            return [(p.name, stamp(p)) for p in sorted(path.iterdir())]
+            return [(p.name, stamp(p)) for p in sorted(pictures_folder(folder).rglob("*"))]
         except (UserError, OSError):
             return folder
 
     @classmethod
-    def execute(cls, folder, resolution, captions, images=None) -> io.NodeOutput:
+    def execute(
+        cls, folder, resolution, captions, images=None, buckets=False, masks=PictureOptions.masks, flip=False, mask=None
+    ) -> io.NodeOutput:
+        notes: list[str] = []
         if images is None:
-            pictures, found = load_pictures(pictures_folder(folder), resolution)
+            options = PictureOptions(0, buckets, masks, flip)
+            options.validate()
+            sets, notes = load(Path(pictures_folder(folder)), resolution, options)
         else:
-            pictures, found = _square(images, resolution), [None] * len(images)
-        lines = [line.strip() for line in captions.splitlines() if line.strip()]
-        if lines:
-            if len(lines) not in (1, len(pictures)):
-                raise UserError(f"{len(lines)} captions for {len(pictures)} pictures: give one, or one for each")
-            found = lines * (len(pictures) if len(lines) == 1 else 1)
-        return io.NodeOutput(ConceptImages(pictures, found))
+            pictures = _square(images, resolution)
+            counted = None if mask is None else _square(_masks(mask, len(images)), resolution)[..., 0]
+            if flip:
+                pictures = torch.stack([pictures, pictures.flip(2)], 1).flatten(0, 1)
+                counted = None if counted is None else torch.stack([counted, counted.flip(2)], 1).flatten(0, 1)
+            sets = [Pictures(pictures, [None] * len(pictures), counted)]
+        _name(sets, captions, 2 if flip else 1)
+        return io.NodeOutput(ConceptImages(sets, notes))
+
+
+def _name(sets: list[Pictures], captions: str, times: int) -> None:
+    """Puts the lines of `captions`, if there are any, in the place of the files' captions; times: pictures to a line"""
+    lines = [line.strip() for line in captions.splitlines() if line.strip()]
+    count = sum(len(s.captions) for s in sets) // times
+    if len(lines) not in (0, 1, count):
+        raise UserError(f"{len(lines)} captions for {count} pictures: give one, or one for each")
+    if len(lines) > 1 and len(sets) > 1:
+        raise UserError(
+            "pictures of several shapes have no order: give one caption, or write each into a .txt file beside its picture"
+        )
+    for some in sets if lines else []:
+        some.captions = lines * len(some.captions) if len(lines) == 1 else [line for line in lines for _ in range(times)]
+
+
+def _masks(mask, count: int):
+    """A MASK batch -> [count, height, width, 3]; UserError for another number of masks, and for one that lets nothing count"""
+    if len(mask) not in (1, count):
+        raise UserError(f"{len(mask)} masks for {count} pictures: connect one, or one for each")
+    if not mask.flatten(1).any(1).all():
+        raise UserError("a mask is all black: nothing of its picture would count; paint white what does")
+    return mask.expand(count, -1, -1)[..., None].expand(-1, -1, -1, 3)
 
 
 def _square(images, size):

@@ -14,10 +14,12 @@ from .library import SeqLoRALibrary
 from .save_stack import SeqLoRASaveStack
 from .to_lora_stack import SeqLoRAToLoraStack
 from .train_concept import SeqLoRATrainConcept
+from .training_options import SeqLoRATrainingOptions
 
 NODES: list[type[io.ComfyNode]] = [
     SeqLoRAConceptImages,
     SeqLoRATrainConcept,
+    SeqLoRATrainingOptions,
     SeqLoRAConcept,
     SeqLoRALibrary,
     SeqLoRACalibrate,

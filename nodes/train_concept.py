@@ -1,5 +1,7 @@
 """Teach a library one more concept."""
 
+from dataclasses import replace
+
 import comfy.model_management as management
 import comfy.utils
 import torch
@@ -9,12 +11,13 @@ from ..seqlora_core.config import Checkpointing, TrainingConfig
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.names import safe_name
+from ..seqlora_core.pictures import Pictures
 from ..seqlora_core.plots import kept_curves_picture
 from ..seqlora_core.preview import Preview, sample_sheet
 from ..seqlora_core.teach import train_concept
 from .comfy_denoiser import ComfyDenoiser
 from .folders import library_folder, open_library
-from .types import CATEGORY, Entry, ImagesType, Stack, StackType, advanced
+from .types import CATEGORY, Entry, ImagesType, OptionsType, Stack, StackType, advanced
 
 USE, AGAIN = "use it", "train again"
 CHECKPOINT_EVERY = 100  # steps: a run that ComfyUI did not survive goes on from there when it is queued again
@@ -67,6 +70,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                     "drift_budget", default=default.drift_budget, min=0.0, max=1.0, step=0.005, round=False, optional=True,
                     tooltip="How far the planned concepts together may move unrelated prompts: 0.02 is two percent. 0: no limit.",
                 )),
+                OptionsType.Input("options", optional=True, tooltip="From Training Options, if the usual way is not wanted."),
             ],
             outputs=[
                 StackType.Output(display_name="stack"),
@@ -89,7 +93,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
     def execute(
         cls, model, clip, vae, images, library, name, trigger, class_noun, rank, steps, learning_rate,
         interference_weight, seed, if_trained=USE, batch_size=8, preview_every=50, planned_concepts=32, after=None,
-        drift_budget=TrainingConfig.drift_budget,
+        drift_budget=TrainingConfig.drift_budget, options=None,
     ) -> io.NodeOutput:  # fmt: skip
         name = safe_name(name, "concept name")
         if if_trained not in (USE, AGAIN):  # not every server checks a combo of a prompt sent by POST
@@ -102,6 +106,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
             seed=seed,
             batch=batch_size,
             drift_budget=drift_budget,
+            **(options or {}),
         )
         config.validate()
         with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae) as denoiser:
@@ -113,10 +118,10 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 preview = Preview(denoiser, trigger, class_noun, earlier, tuple(images.images.shape[1:3]))
                 progress = _Progress(cls.hidden.unique_id, preview, steps, preview_every)
                 _, fit = train_concept(
-                    denoiser, opened, images.images.clone(), name, trigger, class_noun, images.captions, config,
+                    denoiser, opened, _ordinary(images.sets), name, trigger, class_noun, None, config,
                     progress.step, replace_existing=trained, checkpointing=Checkpointing(every=CHECKPOINT_EVERY),
                 )  # fmt: skip
-                losses, notes = fit.losses, fit.notes
+                losses, notes = fit.losses, fit.notes + images.notes
                 if fit.stopped is not None:
                     raise fit.stopped
                 report = f"{name}: trained {len(losses)} steps, loss {_mean(losses[:10]):.4f} to {_mean(losses[-10:]):.4f}; the library holds {len(opened)}."
@@ -158,6 +163,11 @@ class _Progress:
             left = round(step.seconds / step.number * (step.total - step.number))
             left = f"{left // 60}:{left % 60:02} left"
             self.say(f"step {step.number} of {step.total}, {left}, loss {step.loss:.3f}, interference {step.energy:.2g}")
+
+
+def _ordinary(sets: list[Pictures]) -> list[Pictures]:
+    """With tensors that are not inference tensors, as the executor's are"""
+    return [replace(s, images=s.images.clone(), masks=None if s.masks is None else s.masks.clone()) for s in sets]
 
 
 def _mean(values: list[float]) -> float:

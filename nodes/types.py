@@ -7,10 +7,13 @@ from dataclasses import dataclass, field, replace
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..seqlora_core.pictures import Pictures
+
 CATEGORY = "SeqLoRA"
 MODEL, TEXT = "model", "text"
 ImagesType = io.Custom("SEQLORA_IMAGES")
 StackType = io.Custom("SEQLORA_STACK")
+OptionsType = io.Custom("SEQLORA_OPTIONS")  # fields of TrainingConfig
 # other packs': a list of (file, model strength, clip strength); ComfyUI's Train LoRA's: tensors by key
 LoraStackType = io.Custom("LORA_STACK")
 LoraModelType = io.Custom("LORA_MODEL")
@@ -18,10 +21,15 @@ LoraModelType = io.Custom("LORA_MODEL")
 
 @dataclass
 class ConceptImages:
-    """images [n, height, width, 3] in 0..1; a caption or None for each."""
+    """Pictures of one size or of several, the most numerous first; notes: what became of each, a sentence each."""
 
-    images: Tensor
-    captions: list[str | None]
+    sets: list[Pictures]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> Tensor:
+        """[n, height, width, 3] in 0..1, of the first size"""
+        return self.sets[0].images
 
 
 @dataclass(frozen=True)

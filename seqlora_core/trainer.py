@@ -92,7 +92,8 @@ def fit(
     budget = None
     if config.drift_budget and config.replay_weight:
         budget = Budget(config.drift_budget, replay.base_loss(), config.planned)
-    result = Fit(Adapter({}), {}, seen, notes=notes)
+    result = Fit(Adapter({}), {}, Moments(), notes=notes)
+    replay.decoy_moments = seen = others = None  # the start has used them: they would only take room from here on
     progress = Progress(groups, lower, upper, generator, objective, budget, result)
     done = progress.resume(checkpoints) if checkpoints else 0
     start = time.perf_counter()

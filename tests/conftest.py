@@ -11,7 +11,7 @@ from .nodes.comfy_server import Server, find_comfyui
 
 # libraries that node and workflow tests train into
 LIBRARIES = (
-    "base", "unload", "cancelled", "progress", "bad", "workflow_demo", "browser",
+    "base", "unload", "cancelled", "progress", "bad", "workflow_demo", "browser", "options",
 )  # fmt: skip
 
 

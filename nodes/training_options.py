@@ -1,0 +1,79 @@
+"""Options of training that few people touch, in one node, so that Train Concept stays short."""
+
+from comfy_api.latest import io
+
+from ..seqlora_core.config import TIMESTEPS, TrainingConfig
+from ..seqlora_core.optimisers import OPTIMISERS, SCHEDULES
+from .types import CATEGORY, OptionsType
+
+
+class SeqLoRATrainingOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = TrainingConfig()
+        return io.Schema(
+            node_id="SeqLoRATrainingOptions",
+            display_name="Training Options (SeqLoRA)",
+            category=CATEGORY,
+            description="How Train Concept trains, for those who want another way than the usual one.",
+            inputs=[
+                io.Boolean.Input(
+                    "gradient_checkpointing", default=default.gradient_checkpointing,
+                    tooltip="Takes much less memory and a third more time.",
+                ),
+                io.Int.Input(
+                    "accumulate", default=default.accumulate, min=1, max=64,
+                    tooltip="Batches to a step: 4 with batch_size 2 learns as from 8 pictures, in the memory of 2.",
+                ),
+                io.Int.Input(
+                    "replay_batch", default=default.replay_batch, min=1, max=64,
+                    tooltip="Pictures of other things that a step keeps as they are. Lower it if memory runs out.",
+                ),
+                io.Combo.Input(
+                    "optimiser", options=list(OPTIMISERS), default=default.optimiser,
+                    tooltip="prodigy needs the package prodigyopt and a learning rate of 0.5; the 8-bit ones need bitsandbytes.",
+                ),
+                io.Combo.Input(
+                    "schedule", options=list(SCHEDULES), default=default.schedule,
+                    tooltip="Of the learning rate. half: whole for the first half, then falling to zero.",
+                ),
+                io.Int.Input("warmup", default=default.warmup, min=0, max=10_000, tooltip="Steps of rising learning rate at the start."),
+                io.Float.Input(
+                    "weight_decay", default=default.weight_decay, min=0.0, max=10.0, step=0.01, round=False,
+                    tooltip="Pulls the concept's weights towards zero.",
+                ),
+                io.Float.Input(
+                    "clip_gradient", default=default.clip, min=0.0, max=100.0, step=0.1, round=False,
+                    tooltip="Longest gradient of a step, such as 1. 0: any.",
+                ),
+                io.Combo.Input(
+                    "timesteps", options=list(TIMESTEPS), default=default.timesteps,
+                    tooltip="Which noise levels are trained. model: as the model itself was.",
+                ),
+                io.Float.Input(
+                    "shift", default=default.shift, min=0.01, max=100.0, step=0.1, round=False,
+                    tooltip="Of timesteps 'shifted': above 1 towards noise.",
+                ),
+                io.Float.Input(
+                    "min_snr", default=default.min_snr, min=0.0, max=100.0, step=0.5, round=False,
+                    tooltip="Min-SNR weighting, such as 5, for SD1.5, SD2 and SDXL. 0: none.",
+                ),
+                io.Float.Input(
+                    "caption_dropout", default=default.caption_dropout, min=0.0, max=0.99, step=0.01, round=False,
+                    tooltip="Share of captions left out, such as 0.1.",
+                ),
+                io.Boolean.Input(
+                    "shuffle_tags", default=default.shuffle_tags,
+                    tooltip="Puts the comma-separated parts of captions in other orders, those with the trigger first.",
+                ),
+                io.Int.Input(
+                    "keep_latents", default=default.keep_latents, min=0, max=64,
+                    tooltip="Reference pictures stored in the library, so that later concepts do not forget this one. 0: none.",
+                ),
+            ],
+            outputs=[OptionsType.Output(display_name="options")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, clip_gradient, **options) -> io.NodeOutput:
+        return io.NodeOutput({"clip": clip_gradient, **options})
