@@ -108,8 +108,18 @@ def stacking_table() -> str:
     )
     return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines]) + (
         f"\n\nFrom `{about['command']}`, {about['device']}, torch {about['versions']['torch']}; {about['steps']} steps at "
-        f"{about['rate']:g}.{judge}"
+        f"{about['rate']:g}, the best of {', '.join(about['rates'])}.{judge}"
     )
+
+
+def without_data_table() -> str:
+    data = load("without_data")
+    lines = ["| way | kept: two | three | six | worst of six | drift of six |", "|---|---|---|---|---|---|"]
+    for r in data["rows"]:
+        cells = [f"{r['kept'][n]:.2f}" for n in ("2", "3", "6")]
+        lines.append(f"| {r['row']} | {' | '.join(cells)} | {r['worst']:.2f} | {r['generic_drift']:+.0%} |")
+    about = data["meta"]
+    return "\n".join(lines) + f"\n\nFrom `{about['command']}`, {about['device']}, torch {about['versions']['torch']}."
 
 
 def patching_table() -> str:
@@ -227,6 +237,7 @@ TABLES = {
     "bound": bound_table,
     "prediction": prediction_table,
     "stacking": stacking_table,
+    "without_data": without_data_table,
     "patching": patching_table,
     "training": training_table,
     "training_parts": training_parts_table,

@@ -81,7 +81,7 @@ class SeqLoRACalibrate(io.ComfyNode):
         bar = comfy.utils.ProgressBar(len(files) + 1)
         with torch.inference_mode(False), torch.no_grad():
             with ComfyDenoiser(model, clip, vae, layers) as denoiser:
-                base, seen = denoiser.fingerprint(), {s.name for s in denoiser.sites()}
+                base, seen = denoiser.fingerprint(), {s.name for s in [*denoiser.sites(), *denoiser.text_sites()]}
                 general_calibration(denoiser, libraries_folder(), size, seed=seed)
             bar.update(1)
             for entry in files:

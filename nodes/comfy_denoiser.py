@@ -68,7 +68,7 @@ class ComfyDenoiser:
         self.device = model.load_device
         self._trainable: Trainable | None = None
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._layers, self._sites, self._attention = layers, None, None
+        self._layers, self._sites, self._attention = None if layers is None else set(layers), None, None
 
     def __enter__(self) -> ComfyDenoiser:
         self._load()
@@ -111,20 +111,19 @@ class ComfyDenoiser:
         return self._attention
 
     def _sites_of(self, layers: Iterable[str]) -> list[Site]:
-        """The linear layers of the diffusion model that ComfyUI would patch under these names of a LoRA file"""
-        keys, found = comfy.lora.model_lora_keys_unet(self.base, {}), []
-        for name in sorted(layers):
-            key = keys.get(name)
-            key = key[0] if isinstance(key, tuple) else key  # a part of a fused layer
-            if key is not None:
-                module = comfy.utils.get_attr(self.base, key.removesuffix(".weight"))
-                if _is_linear(module):
-                    found.append(_site(name, module))
-        if not found:
+        """The layers of the diffusion model that ComfyUI would patch under these names of a LoRA file"""
+        found = _named_sites(self.base, comfy.lora.model_lora_keys_unet(self.base, {}), layers)
+        if not found and not self.text_sites():
             raise UserError(
                 "the LoRAs do not fit this model: none of their layers is in it; load the model they were trained on"
             )
         return found
+
+    def text_sites(self) -> list[Site]:
+        if self._layers is None or self.clip is None:
+            return []
+        encoder = self.clip.cond_stage_model
+        return _named_sites(encoder, comfy.lora.model_lora_keys_clip(encoder, {}), self._layers)
 
     def fingerprint(self) -> str:
         return fingerprint(self._attention_sites())
@@ -291,8 +290,21 @@ def _is_linear(module) -> bool:
 
 
 def _site(name: str, module) -> Site:
-    out, width = module.weight.shape
+    out, width = module.weight.shape[:2]
     return Site(name, (module,), width, out)
+
+
+def _named_sites(model, keys: dict, names: Iterable[str]) -> list[Site]:
+    """Linear layers and convolutions of these names; keys: ComfyUI's map from names of a LoRA file to weights"""
+    found = []
+    for name in sorted(names):
+        key = keys.get(name)
+        key = key[0] if isinstance(key, tuple) else key  # a part of a fused layer
+        if key is not None:
+            module = comfy.utils.get_attr(model, key.removesuffix(".weight"))
+            if _is_linear(module) or isinstance(module, torch.nn.Conv2d) and module.groups == 1:
+                found.append(_site(name, module))
+    return found
 
 
 def file_names(base) -> dict[str, str]:

@@ -155,7 +155,8 @@ def compose_stack(
     )
     key = (states, mode, amount, wishes, exact, weights and weights.signature)
     projected, kept = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
-    share = len(members) ** -0.5 if norm_control else 1.0
+    # the symmetric projection divides by it already
+    share = len(members) ** -0.5 if norm_control and (mode != "weights" or wishes.order != "symmetric") else 1.0
     parts = [
         Part(m.concept.name, m.entry.strength * share, a, m.fitted.patches, m.entry.start, m.entry.end)
         for m, a in zip(members, projected)

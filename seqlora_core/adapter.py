@@ -51,9 +51,30 @@ class LayerDelta:
             return self
         return replace(self, down=self.down.float(), up=self.up.float())
 
+    def by_channel(self, width: int) -> LayerDelta:
+        """A convolution's change as one of its `width` input channels, each place of the kernel with outputs of its own:
+        what it does where the places see unrelated inputs of one and the same moment.  Of equal energy; linear ones as they are.
+        """
+        places = self.down.shape[1] // width
+        return (
+            self
+            if places == 1
+            else replace(self, down=channel_rows(self.down, width), up=torch.block_diag(*[self.up] * places))
+        )
+
     def energy(self) -> Tensor:
         """Squared Frobenius norm of the change, from r x r products only."""
         return ((self.up.mT @ self.up) * (self.down @ self.down.mT)).sum()
+
+
+def channel_rows(down: Tensor, width: int) -> Tensor:
+    """lora_down of a convolution [r, width x places] as rows of its input channels, place by place: [places x r, width]"""
+    return down.view(len(down), width, -1).permute(2, 0, 1).reshape(-1, width)
+
+
+def kernel_rows(rows: Tensor, rank: int) -> Tensor:
+    """Back from `channel_rows`"""
+    return rows.view(-1, rank, rows.shape[1]).permute(1, 2, 0).reshape(rank, -1)
 
 
 @dataclass

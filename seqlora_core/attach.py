@@ -17,7 +17,10 @@ from .adapter import Adapter
 
 @dataclass(frozen=True)
 class Site:
-    """One adaptable layer.  `modules` all read the same input; their outputs, concatenated, are the layer's."""
+    """One adaptable layer.  `modules` all read the same input; their outputs, concatenated, are the layer's.
+
+    A convolution is a layer of its input channels: it can be recorded, not trained.
+    """
 
     name: str
     modules: tuple[nn.Module, ...]
@@ -89,7 +92,7 @@ def _hook(attachment: Attachment, name: str, rows: slice, first: bool):
     def hook(module, args, output):
         x = args[0]
         if first and attachment.record is not None:
-            attachment.record(name, x)
+            attachment.record(name, x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x)
         delta = attachment.delta(name, x, rows, first)
         return output if delta is None else output + delta.to(output.dtype)
 

@@ -78,6 +78,16 @@ def record_moments(
     return recorder.moments()
 
 
+def record_text(denoiser: Denoiser, prompts: list[str]) -> Moments:
+    """The same of the text encoders' layers while these prompts are encoded, all tokens of each."""
+    sites, attachment = denoiser.text_sites(), Attachment()
+    with attached(sites, attachment), Recorder(attachment) as recorder:
+        for prompt in prompts if sites else ():
+            recorder.next_pass()
+            denoiser.encode_prompts([prompt])
+    return recorder.moments()
+
+
 def draw(denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None) -> Tensor:
     """Latents that the model draws for these prompts, in few steps; with the adapter on, or bare."""
     attachment, parts, batch = Attachment(), [], at_once(size)

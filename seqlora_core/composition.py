@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, LayerDelta, concatenate
+from .adapter import Adapter, LayerDelta, channel_rows, concatenate, kernel_rows
 from .errors import UserError
 from .linalg import nearest_frame, project_out, ridge, span
 from .spectrum import capped
@@ -54,7 +55,7 @@ def project(
     """Each adapter as it goes into the stack, at strength 1.
 
     mode: "sum", what SeqLoRA's concepts are trained for; "weights", the rows of lora_down made orthogonal between
-    adapters, needs no data; "data", the closed form with each concept's `moments` (and `general` ones, G).
+    adapters and all over the square root of their number, needs no data; "data", the closed form with each concept's `moments` (and `general` ones, G).
     amount 0..1 goes from the plain sum to the full projection.
     """
     if mode not in MODES:
@@ -68,7 +69,7 @@ def project(
             raise UserError(f"cap is {wishes.cap}: give a number of at least 1, such as 10")
         adapters = [capped(a, wishes.cap) for a in adapters]
     if mode == "weights" and wishes.order == "symmetric":
-        projected = symmetric(adapters, wishes.protected)
+        projected = without_data(adapters, wishes.protected)
     elif mode == "weights":
         projected = gram_schmidt(adapters, sequence(adapters, wishes.order), wishes.protected)
     elif mode == "data":
@@ -136,6 +137,21 @@ def symmetric(adapters: list[Adapter], protected: Collection[int] = ()) -> list[
     return out
 
 
+def without_data(adapters: list[Adapter], protected: Collection[int] = ()) -> list[Adapter]:
+    """`symmetric`, in each layer over the square root of the number of adapters that give way there.
+
+    All inputs of a layer lie mostly in few directions, which every LoRA reads whatever its lora_down: that part no
+    projection by weights can tell apart, so the sum is kept at one adapter's strength (docs/RESULTS.md has what was tried).
+    """
+    counts = Counter(n for i, a in enumerate(adapters) if i not in protected for n in a.layers)
+    return [
+        p
+        if i in protected
+        else Adapter({n: replace(d, down=d.down * counts[n] ** -0.5) for n, d in p.layers.items()}, p.metadata)
+        for i, p in enumerate(symmetric(adapters, protected))
+    ]
+
+
 def _directions(delta: LayerDelta, weighted: bool = False) -> Tensor:
     """Orthonormal input directions of a change [in, r], weighted by their energies if asked for; in float64."""
     basis, upper = torch.linalg.qr(delta.down.double().mT)
@@ -169,11 +185,12 @@ def closed_form(
                     continue
                 if beta != 1 or factor is None:
                     factor = torch.linalg.cholesky(ridge(own + beta * (everything - own), RIDGE))
-                down = torch.cholesky_solve(own @ delta.down.double().mT, factor).mT
+                rows = channel_rows(delta.down.double(), len(own))
+                down = kernel_rows(torch.cholesky_solve(own @ rows.mT, factor).mT, delta.rank)
                 out[i].layers[name] = replace(delta, down=down.to(delta.down.dtype))
     if unseen:
         rest = [Adapter({n: d for n, d in a.layers.items() if n in unseen}) for a in adapters]
-        for fitted, other in zip(out, symmetric(rest, protected)):
+        for fitted, other in zip(out, without_data(rest, protected)):
             fitted.layers.update(other.layers)
     return out
 

@@ -74,6 +74,9 @@ class Denoiser(Protocol):
     def sites(self) -> list[Site]:
         """The adaptable layers, in the order of the forward pass."""
 
+    def text_sites(self) -> list[Site]:
+        """Layers of the text encoders whose inputs are to be recorded while prompts are encoded"""
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning: ...
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -112,6 +115,9 @@ class Denoiser(Protocol):
 
 class FlowMatching:
     """Noising and target of models that predict a velocity on straight paths (SD3)."""
+
+    def text_sites(self) -> list[Site]:
+        return []
 
     def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         s = sigma.view(-1, 1, 1, 1)

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from .adapter import Adapter
-from .calibration import Calibration, calibrate, draw, record_moments
+from .calibration import Calibration, calibrate, draw, record_moments, record_text
 from .denoiser import Denoiser
 from .errors import UserError
 from .prompts import trigger_prompts
@@ -85,7 +85,8 @@ def see_trigger(
         raise UserError("no trigger: name the words that call the LoRA in a prompt; its file does not say")
     prompts = trigger_prompts(trigger.strip(), pictures or picture_count(size), seed)
     latents = draw(denoiser, prompts, seed, size, adapter)
-    return record_moments(denoiser, latents, denoiser.encode_prompts(prompts), adapter, seed=seed)
+    moments = record_moments(denoiser, latents, denoiser.encode_prompts(prompts), adapter, seed=seed)
+    return Moments(moments.layers | record_text(denoiser, prompts).layers)
 
 
 def general_calibration(
@@ -99,11 +100,13 @@ def general_calibration(
     path = general_path(folder, base)
     if not path.exists():
         calibration = calibrate(denoiser, size, pictures, seed=seed)
+        calibration.moments.layers |= record_text(denoiser, calibration.prompts).layers
     else:
         calibration = Calibration.load(path)
-        if all(s.name in calibration.moments.layers for s in denoiser.sites()):
+        if all(s.name in calibration.moments.layers for s in [*denoiser.sites(), *denoiser.text_sites()]):
             return calibration
         prompts = denoiser.encode_prompts(calibration.prompts)
         calibration.moments.layers |= record_moments(denoiser, calibration.latents, prompts, seed=seed).layers
+        calibration.moments.layers |= record_text(denoiser, calibration.prompts).layers
     calibration.save(path, base)
     return calibration

@@ -134,6 +134,9 @@ class UNetModel:
     def fingerprint(self) -> str:
         return fingerprint(self.sites())
 
+    def text_sites(self) -> list[Site]:
+        return []
+
     def network(self) -> torch.nn.Module:
         return self.unet
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from seqlora_core.adapter import Adapter, LayerDelta, concatenate, load_adapter, save_adapter
-from seqlora_core.composition import Wishes, closed_form, compose, energy_kept, gram_schmidt, project, symmetric
+from seqlora_core.adapter import Adapter, LayerDelta, channel_rows, concatenate, kernel_rows, load_adapter, save_adapter
+from seqlora_core.composition import Wishes, closed_form, compose, energy_kept, gram_schmidt, project, symmetric, without_data
 from seqlora_core.errors import UserError
+from seqlora_core.interference import residual_energy
 from seqlora_core.linalg import orthonormal_basis
 from seqlora_core.low_rank import factorised, truncated
 from seqlora_core.selection import selected
@@ -66,6 +67,38 @@ def test_symmetric_is_the_nearest_orthonormal_frame():
         assert distance(turned) > distance(frame)
 
 
+def test_without_data_the_sum_has_about_one_adapters_energy():
+    """Orthogonal changes add their energies: N of them over sqrt(N) have the mean of one"""
+    adapters = [adapter(i) for i in range(5)]
+    whole, parts = without_data(adapters), symmetric(adapters)
+    total = concatenate(whole).layers["l"].energy()
+    assert total == pytest.approx(sum(float(p.layers["l"].energy()) for p in parts) / 5)
+    for w, p in zip(whole, parts):
+        assert torch.allclose(dense(w), dense(p) / 5**0.5)
+    assert torch.equal(dense(without_data([adapters[0]])[0]), dense(symmetric([adapters[0]])[0]))
+    assert torch.equal(dense(without_data(adapters, {1})[1]), dense(adapters[1]))
+    apart = [adapter(0), adapter(1, name="another")]
+    for before, after, name in zip(apart, without_data(apart), ("l", "another")):
+        assert torch.allclose(dense(after, name), dense(before, name))  # no layer that both change
+
+
+def test_a_convolution_is_projected_by_its_channels():
+    """Against the unfolded inputs' moment, channels x unrelated places of the kernel"""
+    down, up, width, places = randn(1, 2, 6 * 4), randn(2, 5, 2), 6, 4
+    adapters = [Adapter({"l": LayerDelta(down * s, up, (2, 2))}) for s in (1.0, -0.5)]
+    channels = [(lambda x: x.mT @ x / 99)(randn(50 + i, 99, width)) for i in range(3)]
+    unfolded = [torch.kron(c, torch.eye(places, dtype=c.dtype)) for c in channels]
+    small, whole = ([Moments({"l": m}) for m in kind] for kind in (channels, unfolded))
+    for a, b in zip(closed_form(adapters, small[:2], small[2]), closed_form(adapters, whole[:2], whole[2])):
+        assert torch.allclose(dense(a), dense(b), atol=1e-9) and a.layers["l"].kernel == (2, 2)
+    delta = adapters[0].layers["l"]
+    seen = delta.by_channel(width)
+    assert residual_energy(seen.up, seen.down, channels[0]) == pytest.approx(
+        float(residual_energy(delta.up, delta.down, unfolded[0]))
+    )
+    assert torch.equal(kernel_rows(channel_rows(delta.down, width), 2), delta.down)
+
+
 def test_twins_share_what_they_have():
     a = adapter(0)
     halves = symmetric([a, a])
@@ -118,7 +151,7 @@ def test_layers_that_nobody_recorded_are_projected_from_their_weights():
     moments = [Moments({"l": (lambda x: x.mT @ x / 99)(randn(50 + i, 99, IN))}) for i in range(2)]
     out = closed_form(both, moments)
     seen = closed_form([adapter(0), adapter(1)], moments)
-    apart = symmetric([adapter(5, name="unseen"), adapter(6, name="unseen")])
+    apart = without_data([adapter(5, name="unseen"), adapter(6, name="unseen")])
     for i in range(2):
         assert torch.allclose(dense(out[i]), dense(seen[i])) and torch.allclose(
             dense(out[i], "unseen"), dense(apart[i], "unseen")

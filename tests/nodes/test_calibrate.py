@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
+from seqlora_core.adapter import Adapter, LayerDelta, concatenate, load_adapter, save_adapter
+from seqlora_core.composition import closed_form
 from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import load_subject
 from seqlora_core.library import Library
-from seqlora_core.lora_moments import general_path, see_trigger
-from seqlora_core.statistics import moments_from_tensors
+from seqlora_core.lora_moments import general_path, kept_general, see_trigger
+from seqlora_core.prompts import trigger_prompts
+from seqlora_core.statistics import moments_from_tensors, read_statistics
 from seqlora_core.teach import train_concept
 
 from .comfy_server import Failed
+from .lora_files import text_files
 from .test_training import BASE, draw, pixels
 
 TRIGGERS = {"one": "octzu animal", "two": "pengvo animal"}
@@ -105,6 +108,58 @@ def test_a_stack_of_a_library_and_a_file(server, model, calibration, loras):
     # another LoRA's layers joined: what this one sees there is recorded too
     assert "theirs/two: drew" in server.run(calibrate("theirs/two\ntheirs/wide", "wide: ohwx"))["3"]["text"][0]
     assert "theirs/two: was recorded before" in server.run(calibrate("theirs/two", ""))["3"]["text"][0]
+
+
+def test_text_encoders_and_convolutions_are_recorded_and_projected(server, model, loras):
+    """A text encoder's LoRA by peft and diffusers, a convolution's by lycoris, as those libraries write them"""
+    lycoris = pytest.importorskip("lycoris.modules.locon", reason="no lycoris-lora: pip install -r requirements-dev.txt")
+    text_files(loras)
+    torch.manual_seed(4)
+    module = lycoris.LoConModule("l", torch.nn.Conv2d(16, 192, 2, 2), 1.0, lora_dim=4, alpha=4)
+    torch.nn.init.normal_(module.lora_up.weight, std=0.01)
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    conv = {f"lora_unet_x_embedder_proj.{k}": module.state_dict()[k].clone().contiguous() for k in parts}
+    # with a layer of the text encoder that the first one has too
+    first = load_file(loras / "text_kohya.safetensors")
+    conv |= {k: v.flip(0).contiguous() for k, v in first.items() if "layers_0_self_attn_q_proj" in k}
+    save_file(conv, loras / "conv.safetensors")
+    both, calls = "theirs/text_kohya\ntheirs/conv", "text_kohya: octzu animal\nconv: pengvo animal"
+    server.run(calibrate(both, calls))
+    base, query = model.fingerprint(), "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    files = {n: read_statistics(loras / f"{n}.{base}.stats.safetensors")[0] for n in ("text_kohya", "conv")}
+    for stem in {k.rpartition(".lora_")[0] for k in first} | {"diffusion_model.x_embedder.proj"}:
+        assert all(stem in found.layers for found in files.values())
+    assert files["conv"]["diffusion_model.x_embedder.proj"].shape == (16, 16)
+    # what the first layer sees no LoRA has touched: transformers' own encoder sees the same
+    seen, layer = [], next(m for n, m in model.text.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
+    handle = layer.register_forward_hook(lambda _, args, out: seen.append(args[0].flatten(0, 1)))
+    model.encode_prompts(trigger_prompts("octzu animal", 4, 0))
+    handle.remove()
+    x = torch.cat(seen)
+    wanted = x.mT @ x / len(x)
+    assert (files["text_kohya"][query] - wanted).norm() < 2e-2 * wanted.norm()
+
+    save = {
+        "stack": ["3", 0],
+        "name": "projected",
+        "mode": "data",
+        "amount": 1.0,
+        "overwrite": True,
+        "model": ["1", 0],
+        "clip": ["1", 1],
+    }
+    server.run(calibrate(both, calls) | {"6": {"class_type": "SeqLoRASaveStack", "inputs": save}})
+    found = load_adapter(server.base / "models" / "loras" / "projected.safetensors")
+    general = kept_general(server.base / "models" / "loras" / "seqlora", base)
+    conv_name = "diffusion_model.x_embedder.proj"
+    adapters = [load_adapter(loras / f"{n}.safetensors") for n in files]
+    adapters = [Adapter({conv_name if "x_embedder" in n else n: d for n, d in a.layers.items()}) for a in adapters]
+    own = concatenate(closed_form(adapters, list(files.values()), general))
+    for name in (query, conv_name):
+        assert torch.allclose(found.layers[name].dense(), own.layers[name].dense(), atol=1e-5)
+        assert (own.layers[name].dense() - concatenate(adapters).layers[name].dense()).norm() > 0.01 * own.layers[
+            name
+        ].dense().norm()
 
 
 BAD = [

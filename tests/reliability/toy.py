@@ -31,6 +31,9 @@ class ToyDenoiser(FlowMatching):
         for module in (self.enter, self.leave, self.layers):
             module.requires_grad_(False)
 
+    def text_sites(self) -> list[Site]:
+        return []
+
     def sites(self) -> list[Site]:
         return [Site(f"diffusion_model.layers.{i}.attn", (m,), WIDTH, WIDTH) for i, m in enumerate(self.layers)]
 
