@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.output.exists():  # the rows of models that are not measured now stay
         rows = [r for r in json.loads(args.output.read_text(encoding="utf-8"))["rows"] if r["model"] not in args.models] + rows
     ratios(rows)
-    command = "python -m benchmarks.training" + ("" if args.steps is None else f" --steps {args.steps}")
+    command = " ".join(["python -m benchmarks.training", *(sys.argv[1:] if argv is None else argv)])
     about = meta(command, "cpu, one thread", [0]) | {"settings": MODELS, "start_up_of": STEPS}
     args.output.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     for r in rows:
