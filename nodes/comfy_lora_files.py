@@ -92,6 +92,9 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
         loaded = comfy.lora.load_lora(tensors, used, log_missing=False)
     except (KeyError, IndexError, RuntimeError, ValueError, AttributeError) as error:
         raise UserError(f"{source} is incomplete or damaged ({error}); get it again") from error
+    if not loaded:
+        kind = other_kind(tensors) or "a file of layers"
+        raise UserError(f"{source} is {kind}, which ComfyUI cannot read: convert it to a LoRA, or have it trained as one")
     fitted = Fitted(Adapter({}, metadata), unknown=unknown)
     places, key_of, stem_of = [], {id(t): k for k, t in tensors.items()}, {t: s for s, t in used.items()}
     for target, patch in loaded.items():

@@ -25,7 +25,7 @@ PAIRS = (
 _ENDINGS = tuple(ending for pair in PAIRS for ending in pair)
 # part of a key -> what kind of file it gives away
 _OTHER_KINDS = {
-    "hada_w": "a LoHa", "lokr_w": "a LoKr", "oft_blocks": "an OFT or BOFT", "oft_R": "an OFT", "dora_scale": "a DoRA",
+    "hada_w": "a LoHa", "lokr_w": "a LoKr", "oft_blocks": "an OFT or BOFT", "boft_R": "a BOFT of peft", "oft_R": "an OFT of peft", "dora_scale": "a DoRA",
     "lora_magnitude_vector": "a DoRA", r"\.a1\.weight$": "a GLoRA", r"\.diff(_b)?$": "a full-difference file", "w_norm": "a file of norms",
 }  # fmt: skip
 

@@ -84,6 +84,7 @@ def lycoris_kinds() -> Iterator[tuple[str, dict]]:
     yield "oft", dict(algo="diag-oft", constraint=1e-3)
     yield "boft", dict(algo="boft", constraint=1e-3)
     yield "full", dict(algo="full")
+    yield "glora", dict(algo="glora")
 
 
 def lycoris_file(path: Path, algo: str, **options) -> None:
@@ -167,3 +168,18 @@ def broken_files(folder: Path) -> None:
     kron = {f"{stem}.lokr_w1": torch.ones(4, 4), f"{stem}.lokr_w2": torch.ones(10, 10)}
     save_file(kron, folder / "lokr_other_size.safetensors")
     save_file({f"{stem}.diff": torch.ones(48, 48)}, folder / "full_other_size.safetensors")
+    peft_rotations(folder)
+
+
+def peft_rotations(folder: Path) -> None:
+    """OFT and BOFT as peft writes them: other tensors, on the other side of the weight than ComfyUI's"""
+    from peft import BOFTConfig, OFTConfig, inject_adapter_in_model
+    from peft.utils import get_peft_model_state_dict
+
+    for name, config in (
+        ("peft_oft", OFTConfig(r=0, oft_block_size=8, target_modules=["to_q"])),
+        ("peft_boft", BOFTConfig(boft_block_size=8, target_modules=["to_q"])),
+    ):
+        model = inject_adapter_in_model(config, unet())
+        state = get_peft_model_state_dict(model)
+        save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")

@@ -13,7 +13,7 @@ import pytest
 from .comfy_server import PACK, find_comfyui
 
 PLAIN = ["diffusers", "diffusers_old", "kohya", "kohya_bfloat16", "kohya_float16", "kohya_float8_e4m3fn", "peft", "locon", "locon_tucker"]  # fmt: skip
-OTHER = ["loha", "loha_tucker", "lokr", "lokr_full", "dora", "dora_rows", "oft", "boft", "full"]
+OTHER = ["loha", "loha_tucker", "lokr", "lokr_full", "dora", "dora_rows", "oft", "boft", "full", "glora"]
 SD3 = ["sd3_diffusers", "sd3_onetrainer", "sd3_musubi", "sd3_ai_toolkit", "text_diffusers", "text_kohya", "text_peft"]
 WORDS = {
     "truncated": "not a readable safetensors", "header_cut": "not a readable safetensors", "text": "not a readable safetensors",
@@ -21,7 +21,7 @@ WORDS = {
     "no_down": "no lora_down", "nan": "not finite", "inf": "not finite", "other_size": r"\[48, 32\], this model's is \[32, 32\]",
     "ranks_differ": "do not multiply", "another_model": "does not fit this model", "no_lora": "does not fit this model",
     "half_loha": "incomplete or damaged", "loha_other_size": "another kind of model", "lokr_other_size": "another kind of model",
-    "full_other_size": "another kind of model",
+    "full_other_size": "another kind of model", "peft_oft": "an OFT of peft, which", "peft_boft": "a BOFT of peft, which",
 }  # fmt: skip
 
 
