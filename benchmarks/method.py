@@ -4,7 +4,9 @@
     python -m benchmarks.method --counts 2 5 10 32    hours; resumes where it was stopped
 
 Protocol: docs/METHOD.md, "How it is measured".  Every row's learning rate is the best of RATES by the same search on
-the tuning concepts; the table's concepts are others (`benchmarks.concepts`).  What is trained is kept in the cache.
+the tuning concepts; the table's concepts are others (`benchmarks.concepts`).  What is trained is kept in the cache, and
+the results file keeps every run (count, planned, seed, row) that it holds: seeds and counts can be added on other days
+and machines.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from seqlora_core.teach import train_concept
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = (3e-4, 1e-3, 3e-3)
-SEARCH = 5  # tuning concepts that the search of learning rates uses
+SEARCH = 3  # tuning concepts that the search of learning rates uses
 
 
 class Bench:
@@ -125,6 +127,8 @@ class Bench:
 
     def table(self, names: list[str], planned: int, seed: int, rows: list[str], order: list[str]) -> list[dict]:
         """One row for each of `rows` over these concepts, taught in `order` (of which names are the first)."""
+        if not rows:
+            return []
         held_outs = [self.subject(n).held_out for n in names]
         base = [held_out_loss(self.model, h) for h in held_outs]
         ordinary = [self.ordinary(n, self.rate("ordinary"), seed) for n in names]
@@ -167,6 +171,36 @@ def summary(runs: list[dict]) -> list[dict]:
     return out
 
 
+class Ledger:
+    """The results file: every run so far, with what they have in common."""
+
+    def __init__(self, path: Path, common: dict):
+        self.path, self.common, self.runs, self.rates, self.costs = path, common, [], {}, {}
+        if path.exists():
+            held = json.loads(path.read_text(encoding="utf-8"))
+            differ = [k for k, v in common.items() if held["meta"].get(k) != v]
+            if differ:
+                raise SystemExit(f"{path} is of another {', '.join(differ)}: remove it or give another --output")
+            self.runs, self.rates, self.costs = held["runs"], held["meta"]["rates"], held["costs"]
+
+    def missing(self, count: int, planned: int, seed: int, rows: list[str]) -> list[str]:
+        done = {r["row"] for r in self.runs if (r["n"], r["planned"], r["seed"]) == (count, planned, seed)}
+        return [r for r in rows if r not in done]
+
+    def add(self, runs: list[dict], bench: Bench) -> None:
+        self.runs += runs
+        self.rates |= bench.rates
+        longer = {k: v for k, v in bench.series.items() if len(v) >= len(self.costs.get(k, []))}
+        self.costs |= longer
+        seeds = sorted({r["seed"] for r in self.runs})
+        about = meta("python -m benchmarks.method", bench.model.device, seeds) | self.common | {"rates": self.rates}
+        result = {"meta": about, "rows": summary(self.runs), "runs": self.runs, "costs": self.costs}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three concepts, 40 steps, one seed")
@@ -181,23 +215,22 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.quick:
         args.counts, args.seeds, args.steps, args.concepts = [3], [0], 40, "tuning"
+        args.output = args.cache / "quick.json"
+        args.output.unlink(missing_ok=True)
         shutil.rmtree(args.cache / "runs-40", ignore_errors=True)
     bench = Bench(args.cache, args.steps)
-    if args.quick:
-        bench.rates = {"ordinary": 3e-3} | dict.fromkeys(bench.options, 1e-3)
-    rows, names, runs = args.rows + (list(ABLATIONS) if args.ablations else []), concepts.names(args.concepts), []
+    model = bench.model.fingerprint()
+    ledger = Ledger(args.output, {"steps": args.steps, "concepts": args.concepts, "model": model})
+    bench.rates = {"ordinary": 3e-3} | dict.fromkeys(bench.options, 1e-3) if args.quick else dict(ledger.rates)
+    rows, names = args.rows + (list(ABLATIONS) if args.ablations else []), concepts.names(args.concepts)
     longest = max(args.counts)
     if longest > len(names):
         parser.error(f"the {args.concepts} set holds {len(names)} concepts: ask for fewer, or --concepts all")
     for seed in args.seeds:
         for count in args.counts:
-            runs += bench.table(names[:count], longest, seed, rows, names[:longest])
-            about = meta("python -m benchmarks.method", bench.model.device, args.seeds)
-            about |= {"steps": args.steps, "concepts": args.concepts, "rates": bench.rates}
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"meta": about, "rows": summary(runs), "runs": runs, "costs": bench.series}, indent=1)
-            args.output.write_text(text + "\n", encoding="utf-8")
-    print(markdown(summary(runs)))
+            missing = ledger.missing(count, longest, seed, rows)
+            ledger.add(bench.table(names[:count], longest, seed, missing, names[:longest]), bench)
+    print(markdown(summary(ledger.runs)))
 
 
 if __name__ == "__main__":

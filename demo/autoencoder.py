@@ -111,7 +111,7 @@ def train_decoder(every: dict, known: dict, folder: Path, minutes: float, batch:
     """A third on scenes of every icon, the rest on those that the denoiser knows.
 
     Reads folder/encoder.safetensors; writes folder/decoder.safetensors every 200 steps, and goes on from one that is
-    there.
+    there.  minutes: of processor time, so that other work on the machine does not shorten the training.
     """
     torch.manual_seed(0)
     pca, net, rng = load_file(folder / "encoder.safetensors"), decoder(), np.random.default_rng(1)
@@ -120,8 +120,8 @@ def train_decoder(every: dict, known: dict, folder: Path, minutes: float, batch:
     net.to(memory_format=torch.channels_last)
     perceptual = PerceptualLoss()
     optimiser = torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    start, step, mean, out = time.time(), 0, 0.0, folder / "decoder.safetensors"
-    while (done := (time.time() - start) / (minutes * 60)) < 1:
+    start, step, mean, out = time.process_time(), 0, 0.0, folder / "decoder.safetensors"
+    while (done := (time.process_time() - start) / (minutes * 60)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * min(1.0, 1.7 * (1 - done) + 0.01)
         x = torch.cat([pictures(every, rng, batch // 3), pictures(known, rng, batch - batch // 3)])
@@ -137,7 +137,7 @@ def train_decoder(every: dict, known: dict, folder: Path, minutes: float, batch:
         mean = loss.item() if step == 1 else 0.98 * mean + 0.02 * loss.item()
         if step % 200 == 0:
             psnr = -10 * torch.log10(((y - x) / 2).square().mean()).item()
-            print(f"decoder step {step} loss {mean:.4f} psnr {psnr:.1f} {time.time() - start:.0f} s", flush=True)
+            print(f"decoder step {step} loss {mean:.4f} psnr {psnr:.1f} {time.process_time() - start:.0f} s", flush=True)
             save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out)
 

@@ -61,6 +61,11 @@ class Finder:
         return np.array([a == b for a, b in zip(found, subjects)])
 
 
+def by_style(right: np.ndarray, styles: list[str]) -> dict[str, float]:
+    """Share of right pictures by the style that their prompts name"""
+    return {s or "none": float(right[np.array(styles) == s].mean()) for s in ("", *emoji.STYLES)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "cache")
@@ -79,20 +84,21 @@ def main() -> None:
         encoded = [model.encode_prompts(p) for p in parts]
         return torch.cat([model.decode(model.sample(c, seed + 25 * i, STEPS, GUIDANCE)) for i, c in enumerate(encoded)])
 
-    def both(pictures: torch.Tensor, pairs: list[tuple[str, str]]) -> tuple[float, float]:
-        """Share of pictures with both subjects on their sides, and of subjects on their side"""
-        found = [halves.right(half, [p[i] for p in pairs]) for i, half in enumerate(sides(pictures))]
-        return float((found[0] & found[1]).mean()), float(np.mean(found))
+    def on_sides(pictures: torch.Tensor, pairs: list[tuple[str, str]]) -> np.ndarray:
+        """[n, 2] of bool: whether each of the two subjects is found on its side"""
+        return np.stack([halves.right(half, [p[i] for p in pairs]) for i, half in enumerate(sides(pictures))], 1)
 
     names, colours = list(scenes.SUBJECTS), list(scenes.BACKGROUNDS)
     subjects = [names[i % len(names)] for i in range(args.prompts)]
-    # a third of the prompts name no style, a third each of the two
+    # a third of the prompts name no style, a third each of the two; of pairs too
     styles = [("", *emoji.STYLES)[i // len(names) % 3] for i in range(args.prompts)]
     prompts = [scenes.caption([s], str(rng.choice(colours)), style) for s, style in zip(subjects, styles)]
     single = drawn(prompts, 1000)
     right = whole.right(single, subjects)
-    pairs = [tuple(str(n) for n in rng.choice(names, 2, replace=False)) for _ in range(args.prompts // 2)]
-    double = drawn([scenes.caption(list(p), str(rng.choice(colours)), "", "sides") for p in pairs], 9000)
+    pairs = [tuple(str(n) for n in rng.choice(names, 2, replace=False)) for _ in range(args.prompts)]
+    pair_styles = [("", *emoji.STYLES)[i % 3] for i in range(len(pairs))]
+    pair_prompts = [scenes.caption(list(p), str(rng.choice(colours)), t, "sides") for p, t in zip(pairs, pair_styles)]
+    double = drawn(pair_prompts, 9000)
     # what the autoencoder alone leaves of real pictures: no denoiser can do better
     real_styles = [str(rng.choice(emoji.STYLES)) for _ in range(args.prompts)]
     real = [scenes.compose(rng, [(sprites[t, s], "")], str(rng.choice(colours))) for s, t in zip(subjects, real_styles)]
@@ -101,13 +107,15 @@ def main() -> None:
         for p, t in zip(pairs, real_styles)
     ]
     decoded, decoded_double = (model.decode(model.encode_images(to_tensor(x))) for x in (real, real_double))
+    found = on_sides(double, pairs)
     result = {
         "prompts": args.prompts, "subjects": len(names), "single_right": float(right.mean()),
-        "single_right_by_style": {s or "none": float(right[np.array(styles) == s].mean()) for s in ("", *emoji.STYLES)},
+        "single_right_by_style": by_style(right, styles),
         "single_right_by_pixels": float(control.right(single, subjects).mean()),
-        "pairs": len(pairs), **dict(zip(("pair_both_right", "pair_each_right"), both(double, pairs))),
+        "pairs": len(pairs), "pair_both_right": float(found.all(1).mean()), "pair_each_right": float(found.mean()),
+        "pair_both_right_by_style": by_style(found.all(1), pair_styles),
         "autoencoder_single_right": float(whole.right(decoded, subjects).mean()),
-        "autoencoder_pair_both_right": both(decoded_double, pairs)[0],
+        "autoencoder_pair_both_right": float(on_sides(decoded_double, pairs).all(1).mean()),
         "sampler": f"Euler, {STEPS} steps, guidance {GUIDANCE}",
     }  # fmt: skip
     print(json.dumps(result, indent=1))

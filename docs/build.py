@@ -47,15 +47,18 @@ def values(lines: list[str], head: str = "| measured | value |") -> str:
 
 def base_table() -> str:
     r = load("base")
+
+    def by_style(key: str) -> list[str]:
+        name = {"none": "no style"}
+        return [f"| of those whose prompt names {name.get(k, k + ' style')} | {v:.0%} |" for k, v in r[key].items()]
+
     return values(
         [
             f"| one subject ({r['prompts']} prompts, {r['subjects']} subjects): nearest neighbour is the right one | {r['single_right']:.0%} |",
-            *(
-                f"| of those whose prompt names {'no style' if k == 'none' else k + ' style'} | {v:.0%} |"
-                for k, v in r["single_right_by_style"].items()
-            ),
+            *by_style("single_right_by_style"),
             f"| the same by raw 16 x 16 pixels, as a control | {r['single_right_by_pixels']:.0%} |",
             f"| two subjects ({r['pairs']} prompts): both found on their sides | {r['pair_both_right']:.0%} |",
+            *by_style("pair_both_right_by_style"),
             f"| two subjects: each found on its side | {r['pair_each_right']:.0%} |",
             f"| real pictures of one subject, through the autoencoder alone | {r['autoencoder_single_right']:.0%} |",
             f"| real pictures of two, through the autoencoder alone: both found | {r['autoencoder_pair_both_right']:.0%} |",
@@ -230,7 +233,39 @@ def metric_table() -> str:
     return values([f"| {name} | {size / 1e9:.2f} |" for name, size in sizes.items()], "| model | GB |")
 
 
+def study_table() -> str:
+    lines = [
+        f"| {r['depth']} | {r['parameters'] / 1e6:.1f} | {r['samples']:,} | {r['held_out']:.4f} |"
+        for r in load("study")["rows"]
+    ]
+    return "\n".join(["| blocks | million parameters | samples seen | held-out loss |", "|---|---|---|---|", *lines])
+
+
+def replay_table() -> str:
+    r = load("replay_pool")
+    lines = [f"| {x['row']} | {x['base_loss']:.4f} | {x['drift']:+.1%} | {x['change']:.4f} |" for x in r["rows"]]
+    head = ["| pictures | base loss | drift | mean squared change |", "|---|---|---|---|"]
+    return (
+        "\n".join([*head, *lines])
+        + f"\n\n{r['meta']['concepts']} concepts; a pool of {r['meta']['pool']:,} pictures, decoys among them."
+    )
+
+
+def method_table() -> str:
+    """A table for each number of concepts"""
+    data, parts = load("method"), []
+    for count in sorted({r["n"] for r in data["rows"]}):
+        rows = [r for r in data["rows"] if r["n"] == count]
+        parts.append(f"**{count} concepts**, {rows[0]['seeds']} seed(s)\n\n{markdown(rows)}")
+    rates = ", ".join(f"{k} {v:g}" for k, v in data["meta"]["rates"].items())
+    about = f"From `{data['meta']['command']}`, {data['meta']['steps']} steps, {data['meta']['concepts']} concepts; learning rates: {rates}."
+    return "\n\n".join([*parts, about])
+
+
 TABLES = {
+    "study": study_table,
+    "replay_pool": replay_table,
+    "method": method_table,
     "demo": demo_table,
     "demo_other": lambda: demo_table("demo_other"),
     "base": base_table,

@@ -20,8 +20,11 @@ from .prompts import generic_decoys, generic_prompts
 from .statistics import Moments, Recorder, json_of, read_statistics
 from .tensor_file import write_safetensors
 
-DRAW_STEPS, DRAW_GUIDANCE = 16, 2.5
-PASSES = 4  # noise levels at which each picture is seen
+DRAW_STEPS = 16
+# drawn without guidance the pictures are the model's own distribution: its loss on them, and how far a concept moves
+# them, are as on real pictures it knows; guided ones are not (docs/RESULTS.md)
+UNGUIDED = 1.0
+PASSES = 4  # noise levels at which each of them is seen
 
 
 @dataclass
@@ -88,14 +91,17 @@ def record_text(denoiser: Denoiser, prompts: list[str]) -> Moments:
     return recorder.moments()
 
 
-def draw(denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None) -> Tensor:
+def draw(
+    denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None,
+    guidance: float = UNGUIDED,
+) -> Tensor:  # fmt: skip
     """Latents that the model draws for these prompts, in few steps; with the adapter on, or bare."""
     attachment, parts, batch = Attachment(), [], at_once(size)
     attachment.set_frozen(adapter, denoiser.device)
     with attached(denoiser.sites(), attachment):
         for start in range(0, len(prompts), batch):
             conditioning = denoiser.encode_prompts(prompts[start : start + batch])
-            parts.append(denoiser.sample(conditioning, seed + start, DRAW_STEPS, DRAW_GUIDANCE, size))
+            parts.append(denoiser.sample(conditioning, seed + start, DRAW_STEPS, guidance, size))
     return torch.cat(parts).cpu()
 
 
@@ -104,17 +110,33 @@ def at_once(size: tuple[int, int]) -> int:
     return 16 if max(size) <= 128 else 4
 
 
-def picture_count(size: tuple[int, int]) -> int:
-    """Pictures to draw for a calibration: more keep unrelated prompts better, where they are cheap."""
+def seen_count(size: tuple[int, int]) -> int:
+    """Pictures that moments are recorded on; the others serve replay alone"""
     return 288 if max(size) <= 128 else 48
 
 
+def picture_count(size: tuple[int, int], steps: int | None = None) -> int:
+    """Pictures to draw for fits of so many steps.
+
+    About as many as a fit takes of them: those that it meets often it learns by heart, and moves all others the more.
+    """
+    if max(size) > 128:
+        return 96
+    return 1152 if steps is None else min(1152, max(seen_count(size), 4 * steps))
+
+
 def calibrate(
-    denoiser: Denoiser, size: tuple[int, int], pictures: int | None = None, prompts: list[str] | None = None, seed: int = 0
-) -> Calibration:
-    """Draw `pictures` prompts, a quarter of them decoys, with the bare model and record what its layers see."""
-    pictures = pictures or picture_count(size)
+    denoiser: Denoiser, size: tuple[int, int], pictures: int | None = None, prompts: list[str] | None = None, seed: int = 0,
+    guidance: float = UNGUIDED,
+) -> Calibration:  # fmt: skip
+    """Draw `pictures` prompts, a quarter of them decoys, with the bare model and record what its layers see.
+
+    Moments are of `seen_count` pictures at most, of both kinds in their proportion.
+    """
     if prompts is None:
+        pictures = pictures or picture_count(size)
         prompts = generic_prompts(pictures - pictures // 4, seed) + generic_decoys(pictures // 4, seed)
-    latents = draw(denoiser, prompts, seed, size)
-    return Calibration(record_moments(denoiser, latents, denoiser.encode_prompts(prompts), seed=seed), prompts, latents)
+    latents = draw(denoiser, prompts, seed, size, guidance=guidance)
+    seen = slice(None, None, -(-len(prompts) // seen_count(size)))
+    moments = record_moments(denoiser, latents[seen], denoiser.encode_prompts(prompts[seen]), seed=seed)
+    return Calibration(moments, prompts, latents)

@@ -14,12 +14,14 @@ import re
 from pathlib import Path
 
 from .adapter import Adapter
-from .calibration import Calibration, calibrate, draw, record_moments, record_text
+from .calibration import Calibration, calibrate, draw, record_moments, record_text, seen_count
 from .denoiser import Denoiser
 from .errors import UserError
 from .prompts import trigger_prompts
 from .statistics import Moments, read_statistics
 from .tensor_file import tensors_hash, write_safetensors
+
+GUIDANCE = 2.5  # LoRAs of others are seen as people draw with them
 
 
 def moments_path(lora: Path, base: str) -> Path:
@@ -69,7 +71,7 @@ def keep_moments(lora: Path, base: str, moments: Moments, trigger: str) -> Path:
     return path
 
 
-def picture_count(size: tuple[int, int]) -> int:
+def trigger_count(size: tuple[int, int]) -> int:
     """Pictures that a LoRA draws of its trigger"""
     return 32 if max(size) <= 128 else 6
 
@@ -79,12 +81,12 @@ def see_trigger(
 ) -> Moments:
     """Moments of the layers' inputs while the LoRA's trigger is drawn with it on.
 
-    adapter: None if the denoiser's weights hold it already.  pictures: 0 for `picture_count`.
+    adapter: None if the denoiser's weights hold it already.  pictures: 0 for `trigger_count`.
     """
     if not trigger.strip():
         raise UserError("no trigger: name the words that call the LoRA in a prompt; its file does not say")
-    prompts = trigger_prompts(trigger.strip(), pictures or picture_count(size), seed)
-    latents = draw(denoiser, prompts, seed, size, adapter)
+    prompts = trigger_prompts(trigger.strip(), pictures or trigger_count(size), seed)
+    latents = draw(denoiser, prompts, seed, size, adapter, GUIDANCE)
     moments = record_moments(denoiser, latents, denoiser.encode_prompts(prompts), adapter, seed=seed)
     return Moments(moments.layers | record_text(denoiser, prompts).layers)
 
@@ -99,7 +101,7 @@ def general_calibration(
     base = denoiser.fingerprint()
     path = general_path(folder, base)
     if not path.exists():
-        calibration = calibrate(denoiser, size, pictures, seed=seed)
+        calibration = calibrate(denoiser, size, pictures or seen_count(size), seed=seed, guidance=GUIDANCE)
         calibration.moments.layers |= record_text(denoiser, calibration.prompts).layers
     else:
         calibration = Calibration.load(path)

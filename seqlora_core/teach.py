@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from torch import Tensor
 
 from .adapter import json_metadata
-from .calibration import Calibration, calibrate
+from .calibration import Calibration, calibrate, picture_count
 from .checkpoint import Checkpoints
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
@@ -61,7 +61,7 @@ def train_concept(
         texts = [complete_captions(s.captions, trigger, class_noun, template) for s in sets]
         config = replace(config or TrainingConfig(), planned=library.planned)
         config.validate()
-        calibration = _calibration(denoiser, library, _size(sets[0]), workers)
+        calibration = _calibration(denoiser, library, _size(sets[0]), config.steps, workers)
         references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
         plain = caption_from(template, "", class_noun).replace("  ", " ")
         others_of_class = [_references(denoiser, s, [c or plain for c in s.captions]) for s in regularisation]
@@ -99,10 +99,10 @@ def _references(denoiser: Denoiser, pictures: Pictures, captions: list[str]) -> 
     return References(latents, captions, _size(pictures), pictures.masks, pictures.repeats)
 
 
-def _calibration(denoiser: Denoiser, library: Library, size: tuple[int, int], workers: Workers) -> Calibration:
+def _calibration(denoiser: Denoiser, library: Library, size: tuple[int, int], steps: int, workers: Workers) -> Calibration:
     """The library's, made if it has none; read back in any case, so that every run sees the same"""
     if library.calibration() is None and workers.first:
-        library.keep_calibration(calibrate(denoiser, size))
+        library.keep_calibration(calibrate(denoiser, size, picture_count(size, steps)))
     workers.wait()
     return library.calibration()
 

@@ -28,6 +28,10 @@ def run(tmp_path_factory, calibration, model):
     for number, rows in enumerate((ROWS, ["seqlora"])):
         outputs.append(cache / f"{number}.json")
         method.main([*arguments, "--output", str(outputs[-1]), "--rows", *rows])
+    patch.setattr(method.Bench, "chain", lambda *_: pytest.fail("what the results file holds was trained again"))
+    method.main([*arguments, "--output", str(outputs[1]), "--rows", "seqlora"])
+    with pytest.raises(SystemExit, match="another steps"):
+        method.main([*arguments, "--steps", "3", "--output", str(outputs[1])])
     patch.undo()
     return cache, [json.loads(p.read_text()) for p in outputs]
 
