@@ -31,7 +31,7 @@ LAYERS = [
     {"demo"},
     {"options", "terminal"},
     {"recipe"},
-    {"train_command"},
+    {"calibrate_command", "library_command", "stack_command", "train_command"},
     {"cli"},
 ]
 

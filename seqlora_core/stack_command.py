@@ -1,0 +1,131 @@
+"""`seqlora stack`, `report` and `sample`: LoRA files or a library, together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .errors import UserError
+from .terminal import open_model, say
+
+
+def _adapters(items: list[str], library: Path | None):
+    """(name, adapter, strength, moments or None) of files or of a whole library, and what the base model sees"""
+    from .adapter import load_adapter, renamed
+    from .library import Library
+    from .lora_moments import kept_general, kept_moments
+    from .statistics import read_statistics
+
+    if bool(items) == bool(library):
+        raise UserError("name LoRA files or give --library, one of the two")
+    if library:
+        opened = Library(library)
+        calibration = opened.calibration()
+        return [(c.name, c.adapter, 1.0, c.moments) for c in opened.concepts()], calibration and calibration.moments
+    out, general = [], None
+    for item in items:
+        path, strength = _with_strength(item)
+        adapter, stats, moments = load_adapter(path), path.with_name(f"{path.stem}.stats.safetensors"), None
+        if stats.exists():
+            moments, *_ = read_statistics(stats)
+        elif kept := kept_moments(path):
+            moments, base = kept
+            general = general or kept_general(path.parent, base)
+        out.append((path.stem, adapter, strength, moments))
+    # kohya's underscored names of a model's own modules and the dotted ones are the same layers
+    dotted = [n for _, a, *_ in out for n in a.layers if n.startswith("diffusion_model.")]
+    return [(name, renamed(adapter, dotted), *rest) for name, adapter, *rest in out], general
+
+
+def _with_strength(item: str) -> tuple[Path, float]:
+    """FILE or FILE:0.8 (a Windows drive's colon is not a strength)"""
+    head, colon, tail = item.rpartition(":")
+    if colon and not Path(item).exists():
+        try:
+            return Path(head), float(tail)
+        except ValueError:
+            pass
+    return Path(item), 1.0
+
+
+def stack(args):
+    from .adapter import concatenate, save_adapter
+    from .composition import Wishes, energy_kept, norm_controlled, project
+    from .low_rank import truncated
+    from .selection import selected
+
+    parts, general = _adapters(args.adapters, args.library)
+    names, adapters, moments = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts], [m for *_, m in parts]
+    if not parts:
+        raise UserError(f"the library {args.library} is empty: train a concept into it first")
+    for name, adapter in zip(names, adapters):
+        if not adapter.layers:
+            raise UserError(f"the filter {args.layers!r} leaves no layer of {name}: use words that its layers' names hold")
+    if args.rank is not None and args.rank < 1:
+        raise UserError(f"rank is {args.rank}: give a number of at least 1")
+    unknown = set(args.protect) - set(names)
+    if unknown:
+        raise UserError(f"no {sorted(unknown)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")
+    wishes = Wishes(args.order, frozenset(i for i, n in enumerate(names) if n in args.protect), args.restore, args.cap)
+    known = None if any(m is None for m in moments) else moments
+    projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
+    kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
+    together = concatenate(
+        [p.scaled(s) for p, (_, _, s, _) in zip(norm_controlled(projected) if args.norm_control else projected, parts)]
+    )
+    together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
+    written, lost = truncated(together, args.rank)
+    save_adapter(args.output, written)
+    tell = say(args)
+    if args.mode != "sum":
+        tell("energy kept: " + ", ".join(f"{n} {k:.0%}" for n, k in zip(names, kept)))
+    tell(
+        f"{len(parts)} adapters written to {args.output}"
+        + (f", {lost:.2%} of their energy lost to rank {args.rank}" if args.rank else "")
+    )
+    return {"output": str(args.output), "adapters": names, "energy_kept": dict(zip(names, kept)), "energy_lost": lost}
+
+
+def report(args):
+    from dataclasses import asdict
+
+    from .composition import project
+    from .report import interference_report
+
+    parts, general = _adapters(args.adapters, args.library)
+    if not parts:
+        raise UserError(f"the library {args.library} is empty: train a concept into it first")
+    adapters, moments = {n: a for n, a, *_ in parts}, {n: m for n, *_, m in parts if m is not None}
+    if len(adapters) < len(parts):
+        raise UserError("two of the LoRA files have the same name: a report tells them apart by name, rename one")
+    known = list(moments.values()) if len(moments) == len(parts) else None
+    projected = project(list(adapters.values()), args.mode, args.amount, known, general)
+    found = interference_report(adapters, moments, [s for _, _, s, _ in parts], projected, args.mode)
+    say(args)(found.text())
+    if args.output is not None and args.output.suffix.lower() == ".png":
+        from .plots import to_pil
+        from .report_picture import report_picture
+
+        to_pil(report_picture(found)[0]).save(args.output)
+    elif args.output is not None:
+        args.output.write_text(json.dumps(asdict(found), indent=1, ensure_ascii=False), encoding="utf-8")
+    return asdict(found)
+
+
+def sample(args):
+    import torch
+
+    from .adapter import concatenate, load_adapter, renamed
+    from .library import Library
+    from .plots import to_pil
+    from .preview import draw_with
+
+    adapters = [load_adapter(p).scaled(s) for p, s in map(_with_strength, args.adapter)]
+    if args.library is not None:
+        adapters += [c.adapter for c in Library(args.library).concepts()]
+    model = open_model(args)
+    adapters = [renamed(a, [s.name for s in model.sites()]) for a in adapters]
+    drawn = draw_with(model, concatenate(adapters) if adapters else None, args.prompts, (model.size, model.size), args.seed)
+    to_pil(torch.cat(list(drawn), 1)).save(args.output)
+    say(args)(f"written to {args.output}")
+    return {"output": str(args.output)}
