@@ -6,7 +6,6 @@ samplers do.  Files called `comfy_*` alone touch ComfyUI's internals.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,13 +23,10 @@ from ..seqlora_core.demo_model import CLIP_SIZE, CONTEXT_LENGTH
 from ..seqlora_core.denoiser import Conditioning, fingerprint
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.metadata import Base
+from .comfy_sites import attention_sites, named_sites
 from .comfy_training import Trainable
 
-# attention projections of every family: q, k, v, out, fused or not, in Flux and its kin with the MLP of a single block;
-# modulation and norms are no adapter's place
-_ATTENTION = re.compile(r"attn|attention|single_blocks\.\d+\.linear")
 _FAMILIES = {"SDXL": "sdxl", "SD3": "sd3", "Flux": "flux", "Lumina2": "lumina2", "QwenImage": "qwen_image"}
-_NOT_ADAPTED = re.compile(r"mod|norm|adaln|embed", re.IGNORECASE)
 
 
 def load_demo_model(path: Path):
@@ -102,17 +98,14 @@ class ComfyDenoiser:
 
     def _attention_sites(self) -> list[Site]:
         if self._attention is None:
-            names, self._attention = file_names(self.base), []
-            for path, module in self.base.diffusion_model.named_modules():
-                if _is_linear(module) and _ATTENTION.search(path) and not _NOT_ADAPTED.search(path):
-                    self._attention.append(_site(names.get(path, f"diffusion_model.{path}"), module))
+            self._attention = attention_sites(self.base)
             if not self._attention:
                 raise UserError(f"{type(self.base).__name__} has no attention layers that can be adapted: use another model")
         return self._attention
 
     def _sites_of(self, layers: Iterable[str]) -> list[Site]:
         """The layers of the diffusion model that ComfyUI would patch under these names of a LoRA file"""
-        found = _named_sites(self.base, comfy.lora.model_lora_keys_unet(self.base, {}), layers)
+        found = named_sites(self.base, comfy.lora.model_lora_keys_unet(self.base, {}), layers)
         if not found and not self.text_sites():
             raise UserError(
                 "the LoRAs do not fit this model: none of their layers is in it; load the model they were trained on"
@@ -123,7 +116,7 @@ class ComfyDenoiser:
         if self._layers is None or self.clip is None:
             return []
         encoder = self.clip.cond_stage_model
-        return _named_sites(encoder, comfy.lora.model_lora_keys_clip(encoder, {}), self._layers)
+        return named_sites(encoder, comfy.lora.model_lora_keys_clip(encoder, {}), self._layers)
 
     def fingerprint(self) -> str:
         return fingerprint(self._attention_sites())
@@ -282,36 +275,3 @@ def _options(conditioning: Conditioning) -> dict[str, Tensor | None]:
 def _sampler_input(conditioning: Conditioning) -> list:
     options = {k: None if v is None else v.cpu() for k, v in _options(conditioning).items()}
     return [[options.pop("context"), options]]
-
-
-def _is_linear(module) -> bool:
-    # quantised layers are not nn.Linear, but they are called Linear
-    return type(module).__name__ == "Linear" and getattr(module, "weight", None) is not None
-
-
-def _site(name: str, module) -> Site:
-    out, width = module.weight.shape[:2]
-    return Site(name, (module,), width, out)
-
-
-def _named_sites(model, keys: dict, names: Iterable[str]) -> list[Site]:
-    """Linear layers and convolutions of these names; keys: ComfyUI's map from names of a LoRA file to weights"""
-    found = []
-    for name in sorted(names):
-        key = keys.get(name)
-        key = key[0] if isinstance(key, tuple) else key  # a part of a fused layer
-        if key is not None:
-            module = comfy.utils.get_attr(model, key.removesuffix(".weight"))
-            if _is_linear(module) or isinstance(module, torch.nn.Conv2d) and module.groups == 1:
-                found.append(_site(name, module))
-    return found
-
-
-def file_names(base) -> dict[str, str]:
-    """Module path -> the name that LoRA files use.  SD1.5 and SDXL: diffusers' spelling in kohya's form, which both
-    ComfyUI and diffusers read; other families: `diffusion_model.<path>`."""
-    names = {}
-    for name, target in comfy.lora.model_lora_keys_unet(base, {}).items():
-        if isinstance(target, str) and re.match(r"lora_unet_(down|up|mid)_block", name):
-            names[target.removeprefix("diffusion_model.").removesuffix(".weight")] = name
-    return names

@@ -7,7 +7,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from .comfy_denoiser import file_names
+from .comfy_sites import file_names
 
 # a weight's key, or with it the rows that are meant and how a change is laid out in them
 Target = str | tuple

@@ -14,7 +14,6 @@ names is finished by whoever opens the library next.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from .concept import Concept
 from .concept_files import read_concept, write_concept_statistics
 from .errors import UserError
 from .names import safe_name, safe_text
-from .storage import PART, sync_folder
+from .storage import PART, digest, sync_folder
 from .tensor_file import tensors_hash
 
 LOCK_SECONDS = 10
@@ -288,14 +287,6 @@ class Library:
 
     def _known_stems(self) -> set[str]:
         return {"calibration", *self.names, *(f"{n}.stats" for n in self.names)}
-
-
-def digest(*parts: bytes) -> str:
-    """Names some contents"""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(hashlib.sha256(part).digest())
-    return total.hexdigest()[:16]
 
 
 def _aside(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -75,3 +76,11 @@ class Kept:
         while len(self._held) > self.most:
             self._held.popitem(last=False)
         return self._held[key][1]
+
+
+def digest(*parts: bytes) -> str:
+    """Names some contents"""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()[:16]

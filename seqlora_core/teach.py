@@ -15,12 +15,13 @@ from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
 from .denoiser import Denoiser
 from .errors import UserError
-from .library import Library, digest
+from .library import Library
 from .metadata import curves, datasets, tag_frequency, training
 from .names import safe_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
 from .references import TEMPLATE, caption_from, complete_captions
+from .storage import digest
 from .trainer import Fit, Step, fit
 
 

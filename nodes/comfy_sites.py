@@ -1,0 +1,59 @@
+"""Which layers of ComfyUI's models adapters act on, and what files call them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import comfy.lora
+import comfy.utils
+import torch
+
+from ..seqlora_core.attach import Site
+
+# attention projections of every family: q, k, v, out, fused or not, in Flux and its kin with the MLP of a single block;
+# modulation and norms are no adapter's place
+_ATTENTION = re.compile(r"attn|attention|single_blocks\.\d+\.linear")
+_NOT_ADAPTED = re.compile(r"mod|norm|adaln|embed", re.IGNORECASE)
+
+
+def attention_sites(base) -> list[Site]:
+    """All attention projections of a ComfyUI model, under the names that LoRA files use"""
+    names, found = file_names(base), []
+    for path, module in base.diffusion_model.named_modules():
+        if _is_linear(module) and _ATTENTION.search(path) and not _NOT_ADAPTED.search(path):
+            found.append(_site(names.get(path, f"diffusion_model.{path}"), module))
+    return found
+
+
+def named_sites(model, keys: dict, names: Iterable[str]) -> list[Site]:
+    """Linear layers and convolutions of these names; keys: ComfyUI's map from names of a LoRA file to weights"""
+    found = []
+    for name in sorted(names):
+        key = keys.get(name)
+        key = key[0] if isinstance(key, tuple) else key  # a part of a fused layer
+        if key is not None:
+            module = comfy.utils.get_attr(model, key.removesuffix(".weight"))
+            if _is_linear(module) or isinstance(module, torch.nn.Conv2d) and module.groups == 1:
+                found.append(_site(name, module))
+    return found
+
+
+def file_names(base) -> dict[str, str]:
+    """Module path -> the name that LoRA files use.  SD1.5 and SDXL: diffusers' spelling in kohya's form, which both
+    ComfyUI and diffusers read; other families: `diffusion_model.<path>`."""
+    names = {}
+    for name, target in comfy.lora.model_lora_keys_unet(base, {}).items():
+        if isinstance(target, str) and re.match(r"lora_unet_(down|up|mid)_block", name):
+            names[target.removeprefix("diffusion_model.").removesuffix(".weight")] = name
+    return names
+
+
+def _is_linear(module) -> bool:
+    # quantised layers are not nn.Linear, but they are called Linear
+    return type(module).__name__ == "Linear" and getattr(module, "weight", None) is not None
+
+
+def _site(name: str, module) -> Site:
+    out, width = module.weight.shape[:2]
+    return Site(name, (module,), width, out)
