@@ -79,8 +79,12 @@ def ours(core: str, denoiser, latents: torch.Tensor, size: tuple[int, int], sett
         replay_weight=load("config").TrainingConfig.replay_weight if settings["replay"] else 0.0, use_decoys=settings["decoys"],
     )  # fmt: skip
     references = load("concept").References(latents, [CAPTION] * len(latents), size)
+    calibrating, prompts = load("calibration"), load("prompts").generic_prompts(settings["calibration"])
     memory, begin = Memory(), time.process_time()
-    calibration = load("calibration").calibrate(denoiser, size, settings["calibration"])
+    pictures = calibrating.draw(denoiser, prompts, 0, size)
+    drawn = time.process_time()
+    moments = calibrating.record_moments(denoiser, pictures, denoiser.encode_prompts(prompts))
+    calibration = calibrating.Calibration(moments, prompts, pictures)
     calibrated, ends = time.process_time(), []
     with timed(core) as spent:
         load("trainer").fit(denoiser, references, "ohwx", [], calibration, config, lambda _: ends.append(time.process_time()))
@@ -89,7 +93,8 @@ def ours(core: str, denoiser, latents: torch.Tensor, size: tuple[int, int], sett
     return {
         "seconds": (ends[-1] - ends[0]) / (len(ends) - 1),
         "peak": memory.peak(),
-        "calibration": calibrated - begin,
+        "drawn": drawn - begin,
+        "recorded": calibrated - drawn,
         "once": once,
         "step_parts": {part: spent[part] / len(ends) for part in inside},
         "once_parts": {part: spent[part] for part in PARTS if part not in inside},
