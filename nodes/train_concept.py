@@ -63,7 +63,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 )),
                 advanced(io.Int.Input(
                     "planned_concepts", default=32, min=1, max=1000, optional=True,
-                    tooltip="How many concepts a new library is planned for.",
+                    tooltip="How many concepts a new library is planned for; the fewer, the more each may learn.",
                 )),
                 StackType.Input("after", optional=True, tooltip="Another Train Concept's stack: this one is trained after it."),
                 advanced(io.Float.Input(
