@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.nodes.comfy_server import Server, find_comfyui
 from tests.workflows.browser import EMPTY, Page, find_browser
@@ -37,7 +39,15 @@ def take(page: Page, name: str) -> None:
     newest = max(page.server.get("/history").values(), key=lambda entry: entry["prompt"][0])
     images = [image for out in newest["outputs"].values() for image in out.get("images", [])]
     drawn = next((i for i in images if i["type"] == "output"), images[0])
-    (DRAWN / f"{name}.png").write_bytes(page.server.picture(drawn))
+    save_to_drag(page.server.picture(drawn), name)
+
+
+def save_to_drag(picture: bytes, name: str) -> None:
+    """A PNG that opens this workflow when it is dragged onto ComfyUI; what a cached node drew holds an earlier one's graph"""
+    about = PngInfo()
+    about.add_text("prompt", (HERE / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    about.add_text("workflow", (HERE / f"{name}.json").read_text(encoding="utf-8"))
+    Image.open(BytesIO(picture)).save(DRAWN / f"{name}.png", pnginfo=about)
 
 
 def take_nodes(page: Page) -> None:

@@ -43,6 +43,18 @@ def test_every_workflow_says_what_to_swap(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_picture_to_drag_holds_the_workflow(name):
+    with Image.open(ROOT / "docs" / "images" / "workflows" / f"{name}.png") as picture:
+        prompt, page = json.loads(picture.info["prompt"]), json.loads(picture.info["workflow"])
+    stale = f"{name}.png is stale: run python -m workflows.pictures"
+    assert {k: (n["class_type"], n["inputs"]) for k, n in prompt.items()} == {
+        k: (n["class_type"], n["inputs"]) for k, n in api_graph(name).items()
+    }, stale
+    notes = [n["widgets_values"] for n in page["nodes"] if n["type"] == "Note"]
+    assert notes == [n["widgets_values"] for n in page_graph(name)["nodes"] if n["type"] == "Note"], stale
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_links_of_the_page_format_are_whole(name):
     graph = page_graph(name)
     nodes = {n["id"]: n for n in graph["nodes"]}
