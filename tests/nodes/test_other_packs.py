@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,19 @@ def manager():
         del sys.modules[name]
 
 
+def waited_for(coroutine):
+    """Its result; in a thread of its own, because a browser that other tests opened keeps a loop running in this one"""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_lora_manager_finds_words_and_base_model(manager, folder, name):
     metadata, path = manager("utils.lora_metadata"), file(folder, name)
-    words, phrase = asyncio.run(metadata.extract_trained_words(str(path)))
+    words, phrase = waited_for(metadata.extract_trained_words(str(path)))
     assert phrase == "octzu animal" and words[0][1] == 10 and "octzu animal" in words[0][0]
     assert dict(words)["octzu animal"] == 10
-    assert asyncio.run(metadata.extract_lora_metadata(str(path))) == {"base_model": "sd3"}
+    assert waited_for(metadata.extract_lora_metadata(str(path))) == {"base_model": "sd3"}
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
