@@ -42,7 +42,10 @@ SEARCH = 3  # tuning concepts that the search of learning rates uses
 
 
 class Bench:
-    """Everything trained so far, by row, rate, seed and planned count; trains what is missing."""
+    """Everything trained so far, by row, rate, seed and planned count; trains what is missing.
+
+    Seconds are the processor's, so that other work on the machine is not counted.
+    """
 
     def __init__(self, cache: Path, steps: int):
         self.steps, self.folder = steps, cache / f"runs-{steps}"
@@ -70,9 +73,9 @@ class Bench:
     def ordinary(self, name: str, rate: float, seed: int) -> Adapter:
         path = self.folder / f"ordinary-{rate:g}" / str(seed) / f"{name}.safetensors"
         if not path.exists():
-            start = time.perf_counter()
+            start = time.process_time()
             adapter = train_ordinary(self.model, self.subject(name).references, 4, self.steps, rate, seed=seed)
-            adapter.metadata["seconds"] = f"{time.perf_counter() - start:.2f}"
+            adapter.metadata["seconds"] = f"{time.process_time() - start:.2f}"
             save_adapter(path, adapter)
         return load_adapter(path)
 
@@ -87,11 +90,11 @@ class Bench:
         config = TrainingConfig(steps=self.steps, learning_rate=rate, seed=seed, planned=planned)
         config = replace(config, **self.options[row])
         for name in names[len(library) :]:
-            s, start = self.subject(name), time.perf_counter()
+            s, start = self.subject(name), time.process_time()
             concept, fit = train_concept(
                 self.model, library, s.images, name, s.trigger, s.class_noun, s.references.captions, config
             )
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             with open(folder / "costs.jsonl", "a", encoding="utf-8") as f:
                 size = sum(p.stat().st_size for p in library.paths(name))
                 f.write(json.dumps({"name": name, "seconds": seconds, "bytes": size, "weight": fit.weights[-1]}) + "\n")

@@ -33,7 +33,7 @@ def method(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(r["row"] for r in rows if not r["row"].startswith("seqlora_")))
     for name in names:
         own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])
-        style = {"linewidth": 3, "color": "#b5442e", "zorder": 5} if name == "seqlora" else {"linewidth": 1.3}
+        style = {"linewidth": 3, "color": "black", "zorder": 5} if name == "seqlora" else {"linewidth": 1.3}
         counts = [r["n"] for r in own]
         for plot, key in zip(axes, ("kept_mean", "kept_worst", "generic_drift")):
             values = [max(FLOOR, r[key]) if key != "generic_drift" else 100 * abs(r[key]) for r in own]
@@ -60,7 +60,7 @@ def costs(series: dict[str, list[dict]], path: Path) -> None:
         axes[1].plot(order, [c["bytes"] / 2**20 for c in own], ".-", label=name)
     for plot, title in zip(axes, ("seconds to train", "MiB on disk, statistics included")):
         plot.set(title=title, xlabel="the concept's number in its library")
-        plot.set_ylim(bottom=0)
+        plot.set_ylim(0, 1.15 * plot.get_ylim()[1])
         plot.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path)
