@@ -45,7 +45,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 io.Int.Input("rank", default=default.rank, min=1, max=128, tooltip="Directions a layer gives this concept."),
                 io.Int.Input("steps", default=default.steps, min=1, max=100_000, tooltip="More steps learn more, and take longer."),
                 advanced(io.Float.Input(
-                    "learning_rate", default=default.learning_rate, min=1e-6, max=0.5, step=1e-4, round=False,
+                    "learning_rate", default=default.learning_rate, min=1e-6, max=1.0, step=1e-4, round=False,
                     tooltip="Lower it if the samples break up.",
                 )),
                 advanced(io.Float.Input(
