@@ -181,6 +181,23 @@ def stock_weights(pca: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[st
     return out
 
 
+def from_stock(stock: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The two that `stock_weights` put into these tensors, to train on from a finished model.
+
+    Of the encoder's centre only its projection is in the file; the shortest vector with that projection encodes alike.
+    """
+    encoder, trained = "first_stage_model.taesd_encoder.", {}
+    third = stock[f"{encoder}10.weight"][:CHANNELS, :48, 1:, 1:].float() / 2
+    projection = torch.einsum("kcipjqyx->kcyjixqp", third.reshape(CHANNELS, 3, *[2] * 6)).reshape(CHANNELS, -1).contiguous()
+    shift = -stock[f"{encoder}14.bias"][:CHANNELS].float() - LIFT - projection.sum(1)
+    centre = torch.linalg.pinv(projection.double()) @ shift.double()
+    for key, value in decoder().state_dict().items():
+        index, rest = key.split(".", 1)
+        source = stock[f"first_stage_model.taesd_decoder.{int(index) + 1}.{rest}"]
+        trained[key] = source[tuple(slice(0, n) for n in value.shape)].float().contiguous()
+    return {"projection": projection, "centre": centre.float()}, trained
+
+
 def _stock_conv(n_in: int, n_out: int, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(n_in, n_out, 3, padding=1, bias=bias)
 

