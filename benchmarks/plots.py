@@ -47,7 +47,7 @@ def method(rows: list[dict], path: Path) -> None:
     for plot in axes[:2]:
         plot.set_ylim(FLOOR - 0.1, 1.1)
     axes[2].set(yscale="log")
-    axes[2].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower left")
     figure.savefig(path)
 
 
