@@ -10,6 +10,7 @@ functions as the command line and the nodes use, in a child whose address space 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import mmap
 import os
@@ -98,11 +99,13 @@ def _rewritten(value: dict, rng: random.Random) -> dict:
                 continue
             how = rng.randrange(5)
             if how == 0:
-                node[key] = rng.choice(WORDS)
+                node[key] = copy.deepcopy(rng.choice(WORDS))  # what is put in may be changed itself
             elif how == 1:
                 del node[key]
             elif how == 2 and isinstance(node, dict):
-                node[rng.choice(("../up", "x\0", "con", "é" * 50, "a.lora_up.weight", str(rng.random())))] = node[key]
+                node[rng.choice(("../up", "x\0", "con", "é" * 50, "a.lora_up.weight", str(rng.random())))] = copy.deepcopy(
+                    node[key]
+                )
             elif how == 3 and isinstance(node[key], int):
                 node[key] = node[key] + rng.choice((-1, 1, 4, 2**31))
             elif how == 4:
