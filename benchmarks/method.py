@@ -33,6 +33,7 @@ from seqlora_core.evaluation import held_out_loss, measure, row, summed
 from seqlora_core.identity import Identity
 from seqlora_core.library import Library
 from seqlora_core.ordinary import combined, train_ordinary
+from seqlora_core.storage import written_aside
 from seqlora_core.tables import markdown, meta
 from seqlora_core.teach import train_concept
 
@@ -130,8 +131,6 @@ class Bench:
 
     def table(self, names: list[str], planned: int, seed: int, rows: list[str], order: list[str]) -> list[dict]:
         """One row for each of `rows` over these concepts, taught in `order` (of which names are the first)."""
-        if not rows:
-            return []
         held_outs = [self.subject(n).held_out for n in names]
         base = [held_out_loss(self.model, h) for h in held_outs]
         ordinary = [self.ordinary(n, self.rate("ordinary"), seed) for n in names]
@@ -193,15 +192,12 @@ class Ledger:
     def add(self, runs: list[dict], bench: Bench) -> None:
         self.runs += runs
         self.rates |= bench.rates
-        longer = {k: v for k, v in bench.series.items() if len(v) >= len(self.costs.get(k, []))}
-        self.costs |= longer
+        self.costs |= {k: v for k, v in bench.series.items() if len(v) >= len(self.costs.get(k, []))}
         seeds = sorted({r["seed"] for r in self.runs})
         about = meta("python -m benchmarks.method", bench.model.device, seeds) | self.common | {"rates": self.rates}
         result = {"meta": about, "rows": summary(self.runs), "runs": self.runs, "costs": self.costs}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        with written_aside(self.path) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -231,8 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"the {args.concepts} set holds {len(names)} concepts: ask for fewer, or --concepts all")
     for seed in args.seeds:
         for count in args.counts:
-            missing = ledger.missing(count, longest, seed, rows)
-            ledger.add(bench.table(names[:count], longest, seed, missing, names[:longest]), bench)
+            if missing := ledger.missing(count, longest, seed, rows):
+                ledger.add(bench.table(names[:count], longest, seed, missing, names[:longest]), bench)
     print(markdown(summary(ledger.runs)))
 
 

@@ -22,11 +22,12 @@ from seqlora_core.demo import load_generic
 from seqlora_core.demo_model import SIZE, DemoModel
 from seqlora_core.evaluation import HeldOut, mean
 from seqlora_core.library import Library
+from seqlora_core.lora_moments import GUIDANCE
 from seqlora_core.prompts import generic_prompts
 from seqlora_core.tables import meta
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNT, GUIDED, FRESH_SEED = 192, 2.5, 77
+COUNT, FRESH_SEED = 192, 77
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def main() -> None:
     kinds = {
         "the replay pool": HeldOut.of(model, calibration.latents[pool], calibration.prompts[pool], levels=6),
         "drawn alike, of other prompts": drawn(UNGUIDED),
-        f"the same at guidance {GUIDED:g}": drawn(GUIDED),
+        f"the same at guidance {GUIDANCE:g}": drawn(GUIDANCE),
         "real pictures": load_generic(model),
     }
     rows = [{"row": name, **moved(model, pictures, stack)} for name, pictures in kinds.items()]

@@ -31,7 +31,7 @@ class SeqLoRATrainingOptions(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "optimiser", options=list(OPTIMISERS), default=default.optimiser,
-                    tooltip="prodigy needs the package prodigyopt and a learning rate of 0.5; the 8-bit ones need bitsandbytes.",
+                    tooltip="prodigy needs the package prodigyopt and a learning rate of 1; the 8-bit ones need bitsandbytes.",
                 ),
                 io.Combo.Input(
                     "schedule", options=list(SCHEDULES), default=default.schedule,
