@@ -49,7 +49,9 @@ def run(model: DemoModel, calibration, how: str, steps: int) -> list[float]:
     others = others_moments(calibration.moments, replay.decoy_moments, [], config)
     groups, _ = starting_groups(model, seen, others, [], calibration, config, generator)
     attachment, norms = Attachment(), []
-    objective = Objective(model, [subject.references], [prompts], replay, groups, attachment, config, generator, Workers())
+    objective = Objective(
+        model, [subject.references], [prompts], replay, groups, None, attachment, config, generator, Workers()
+    )
     lower = LowerLevel(groups, 1e-3)
     with attached(model.sites(), attachment), sdpa_kernel(SDPBackend.MATH):
         support, query = objective.draw(0), objective.draw(1)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.method --quick               minutes: three concepts, short training, every row
     python -m benchmarks.method --counts 2 5 10 32    hours; resumes where it was stopped
+    python -m benchmarks.method --model pixel_unet    the same on a model of another kind: docs/results/method_unet.json
 
 Protocol: docs/METHOD.md, "How it is measured".  Every row's learning rate is the best of RATES by the same search on
 the tuning concepts; the table's concepts are others (`benchmarks.concepts`).  What is trained is kept in the cache, and
@@ -16,19 +17,22 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import concepts
+from benchmarks.pixel_unet import PixelUNet
 from benchmarks.rivals import ABLATIONS, COMBINED, TRAINED
 from seqlora_core import evaluation
 from seqlora_core.adapter import Adapter, load_adapter, save_adapter
 from seqlora_core.calibration import Calibration, calibrate
 from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import Subject, load_generic, load_pairs, load_subject, moments_of
-from seqlora_core.demo_model import SIZE, DemoModel
+from seqlora_core.demo_model import DemoModel
+from seqlora_core.errors import UserError
 from seqlora_core.evaluation import held_out_loss, measure, row, summed
 from seqlora_core.identity import Identity
 from seqlora_core.library import Library
@@ -38,8 +42,16 @@ from seqlora_core.tables import markdown, meta
 from seqlora_core.teach import train_concept
 
 ROOT = Path(__file__).resolve().parent.parent
+# what --model may name: (what opens it, its results)
+MODELS = {"demo": (DemoModel, "method.json"), "pixel_unet": (PixelUNet, "method_unet.json")}
 RATES = (3e-4, 1e-3, 3e-3)
+REFITTED = "_closed_form"  # ends rows of libraries that are stacked by the closed form instead of by addition
+SUBSETS = 32  # concepts that random subsets are drawn for: of larger libraries the first ones
 SEARCH = 3  # tuning concepts that the search of learning rates uses
+
+
+def runs_folder(cache: Path, model: str, steps: int) -> Path:
+    return cache / ("" if model == "demo" else model) / f"runs-{steps}"
 
 
 class Bench:
@@ -48,11 +60,15 @@ class Bench:
     Seconds are the processor's, so that other work on the machine is not counted.
     """
 
-    def __init__(self, cache: Path, steps: int):
-        self.steps, self.folder = steps, cache / f"runs-{steps}"
-        self.model = DemoModel()
+    def __init__(self, cache: Path, steps: int, model: str = "demo"):
+        """model: one of MODELS; each keeps its runs apart."""
+        self.steps, self.folder = steps, runs_folder(cache, model, steps)
+        self.model = MODELS[model][0]()
+        self.command = "python -m benchmarks.method" + ("" if model == "demo" else f" --model {model}")
         self.pictures = concepts.ensure(cache)
         self.pairs_folder = cache / "pairs"
+        self.text_encoder = False  # whether its attention is adapted too
+        self._measuring()
         self.generic = load_generic(self.model)
         self.generic_base = held_out_loss(self.model, self.generic)
         self.subjects: dict[str, Subject] = {}
@@ -60,15 +76,20 @@ class Bench:
         self.options = TRAINED | ABLATIONS
         self.series: dict[str, list[dict]] = {}  # what each concept of a row's longest library cost
 
+    def _measuring(self) -> None:
+        """From here on learnt triggers act in whatever is measured; training sets that anew"""
+        self.model.adapt_text(self.text_encoder, tokens=bool(self.model.token_tables()))
+
     def subject(self, name: str) -> Subject:
         if name not in self.subjects:
+            self._measuring()
             self.subjects[name] = load_subject(self.model, name, self.pictures / name)
         return self.subjects[name]
 
     def calibration(self) -> Calibration:
         path = self.folder / "calibration.safetensors"
         if not path.exists():
-            calibrate(self.model, (SIZE, SIZE)).save(path, self.model.fingerprint())
+            calibrate(self.model, (self.model.size,) * 2).save(path, self.model.fingerprint())
         return Calibration.load(path)
 
     def ordinary(self, name: str, rate: float, seed: int) -> Adapter:
@@ -86,15 +107,20 @@ class Bench:
         library = Library(folder, self.model.fingerprint(), planned, create=True)
         if library.calibration() is None:
             library.keep_calibration(self.calibration())
-        if library.names != names[: len(library)]:
+        if library.names[: len(names)] != names[: len(library)]:
             raise SystemExit(f"{folder} holds other concepts ({', '.join(library.names)}): remove it")
         config = TrainingConfig(steps=self.steps, learning_rate=rate, seed=seed, planned=planned)
         config = replace(config, **self.options[row])
         for name in names[len(library) :]:
             s, start = self.subject(name), time.process_time()
-            concept, fit = train_concept(
-                self.model, library, s.images, name, s.trigger, s.class_noun, s.references.captions, config
-            )
+            given = library, s.images, name, s.trigger, s.class_noun, s.references.captions
+            try:
+                _, fit = train_concept(self.model, *given, config)
+            except UserError as error:  # of many triggers made by chance, some consist of the others' tokens
+                if not config.learn_trigger:
+                    raise
+                print(f"{name}: {error}", flush=True)
+                _, fit = train_concept(self.model, *given, replace(config, learn_trigger=False))
             seconds = time.process_time() - start
             with open(folder / "costs.jsonl", "a", encoding="utf-8") as f:
                 size = sum(p.stat().st_size for p in library.paths(name))
@@ -108,57 +134,71 @@ class Bench:
 
     # --- rates ---------------------------------------------------------------------------------------------------
 
-    def rate(self, row: str) -> float:
-        """Best of RATES on tuning concepts, seed 0: ordinary LoRAs by what they gain alone, others by what is kept."""
+    def rate(self, row: str, planned: int = SEARCH) -> float:
+        """Best of RATES on tuning concepts, seed 0: ordinary LoRAs by what they gain alone, others by what is kept in a
+        library planned as the table's is.  The method's ablations take the method's, but for those of another budget."""
+        if row in ABLATIONS and not row.startswith("seqlora_budget"):
+            return self.rate("seqlora", planned)
         if row not in self.rates:
             names = concepts.names("tuning")[:SEARCH]
             if row == "ordinary":
-                scores = {r: -evaluation.mean([self._loss(n, self.ordinary(n, r, 0)) for n in names]) for r in RATES}
+                scores = {r: -evaluation.mean([self.loss(n, self.ordinary(n, r, 0)) for n in names]) for r in RATES}
             else:
                 scores = {}
                 for r in RATES:
-                    library = self.chain(row, r, 0, names, len(names))
+                    library = self.chain(row, r, 0, names, planned)
                     stack = summed([c.adapter for c in library.concepts()])(list(range(len(names))))
-                    scores[r] = -evaluation.mean([self._loss(n, stack) for n in names])
+                    scores[r] = -evaluation.mean([self.loss(n, stack) for n in names])
             self.rates[row] = max(scores, key=scores.get)
             print(f"{row}: learning rate {self.rates[row]:g}, of {scores}", flush=True)
         return self.rates[row]
 
-    def _loss(self, name: str, adapter: Adapter) -> float:
+    def loss(self, name: str, adapter: Adapter) -> float:
+        self._measuring()
         return held_out_loss(self.model, self.subject(name).held_out, adapter)
 
     # --- one table -----------------------------------------------------------------------------------------------
 
-    def table(self, names: list[str], planned: int, seed: int, rows: list[str], order: list[str]) -> list[dict]:
-        """One row for each of `rows` over these concepts, taught in `order` (of which names are the first)."""
+    def table(self, names: list[str], planned: int, seed: int, rows: list[str], order: list[str]) -> Iterator[dict]:
+        """One row after another of `rows` over these concepts, taught in `order` (of which names are the first)."""
         held_outs = [self.subject(n).held_out for n in names]
         base = [held_out_loss(self.model, h) for h in held_outs]
         ordinary = [self.ordinary(n, self.rate("ordinary"), seed) for n in names]
         best = [held_out_loss(self.model, h, a) for h, a in zip(held_outs, ordinary)]
         moments = [moments_of(self.model, self.subject(n), a, seed) for n, a in zip(names, ordinary)]
+        self._measuring()
         pairs, general = load_pairs(self.model, names, self.pairs_folder), self.calibration().moments
         bank = torch.cat([self.subject(n).images for n in names])
         identity = Identity(self.model, [self.subject(n) for n in names], bank, drawn=4)
-        out = []
+        drawn: dict[int, tuple] = {}
         for name in rows:
+            losses_alone = None
             if name in COMBINED:
+                losses_alone = best
                 stack = combined(COMBINED[name], ordinary, moments, general)
                 alone, extra = ordinary, {"learning_rate": self.rate("ordinary")}
                 extra["seconds"] = evaluation.mean([float(a.metadata["seconds"]) for a in ordinary])
             else:
-                library = self.chain(name, self.rate(name), seed, order, planned)
-                alone = [library.load(n).adapter for n in names]
-                self.series[name] = self.costs(library)
-                stack, costs = summed(alone), self.series[name][: len(names)]
-                extra = {"learning_rate": self.rate(name)}
+                row_of = name.removesuffix(REFITTED)
+                library = self.chain(row_of, self.rate(row_of, planned), seed, order, planned)
+                taught = [library.load(n) for n in names]
+                alone, self.series[row_of] = [c.adapter for c in taught], self.costs(library)
+                stack, costs = summed(alone), self.series[row_of][: len(names)]
+                if name != row_of:
+                    stack = combined(COMBINED["closed_form"], alone, [c.moments for c in taught], general)
+                extra = {"learning_rate": self.rate(row_of, planned)}
                 extra |= {k: evaluation.mean([c[k] for c in costs]) for k in ("seconds", "bytes", "weight")}
-            losses = measure(self.model, alone, stack, held_outs, self.generic, pairs, seed=seed)
+            self._measuring()
+            losses = measure(
+                self.model, alone, stack, held_outs, self.generic, pairs, seed=seed, subsets=SUBSETS, alone_losses=losses_alone
+            )
             result = row(name, losses, base, best, self.generic_base) | extra | {"seed": seed, "planned": planned}
-            result |= identity.scores(alone, "alone")
+            if id(alone) not in drawn:  # the same ordinary LoRAs stand in many rows
+                drawn[id(alone)] = alone, identity.scores(alone, "alone")
+            result |= drawn[id(alone)][1]
             result |= identity.scores([stack(list(range(len(names))))] * len(names), "stack")
-            out.append(result)
             print(markdown([result]).splitlines()[-1], flush=True)
-        return out
+            yield result
 
 
 def summary(runs: list[dict]) -> list[dict]:
@@ -194,7 +234,7 @@ class Ledger:
         self.rates |= bench.rates
         self.costs |= {k: v for k, v in bench.series.items() if len(v) >= len(self.costs.get(k, []))}
         seeds = sorted({r["seed"] for r in self.runs})
-        about = meta("python -m benchmarks.method", bench.model.device, seeds) | self.common | {"rates": self.rates}
+        about = meta(bench.command, bench.model.device, seeds) | self.common | {"rates": self.rates}
         result = {"meta": about, "rows": summary(self.runs), "runs": self.runs, "costs": self.costs}
         with written_aside(self.path) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
@@ -209,18 +249,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ablations", action="store_true", help="the method's ablations too")
     parser.add_argument("--concepts", choices=["tuning", "final", "all"], default="final")
     parser.add_argument("--steps", type=int, default=TrainingConfig().steps)
+    parser.add_argument("--rates", nargs="+", default=[], metavar="ROW=RATE", help="not to be searched for: seqlora=0.003")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "method.json")
+    parser.add_argument("--model", choices=list(MODELS), default="demo")
+    parser.add_argument("--output", type=Path, help="default: docs/results/method.json, or method_unet.json")
     args = parser.parse_args(arguments)
+    args.output = args.output or ROOT / "docs" / "results" / MODELS[args.model][1]
     if args.quick:
         args.counts, args.seeds, args.steps, args.concepts = [3], [0], 40, "tuning"
         args.output = args.cache / "quick.json"
         args.output.unlink(missing_ok=True)
-        shutil.rmtree(args.cache / "runs-40", ignore_errors=True)
-    bench = Bench(args.cache, args.steps)
+        shutil.rmtree(runs_folder(args.cache, args.model, args.steps), ignore_errors=True)
+    bench = Bench(args.cache, args.steps, args.model)
     model = bench.model.fingerprint()
     ledger = Ledger(args.output, {"steps": args.steps, "concepts": args.concepts, "model": model})
     bench.rates = {"ordinary": 3e-3} | dict.fromkeys(bench.options, 1e-3) if args.quick else dict(ledger.rates)
+    bench.rates |= {row: float(rate) for row, rate in (given.split("=") for given in args.rates)}
     rows, names = args.rows + (list(ABLATIONS) if args.ablations else []), concepts.names(args.concepts)
     longest = max(args.counts)
     if longest > len(names):
@@ -228,7 +272,8 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in args.seeds:
         for count in args.counts:
             if missing := ledger.missing(count, longest, seed, rows):
-                ledger.add(bench.table(names[:count], longest, seed, missing, names[:longest]), bench)
+                for result in bench.table(names[:count], longest, seed, missing, names[:longest]):
+                    ledger.add([result], bench)
     print(markdown(summary(ledger.runs)))
 
 

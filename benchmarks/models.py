@@ -2,8 +2,8 @@
 
     python -m benchmarks.models ~/comfy/ComfyUI/.venv/bin/python ~/comfy/ComfyUI [PYTHON CHECKOUT ...]
 
-ComfyUI's model classes run in ComfyUI's own python (comfy_models.py).  Without arguments only what full-size models' metrics
-take is worked out anew.
+ComfyUI's model classes run in ComfyUI's own python (comfy_models.py); diffusers' here (diffusers_models.py), always.  Without
+arguments ComfyUI's rows stay as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,11 +29,11 @@ ADAPTED = {
 RESULTS = ROOT / "docs" / "results" / "models.json"
 
 
-def run(python: str, script: str, *arguments: str) -> tuple[str, list[dict]]:
+def run(*command: str) -> tuple[str, list[dict]]:
     """(name and version of the host, its rows)"""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
-        subprocess.run([python, str(ROOT / "benchmarks" / script), *arguments, str(output)], check=True, cwd=ROOT)
+        subprocess.run([*command, str(output)], check=True, cwd=ROOT)
         found = json.loads(output.read_text(encoding="utf-8"))
     return found["meta"]["host"], found["rows"]
 
@@ -50,13 +51,15 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for python, checkout in zip(args.comfyui[::2], args.comfyui[1::2]):
-        host, found = run(python, "comfy_models.py", checkout)
+        host, found = run(python, str(ROOT / "benchmarks" / "comfy_models.py"), checkout)
         rows += [{"host": host, **row} for row in found]
     if not args.comfyui:
         rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
     sizes = {name: metric_bytes(adapted) for name, adapted in ADAPTED.items()}
-    about = meta("python -m benchmarks.models", "cpu", [0])
-    RESULTS.write_text(json.dumps({"meta": about, "metric_bytes": sizes, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    host, found = run(sys.executable, "-m", "benchmarks.diffusers_models")
+    result = {"meta": meta("python -m benchmarks.models", "cpu", [0]), "metric_bytes": sizes, "rows": rows}
+    result["diffusers"] = {"host": host, "rows": found}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from seqlora_core.adapter import Adapter, LayerDelta
 from seqlora_core.concept import References
-from seqlora_core.demo_model import SHIFT, DemoModel
+from seqlora_core.demo_model import DemoModel
+from seqlora_core.denoiser import SAMPLING_SHIFT
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 RANK, STEPS, BATCH = 4, 300, 8
@@ -36,7 +37,7 @@ def train_in_place(model: DemoModel, references: References, rate: float, steps:
     from peft import LoraConfig
 
     prompts, latents = model.encode_prompts(references.captions), references.latents
-    sigmas = FlowMatchEulerDiscreteScheduler(shift=SHIFT).sigmas
+    sigmas = FlowMatchEulerDiscreteScheduler(shift=SAMPLING_SHIFT).sigmas
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS)

@@ -30,10 +30,13 @@ def save(output: Path, name: str, result: dict) -> Path:
 def method(rows: list[dict], path: Path) -> None:
     """Kept, the worst concept, and generic drift against N, a line for each row of the table."""
     figure, axes = new_figure(14, 4.8, 3)
-    names = list(dict.fromkeys(r["row"] for r in rows if not r["row"].startswith("seqlora_")))
+    names = list(dict.fromkeys(r["row"] for r in rows))
+    names = [n for n in names if not n.startswith("seqlora_") or n.startswith("seqlora_budget")]
     for name in names:
         own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])
-        style = {"linewidth": 3, "color": "black", "zorder": 5} if name == "seqlora" else {"linewidth": 1.3}
+        style = {"linewidth": 3, "color": "black", "zorder": 5} if name.startswith("seqlora") else {"linewidth": 1.3}
+        if name.startswith("seqlora_"):
+            style |= {"color": "dimgray", "linestyle": "--"}
         counts = [r["n"] for r in own]
         for plot, key in zip(axes, ("kept_mean", "kept_worst", "generic_drift")):
             values = [max(FLOOR, r[key]) if key != "generic_drift" else 100 * abs(r[key]) for r in own]
@@ -67,9 +70,11 @@ def costs(series: dict[str, list[dict]], path: Path) -> None:
 
 
 def main() -> None:
-    data = json.loads((ROOT / "docs" / "results" / "method.json").read_text(encoding="utf-8"))
-    method(data["rows"], ROOT / "docs" / "images" / "method.png")
-    costs(data["costs"], ROOT / "docs" / "images" / "costs.png")
+    def load(name: str) -> dict:
+        return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+    method(load("method")["rows"], ROOT / "docs" / "images" / "method.png")
+    costs(load("method_large")["costs"], ROOT / "docs" / "images" / "costs_large.png")
 
 
 if __name__ == "__main__":

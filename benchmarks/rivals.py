@@ -28,6 +28,10 @@ TRAINED: dict[str, dict] = {
     "ordinary_replay": PLAIN | dict(
         orthogonal=False, earlier_active=True, replay_weight=85.0
     ),
+    # the same and the trigger's embeddings
+    "ordinary_replay_learnt_trigger": PLAIN | dict(
+        orthogonal=False, earlier_active=True, replay_weight=85.0, learn_trigger=True
+    ),
     "seqlora": {},
 }  # fmt: skip
 ABLATIONS: dict[str, dict] = {
@@ -43,9 +47,14 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_no_dropout": dict(concept_dropout=False),
     "seqlora_replay_to_base": dict(replay_target="base"),
     "seqlora_fixed_weight": dict(drift_budget=0.0),
+    "seqlora_budget_5": dict(drift_budget=0.05),
+    "seqlora_budget_10": dict(drift_budget=0.1),
+    "seqlora_budget_20": dict(drift_budget=0.2),
     "seqlora_no_kept_latents": dict(keep_latents=0),
     "seqlora_rank_2": dict(rank=2),
     "seqlora_rank_8": dict(rank=8),
+    "seqlora_learnt_trigger": dict(learn_trigger=True),
+    "seqlora_adaptive_rank": dict(rank_energy=0.8),
     "seqlora_alternating": dict(lower_steps=1),
     "seqlora_bilevel_first_order": dict(lower_steps=3),
     "seqlora_bilevel_neumann": dict(lower_steps=3, hypergradient="neumann:3"),

@@ -44,11 +44,15 @@ def build_denoiser(depth: int):
     )  # fmt: skip
 
 
-def make_latents(cache: Path, count: int) -> None:
-    """Compose `count` captioned scenes and encode them, once; resumes after the last finished chunk of 2,000."""
-    pca = load_file(cache / "encoder.safetensors")
+def make_latents(cache: Path, count: int, encode=None, name: str = "latents") -> None:
+    """Compose `count` captioned scenes and encode them, once; resumes after the last finished chunk of 2,000.
+
+    encode: pictures [n, 3, 64, 64] in -1..1 to latents, by default the demo model's own; name: of the folder in the cache.
+    """
+    pca = None if encode else load_file(cache / "encoder.safetensors")
+    encode = encode or (lambda part: autoencoder.encode(pca, part))
     sprites = emoji.sprites(cache, sorted(scenes.SUBJECTS))
-    tok, folder = tokenizer(), cache / "latents"
+    tok, folder = tokenizer(), cache / name
     folder.mkdir(exist_ok=True)
     for chunk in range(count // 2000):
         path = folder / f"{chunk:03d}.safetensors"
@@ -57,7 +61,7 @@ def make_latents(cache: Path, count: int) -> None:
         rng = np.random.default_rng([SEED, chunk])
         pictures, captions = zip(*(scenes.random_scene(rng, sprites) for _ in range(2000)))
         x = torch.tensor(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
-        z = torch.cat([autoencoder.encode(pca, part.float() / 127.5 - 1).half() for part in x.split(500)])
+        z = torch.cat([encode(part.float() / 127.5 - 1).half() for part in x.split(500)])
         save_file({"latents": z.contiguous(), "tokens": tok(captions).to(torch.int32)}, path)
     print("pictures", count, flush=True)
 
@@ -107,6 +111,28 @@ def train(
     model = Denoiser(depth, used)
     if begin:
         model.load_state_dict(begin)
+
+    def loss_of_batch(generator: torch.Generator) -> torch.Tensor:
+        pick = torch.randint(0, held_out.start, (batch,), generator=generator)
+        text = tokens[pick].long()
+        text[torch.rand(batch, generator=generator) < EMPTY_CAPTION] = empty.long()
+        return flow_loss(model, latents[pick].float(), text, generator)
+
+    mean, step = descend(model, loss_of_batch, path, minutes, rate, clock)
+    loss = held_out_loss(mean, latents[held_out].float(), tokens[held_out].long())
+    size = sum(p.numel() for p in model.mmdit.parameters())
+    result = {"depth": depth, "parameters": size, "steps": step, "samples": step * batch, "held_out": loss}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def descend(model, loss_of_batch, path: Path, minutes: float, rate: float, clock=time.time):
+    """Minimises for `minutes` by the clock in all, over however many runs: (model of the averaged weights, steps done).
+
+    loss_of_batch: called with a generator, gives the loss of a batch that it draws.  path: where the averaged weights go;
+    what a later run needs to go on lies beside them.
+    """
+    state_path = path.with_suffix(".resume.safetensors")
     mean = copy.deepcopy(model).requires_grad_(False)
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
@@ -121,10 +147,7 @@ def train(
     while (done := (clock() - begun) / (minutes * 60)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 300) * min(1.0, 1.6 * (1 - done) + 0.005)
-        pick = torch.randint(0, held_out.start, (batch,), generator=generator)
-        text = tokens[pick].long()
-        text[torch.rand(batch, generator=generator) < EMPTY_CAPTION] = empty.long()
-        loss = flow_loss(model, latents[pick].float(), text, generator)
+        loss = loss_of_batch(generator)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -135,16 +158,12 @@ def train(
             torch._foreach_lerp_(list(mean.parameters()), [p.data for p in model.parameters()], 1 - keep)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         if step % 200 == 0:
-            print(f"d{depth} step {step} samples {step * batch} loss {smooth:.4f} {clock() - begun:.0f} s", flush=True)
+            print(f"{path.stem} step {step} loss {smooth:.4f} {clock() - begun:.0f} s", flush=True)
         if clock() - saved > 120:
             _save(path, state_path, model, mean, optimiser, step, clock() - begun)
             saved = clock()
     _save(path, state_path, model, mean, optimiser, step, clock() - begun)
-    loss = held_out_loss(mean, latents[held_out].float(), tokens[held_out].long())
-    size = sum(p.numel() for p in model.mmdit.parameters())
-    result = {"depth": depth, "parameters": size, "steps": step, "samples": step * batch, "held_out": loss}
-    print(json.dumps(result), flush=True)
-    return result
+    return mean, step
 
 
 def study(cache: Path, minutes: float) -> None:

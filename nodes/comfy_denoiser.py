@@ -22,8 +22,9 @@ from ..seqlora_core.attach import Site
 from ..seqlora_core.demo_model import CLIP_SIZE, CONTEXT_LENGTH
 from ..seqlora_core.denoiser import Conditioning, fingerprint
 from ..seqlora_core.errors import UserError
+from ..seqlora_core.live_prompts import LivePrompts
 from ..seqlora_core.metadata import Base
-from .comfy_sites import attention_sites, named_sites
+from .comfy_sites import attention_sites, clip_sites, named_sites, token_tables
 from .comfy_training import Trainable
 
 _FAMILIES = {"SDXL": "sdxl", "SD3": "sd3", "Flux": "flux", "Lumina2": "lumina2", "QwenImage": "qwen_image"}
@@ -62,39 +63,56 @@ class ComfyDenoiser:
         self.patcher = model.clone(disable_dynamic=True) if dynamic else model.clone()
         self.clip, self.vae = clip, vae
         self.device = model.load_device
-        self._trainable: Trainable | None = None
+        self._trainable: list[Trainable] = []  # the model, and its text encoder if that is adapted
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._layers, self._sites, self._attention = None if layers is None else set(layers), None, None
+        self._live = LivePrompts(self.read_prompts)
 
     def __enter__(self) -> ComfyDenoiser:
         self._load()
-        self._trainable = Trainable(self.base)
+        self._trainable = [Trainable(self.base, self.network())]
         return self
 
     def __exit__(self, *_) -> None:
-        self._trainable.close()
+        for part in self._trainable:
+            part.close()
 
     @property
     def base(self):
         return self.patcher.model
 
     def _load(self) -> None:
+        models = [self.patcher, self.clip.patcher] if self._live else [self.patcher]
         with torch.inference_mode():
-            management.load_models_gpu([self.patcher], force_full_load=True)
+            management.load_models_gpu(models, force_full_load=True)
 
     def _prepare(self) -> None:
         """Ready for a backward pass, from here to `_restore`"""
-        if not self._trainable.ready:
+        if not self._trainable[0].ready:
             self._load()
-            self._trainable.prepare()
+            for part in self._trainable:
+                part.prepare()
 
     def _restore(self) -> None:
-        self._trainable.restore()
+        for part in self._trainable:
+            part.restore()
+
+    def adapt_text(self, attention: bool, tokens: bool = False) -> None:
+        self._live.sites = [
+            *(self.token_tables() if tokens else ()),
+            *(clip_sites(self.clip, self.about().name) if attention else ()),
+        ]
+        if self._live:
+            encoder = self.clip.cond_stage_model
+            self._trainable = [*self._trainable[:1], Trainable(encoder, encoder)]
+
+    def token_tables(self) -> list[Site]:
+        return token_tables(self.clip)
 
     def sites(self) -> list[Site]:
         if self._sites is None:
             self._sites = self._attention_sites() if self._layers is None else self._sites_of(self._layers)
-        return self._sites
+        return [*self._live.sites, *self._sites]
 
     def _attention_sites(self) -> list[Site]:
         if self._attention is None:
@@ -135,9 +153,14 @@ class ComfyDenoiser:
         return Base(kind, _FAMILIES.get(kind, kind), "v" if velocity else "epsilon" if noise else "")
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        if self._live:
+            return self._live.numbered(prompts, self.device)
         self._restore()
+        return self.read_prompts(prompts)
+
+    def read_prompts(self, prompts: list[str]) -> Conditioning:
         parts = []
-        with torch.inference_mode():
+        with torch.inference_mode(not self._live):
             for prompt in prompts:
                 encoded = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True, return_dict=True)
                 # inference tensors cannot be saved for backward: clone
@@ -192,6 +215,7 @@ class ComfyDenoiser:
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self._prepare() if torch.is_grad_enabled() else self._load()
+        conditioning = self._live.encoded(conditioning)
         rows, parts = [], []
         for part, conditions in self._batches(noised, conditioning):
             rows += part
@@ -236,7 +260,7 @@ class ComfyDenoiser:
         self, conditioning: Conditioning, seed: int, steps: int = 20, guidance: float = 4.0, size: tuple[int, int] = (512, 512)
     ) -> Tensor:
         """Through ComfyUI's own sampler (Euler, simple), so that every family is sampled as its users do"""
-        empty = _sampler_input(self.encode_prompts([""]))
+        conditioning, empty = self._live.encoded(conditioning), self._live.encoded(self.encode_prompts([""]))
         if size not in self._shapes:
             self.encode_images(torch.zeros(1, *size, 3))
         shape, count = self._shapes[size], len(conditioning)
@@ -250,7 +274,7 @@ class ComfyDenoiser:
             with torch.inference_mode():
                 parts.append(
                     comfy.sample.sample(
-                        self.patcher, noise[rows], steps, guidance, "euler", "simple", wanted, empty,
+                        self.patcher, noise[rows], steps, guidance, "euler", "simple", wanted, _sampler_input(empty),
                         torch.zeros_like(noise[rows]), disable_pbar=True, seed=seed,
                     )
                 )  # fmt: skip

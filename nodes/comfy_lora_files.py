@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..seqlora_core.adapter import Adapter, LayerDelta, joined, layer_delta
 from ..seqlora_core.errors import UserError
+from ..seqlora_core.live_prompts import is_text
 from ..seqlora_core.low_rank import factorised
 from ..seqlora_core.spelling import Factors, alpha_of, factors, other_kind
 from .comfy_weights import Target, Weights, parts
-
-TEXT_LAYERS = ("lora_te", "text_encoders.")  # how names of a text encoder's layers begin
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Fitted:
 
     def only(self, text: bool) -> Fitted:
         """What it does to the text encoder, or to all else"""
-        layers = {n: d for n, d in self.adapter.layers.items() if n.startswith(TEXT_LAYERS) == text}
+        layers = {n: d for n, d in self.adapter.layers.items() if is_text(n) == text}
         patches = {t: p for t, p in self.patches.items() if parts(t)[0].startswith("diffusion_model.") != text}
         return Fitted(Adapter(layers, self.adapter.metadata), patches, self.unknown)
 

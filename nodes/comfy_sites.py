@@ -9,7 +9,9 @@ import comfy.lora
 import comfy.utils
 import torch
 
+from ..seqlora_core.adapter import is_token_table
 from ..seqlora_core.attach import Site
+from ..seqlora_core.errors import UserError
 
 # attention projections of every family: q, k, v, out, fused or not, in Flux and its kin with the MLP of a single block;
 # modulation and norms are no adapter's place
@@ -24,6 +26,33 @@ def attention_sites(base) -> list[Site]:
         if _is_linear(module) and _ATTENTION.search(path) and not _NOT_ADAPTED.search(path):
             found.append(_site(names.get(path, f"diffusion_model.{path}"), module))
     return found
+
+
+def clip_sites(clip, kind: str) -> list[Site]:
+    """Attention projections of a CLIP link's CLIPs, under the names that kohya's files have for models of this kind.
+    UserError if it has none."""
+    encoder, found = clip.cond_stage_model, []
+    numbered = not kind.startswith(("sd1", "sd2"))
+    for name, key in comfy.lora.model_lora_keys_clip(encoder, {}).items():
+        known = re.match(r"lora_te1?_|lora_te2_", name) and "_self_attn_" in name
+        if known and (name.startswith("lora_te_") != numbered) and key.startswith("clip_"):
+            found.append(_site(name, comfy.utils.get_attr(encoder, key.removesuffix(".weight"))))
+    if not found:
+        raise UserError(f"{type(encoder).__name__} has no CLIP that can be adapted: train without text_encoder")
+    return found
+
+
+def token_tables(clip) -> list[Site]:
+    """Of every encoder of a CLIP link, under ComfyUI's own names for them"""
+    tables = [
+        Site(f"text_encoders.{name}", (module,), module.weight.shape[1], module.weight.shape[0])
+        for name, module in clip.cond_stage_model.named_modules()
+        if is_token_table(name) and isinstance(module, torch.nn.Embedding)
+    ]
+    if not tables:
+        kind = type(clip.cond_stage_model).__name__
+        raise UserError(f"{kind} has no table of tokens that can be learnt: train without learn_trigger")
+    return tables
 
 
 def named_sites(model, keys: dict, names: Iterable[str]) -> list[Site]:

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 class Trainable:
     """A ComfyUI model, ready for a backward pass between `prepare` and `restore`; `close` when done with it."""
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: nn.Module, network: nn.Module):
+        """network: the part of it that gradients go through"""
         self.base, self.ready = base, False
         self._swapped: list[tuple[dict, str, Tensor]] = []
         self._rotary: list[tuple[object, str, object]] = []
         norms = (nn.LayerNorm, nn.RMSNorm)
         self._hooks = [
             module.register_forward_pre_hook(lambda m, a: (a[0].clone(), *a[1:]))
-            for module in base.diffusion_model.modules()
+            for module in network.modules()
             if isinstance(module, norms)
         ]
 

@@ -71,6 +71,10 @@ class SeqLoRATrainConcept(io.ComfyNode):
                     tooltip="How far the planned concepts together may move unrelated prompts: 0.02 is two percent. 0: no limit.",
                 )),
                 OptionsType.Input("options", optional=True, tooltip="From Training Options, if the usual way is not wanted."),
+                ImagesType.Input(
+                    "regularisation", optional=True,
+                    tooltip="From Concept Images: pictures of the class, on which the model must stay as it is.",
+                ),
             ],
             outputs=[
                 StackType.Output(display_name="stack"),
@@ -93,7 +97,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
     def execute(
         cls, model, clip, vae, images, library, name, trigger, class_noun, rank, steps, learning_rate,
         interference_weight, seed, if_trained=USE, batch_size=8, preview_every=50, planned_concepts=32, after=None,
-        drift_budget=TrainingConfig.drift_budget, options=None,
+        drift_budget=TrainingConfig.drift_budget, options=None, regularisation=None,
     ) -> io.NodeOutput:  # fmt: skip
         name = safe_name(name, "concept name")
         if if_trained not in (USE, AGAIN):  # not every server checks a combo of a prompt sent by POST
@@ -114,12 +118,13 @@ class SeqLoRATrainConcept(io.ComfyNode):
             trained = name in opened.names
             notes = []
             if not trained or if_trained == AGAIN:
-                earlier = [c for c in opened.concepts() if c.name != name]
+                earlier = opened.concepts(without=name, stored_moments=True)
                 preview = Preview(denoiser, trigger, class_noun, earlier, tuple(images.images.shape[1:3]))
                 progress = _Progress(cls.hidden.unique_id, preview, steps, preview_every)
                 _, fit = train_concept(
                     denoiser, opened, _ordinary(images.sets), name, trigger, class_noun, None, config,
                     progress.step, replace_existing=trained, checkpointing=Checkpointing(every=CHECKPOINT_EVERY),
+                    regularisation=_ordinary(regularisation.sets) if regularisation else (),
                 )  # fmt: skip
                 losses, notes = fit.losses, fit.notes + images.notes
                 if fit.stopped is not None:

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..seqlora_core.config import TIMESTEPS, TrainingConfig
 from ..seqlora_core.optimisers import OPTIMISERS, SCHEDULES
+from .concept import LAYERS
 from .types import CATEGORY, OptionsType
 
 
@@ -70,6 +71,23 @@ class SeqLoRATrainingOptions(io.ComfyNode):
                     "keep_latents", default=default.keep_latents, min=0, max=64,
                     tooltip="Reference pictures stored in the library, so that later concepts do not forget this one. 0: none.",
                 ),
+                io.Boolean.Input(
+                    "text_encoder", default=default.text_encoder, optional=True,
+                    tooltip="Trains the CLIP text encoders too. All concepts of a library alike.",
+                ),
+                io.Int.Input(
+                    "lower_steps", default=default.lower_steps, min=0, max=100, optional=True,
+                    tooltip="Steps of lora_up to one of the basis, on different pictures. 0: both at once, which is as good and faster.",
+                ),
+                io.String.Input(
+                    "hypergradient", default=default.hypergradient, optional=True,
+                    tooltip="With lower_steps: none, neumann:3 or cg:3. Counts in how lora_up follows the basis; takes longer.",
+                ),
+                io.Boolean.Input(
+                    "learn_trigger", default=default.learn_trigger, optional=True,
+                    tooltip="Learns the trigger's own words in the text encoders too. Nothing without the trigger is moved by that.",
+                ),
+                io.String.Input("layers", default=default.layers, optional=True, tooltip=LAYERS),
             ],
             outputs=[OptionsType.Output(display_name="options")],
         )  # fmt: skip

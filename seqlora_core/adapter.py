@@ -23,6 +23,7 @@ from .tensor_file import read_safetensors, write_safetensors
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 HALVES = (torch.float16, torch.bfloat16)
+TOKEN_TABLES = ("token_embedding", ".shared", "embed_tokens")  # how the names of text encoders' token tables end
 LARGEST_SCALE = 1000  # alpha over rank that is still believed
 
 
@@ -91,9 +92,20 @@ class Adapter:
         moved = {n: replace(d, down=d.down.to(*args, **kwargs), up=d.up.to(*args, **kwargs)) for n, d in self.layers.items()}
         return Adapter(moved, self.metadata)
 
+    def without_token_tables(self) -> Adapter:
+        """Without what its own tokens' embeddings learnt: no prompt without these tokens meets that"""
+        if not any(map(is_token_table, self.layers)):
+            return self
+        return Adapter({n: d for n, d in self.layers.items() if not is_token_table(n)}, self.metadata)
+
     @property
     def triggers(self) -> list[str]:
         return [t.strip() for t in self.metadata.get("seqlora.trigger", "").split(",") if t.strip()]
+
+
+def is_token_table(layer: str) -> bool:
+    """Whether a layer of a LoRA file changes the embeddings of tokens: lora_up [vocabulary, r], lora_down [r, width]"""
+    return layer.endswith(TOKEN_TABLES)
 
 
 def concatenate(adapters: list[Adapter]) -> Adapter:

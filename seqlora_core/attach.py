@@ -19,7 +19,8 @@ from .adapter import Adapter
 class Site:
     """One adaptable layer.  `modules` all read the same input; their outputs, concatenated, are the layer's.
 
-    A convolution is a layer of its input channels: it can be recorded, not trained.
+    A convolution is a layer of its input channels: it can be recorded, not trained.  A text encoder's token table is a
+    layer whose input is token ids: what is added to a token's embedding is its row of the change.
     """
 
     name: str
@@ -58,15 +59,17 @@ class Attachment:
 
     def delta(self, name: str, x: Tensor, rows: slice, first: bool = True) -> Tensor | None:
         """What is added to the layer's outputs `rows`, for its input x.  Not `first`: x is that of the call before."""
+        tokens = not x.is_floating_point()
         if first:
             self._low = []
             for pair, mask in ((self.frozen.get(name), self.mask.get(name)), (self.live.get(name), None)):
                 if pair is not None:
-                    low = x.to(pair[0].dtype) @ pair[0].mT
-                    self._low.append((low if mask is None else low * mask, pair[1]))
+                    down, up = pair
+                    low = up[x] if tokens else x.to(down.dtype) @ down.mT
+                    self._low.append((low if mask is None else low * mask, down if tokens else up))
         total = None
-        for low, up in self._low:
-            part = low @ up[rows].mT
+        for low, other in self._low:
+            part = low @ (other if tokens else other[rows].mT)
             total = part if total is None else total + part
         return total
 

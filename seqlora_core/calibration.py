@@ -12,33 +12,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
+from .adapter import Adapter, is_token_table
 from .attach import Attachment, attached
 from .denoiser import Conditioning, Denoiser
 from .errors import UserError
 from .prompts import generic_decoys, generic_prompts
 from .statistics import Moments, Recorder, json_of, read_statistics
-from .tensor_file import write_safetensors
+from .tensor_file import read_metadata, write_safetensors
 
 # drawn without guidance the pictures are the model's own distribution: its loss on them, and how far a concept moves
 # them, are as on real pictures it knows; guided ones are not (docs/RESULTS.md).  Half as many steps do as well
 UNGUIDED, UNGUIDED_STEPS, GUIDED_STEPS = 1.0, 8, 16
+FILE = "calibration.safetensors"
 PASSES = 4  # noise levels at which each of them is seen
 
 
 @dataclass
 class Calibration:
-    """moments: G of each layer.  prompts, latents [n, ...]: pictures the base drew, kept for replay."""
+    """moments: G of each layer.  prompts, latents [n, ...]: pictures the base drew, kept for replay.
+
+    made: how (`recipe`), "" if in a way of its own.
+    """
 
     moments: Moments
     prompts: list[str]
     latents: Tensor
+    made: str = ""
 
     def save(self, path: Path, fingerprint: str) -> None:
         metadata = {
             "seqlora.base": fingerprint,
             "seqlora.prompts": json.dumps(self.prompts),
             "seqlora.shared": json.dumps(self.moments.shared()),
+            "seqlora.made": self.made,
         }
         write_safetensors(path, {**self.moments.tensors(), "latents": self.latents.float()}, metadata)
 
@@ -52,7 +58,7 @@ class Calibration:
             or not all(isinstance(p, str) for p in prompts)
         ):
             raise UserError(f"{path} is no calibration, or a damaged one: record it again with 'seqlora calibrate'")
-        return cls(moments, prompts, latents)
+        return cls(moments, prompts, latents, metadata.get("seqlora.made", ""))
 
 
 @torch.no_grad()
@@ -133,10 +139,30 @@ def calibrate(
 
     Moments are of `seen_count` pictures at most, of both kinds in their proportion.
     """
+    made = ""
     if prompts is None:
         pictures = pictures or picture_count(size)
+        made = recipe(denoiser, size, pictures, seed, guidance)
         prompts = generic_prompts(pictures - pictures // 4, seed) + generic_decoys(pictures // 4, seed)
     latents = draw(denoiser, prompts, seed, size, guidance=guidance)
     seen = slice(None, None, -(-len(prompts) // seen_count(size)))
     moments = record_moments(denoiser, latents[seen], denoiser.encode_prompts(prompts[seen]), seed=seed)
-    return Calibration(moments, prompts, latents)
+    return Calibration(moments, prompts, latents, made)
+
+
+def recipe(denoiser: Denoiser, size: tuple[int, int], pictures: int, seed: int = 0, guidance: float = UNGUIDED) -> str:
+    """Two calibrations of one base model that were made alike are the same"""
+    layers = sum(not is_token_table(s.name) for s in denoiser.sites())
+    return f"{pictures} pictures of {size[0]}x{size[1]}, guidance {guidance:g}, seed {seed}, {layers} layers"
+
+
+def made_beside(folder: Path, base: str, made: str) -> Calibration | None:
+    """What a library beside this folder holds, if it is of the same base model and was made alike"""
+    for path in sorted(folder.absolute().parent.glob(f"*/{FILE}")):
+        try:
+            held = read_metadata(path)
+            if held.get("seqlora.base") == base and held.get("seqlora.made") == made:
+                return Calibration.load(path)
+        except UserError:  # a damaged one is its library's trouble
+            continue
+    return None

@@ -19,6 +19,7 @@ from torch import Tensor
 from .bilevel import Group, LowerLevel, UpperLevel
 from .budget import Budget
 from .errors import UserError
+from .learnt_trigger import LearntTrigger
 from .tensor_file import read_safetensors, write_safetensors
 
 FOLDER, SUFFIX = ".checkpoints", ".checkpoint"
@@ -116,6 +117,7 @@ class Progress:
     groups: list[Group]
     lower: LowerLevel
     upper: UpperLevel
+    learnt: LearntTrigger | None
     generator: torch.Generator
     objective: Any  # whose weight the budget sets
     budget: Budget | None
@@ -128,6 +130,7 @@ class Progress:
             "basis": [g.basis for g in self.groups],
             "lower": self.lower.optimiser.state_dict(),
             "upper": {"count": self.upper.count, "first": self.upper.first, "second": self.upper.second},
+            "trigger": self.learnt and {"shift": self.learnt.parameters, "optimiser": self.learnt.optimiser.state_dict()},
             "generator": self.generator.get_state(),
             "weight": self.objective.weight,
             "budget": budget,
@@ -146,6 +149,9 @@ class Progress:
         self.upper.count = state["upper"]["count"]
         _copy(self.upper.first, state["upper"]["first"])
         _copy(self.upper.second, state["upper"]["second"])
+        if self.learnt is not None:
+            _copy(self.learnt.parameters, state["trigger"]["shift"])
+            self.learnt.optimiser.load_state_dict(state["trigger"]["optimiser"])
         self.generator.set_state(state["generator"])
         self.objective.weight = state["weight"]
         if self.budget is not None:

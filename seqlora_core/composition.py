@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,21 +69,28 @@ def project(
             raise UserError(f"cap is {wishes.cap}: give a number of at least 1, such as 10")
         adapters = [capped(a, wishes.cap) for a in adapters]
     if mode == "weights" and wishes.order == "symmetric":
-        projected = without_data(adapters, wishes.protected)
+        projected = _with_token_tables(without_data, adapters, wishes.protected)
     elif mode == "weights":
-        projected = gram_schmidt(adapters, sequence(adapters, wishes.order), wishes.protected)
+        order = sequence(adapters, wishes.order)
+        projected = _with_token_tables(gram_schmidt, adapters, order, wishes.protected)
     elif mode == "data":
         if moments is None:
             raise UserError(
                 "mode 'data' needs each concept's statistics file (NAME.stats.safetensors) beside it; use 'sum' or 'weights'"
             )
-        projected = closed_form(adapters, moments, general, beta, wishes.protected)
+        projected = _with_token_tables(closed_form, adapters, moments, general, beta, wishes.protected)
     else:
         projected = adapters
     mixed = [_mix(a, p, amount) for a, p in zip(adapters, projected)]
     if wishes.restore:
         mixed = [m.scaled(max(energy_kept(a, m), 1e-12) ** -0.5) if m is not a else m for a, m in zip(adapters, mixed)]
     return mixed
+
+
+def _with_token_tables(projection: Callable[..., list[Adapter]], adapters: list[Adapter], *options) -> list[Adapter]:
+    """The projection of all layers but token tables, which go in as they are: each acts on its own trigger alone."""
+    projected = projection([a.without_token_tables() for a in adapters], *options)
+    return [Adapter(a.layers | p.layers, a.metadata) for a, p in zip(adapters, projected)]
 
 
 def sequence(adapters: list[Adapter], order: str) -> list[int]:
@@ -204,6 +211,7 @@ def energy_kept(before: Adapter, after: Adapter) -> float:
     """Energy (squared Frobenius norm of the change, over all layers) that a projection leaves, as a share."""
     if before is after:
         return 1.0
+    before, after = before.without_token_tables(), after.without_token_tables()
     total = float(sum(d.energy() for d in before.layers.values()))
     return float(sum(d.energy() for d in after.layers.values())) / total if total else 1.0
 

@@ -17,6 +17,8 @@ class TrainingConfig:
     """Options of a fit.  The last block switches parts of the method off, for ablations."""
 
     rank: int = 4
+    rank_energy: float = 1.0  # a layer gets so many of these directions that they hold this share of what all would see; 1: all
+    layers: str = ""  # which of them learn, as in `selection.selected`; "" for all
     steps: int = 320
     learning_rate: float = 4e-3  # of lora_up
     basis_rate: float = 2e-3
@@ -34,6 +36,9 @@ class TrainingConfig:
     replay_every: int = 1
     replay_target: str = "before"  # what generic prompts and decoys must go on looking like: base, or before this concept
     keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
+    learn_trigger: bool = False  # the embeddings of the trigger's own tokens too
+    trigger_rate: float = 0.1  # of these embeddings, in units of their table's spread
+    text_encoder: bool = False  # adapt its attention too; one choice for a whole library
 
     optimiser: str = "adam"  # of lora_up
     weight_decay: float = 0.0
@@ -60,7 +65,7 @@ class TrainingConfig:
         for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("planned", 1), ("replay_every", 1), ("accumulate", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
-        for name in ("learning_rate", "basis_rate"):
+        for name in ("learning_rate", "basis_rate", "trigger_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a number between 0 and 1, such as 0.001")
         for name in (
@@ -69,6 +74,8 @@ class TrainingConfig:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 or more")
+        if not 0 < self.rank_energy <= 1:
+            raise UserError(f"rank_energy is {self.rank_energy}: give a share up to 1, such as 0.9")
         if not 0 <= self.caption_dropout < 1:
             raise UserError(f"caption_dropout is {self.caption_dropout}: give a share below 1, such as 0.1")
         if self.shift <= 0:

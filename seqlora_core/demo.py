@@ -21,7 +21,8 @@ from .adapter import Adapter, concatenate, save_adapter
 from .calibration import record_moments
 from .concept import References
 from .config import TrainingConfig
-from .demo_model import DEMO_FOLDER, SIZE, DemoModel
+from .demo_model import DEMO_FOLDER, DemoModel
+from .denoiser import FlowMatching
 from .errors import UserError
 from .evaluation import HeldOut, held_out_loss, measure, row, summed
 from .library import Library
@@ -67,23 +68,23 @@ def shared_words(captions: list[str]) -> tuple[str, str]:
     return trigger, class_noun
 
 
-def load_subject(model: DemoModel, name: str, folder: Path | None = None) -> Subject:
+def load_subject(model: FlowMatching, name: str, folder: Path | None = None) -> Subject:
     folder = folder or DEMO_FOLDER / "concepts" / name
-    images, captions = load_pictures(folder, SIZE)
-    held, held_captions = load_pictures(folder / "held_out", SIZE)
+    images, captions = load_pictures(folder, model.size)
+    held, held_captions = load_pictures(folder / "held_out", model.size)
     trigger, class_noun = shared_words(captions)
-    references = References(model.encode_images(images), captions, (SIZE, SIZE))
+    references = References(model.encode_images(images), captions, (model.size, model.size))
     return Subject(
         name, trigger, class_noun, images, references, held, HeldOut.of(model, model.encode_images(held), held_captions)
     )
 
 
-def load_generic(model: DemoModel) -> HeldOut:
-    images, captions = load_pictures(DEMO_FOLDER / "evaluation" / "generic", SIZE)
+def load_generic(model: FlowMatching) -> HeldOut:
+    images, captions = load_pictures(DEMO_FOLDER / "evaluation" / "generic", model.size)
     return HeldOut.of(model, model.encode_images(images), captions, levels=6)
 
 
-def load_pairs(model: DemoModel, names: list[str], folder: Path | None = None) -> list[tuple[int, int, HeldOut]]:
+def load_pairs(model: FlowMatching, names: list[str], folder: Path | None = None) -> list[tuple[int, int, HeldOut]]:
     """Pictures of two of these concepts side by side: (index, index, picture)"""
     out = []
     folder = folder or DEMO_FOLDER / "evaluation" / "pairs"
@@ -91,7 +92,7 @@ def load_pairs(model: DemoModel, names: list[str], folder: Path | None = None) -
         first, second = path.stem.split("+")
         if first in names and second in names:
             caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-            latents = model.encode_images(load_picture(path, SIZE)[None])
+            latents = model.encode_images(load_picture(path, model.size)[None])
             out.append((names.index(first), names.index(second), HeldOut.of(model, latents, [caption])))
     return out
 
@@ -158,7 +159,7 @@ def add_identity(rows: list[dict], model, subjects, stacks: dict[str, list[Adapt
     from .identity import Identity
 
     pictures = [p for s in subjects for p in (s.images, s.held_out_images)]
-    generic, _ = load_pictures(DEMO_FOLDER / "evaluation" / "generic", SIZE)
+    generic, _ = load_pictures(DEMO_FOLDER / "evaluation" / "generic", model.size)
     identity = Identity(model, subjects, torch.cat([*pictures, generic]), DRAWN)
     for name, adapters in stacks.items():
         target = next(r for r in rows if r["row"] == name)
@@ -189,6 +190,7 @@ def run_demo(model: DemoModel, output: Path, names: list[str], config: TrainingC
     output.mkdir(parents=True, exist_ok=True)
     library = _fresh_library(output / "library", model, len(names))
     start = time.perf_counter()
+    model.adapt_text(config.text_encoder, config.learn_trigger)
     subjects = [load_subject(model, n) for n in names]
     say(f"{len(subjects)} concepts: {', '.join(names)}")
     ordinary, rate = train_ordinary_best(model, subjects, config, say)

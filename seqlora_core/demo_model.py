@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .attach import Site
 from .denoiser import Conditioning, FlowMatching, fingerprint
 from .errors import UserError
+from .live_prompts import LivePrompts, clip_sites, token_site
 from .metadata import Base
 from .tensor_file import read_safetensors
 
@@ -23,7 +24,6 @@ TOKENIZER = DEMO_FOLDER / "model" / "tokenizer.json"
 CONTEXT_LENGTH = 24
 END_OF_TEXT = 49407
 SIZE = 64
-SHIFT = 3.0  # of the sampling schedule: SD3's own
 CLIP_SIZE = {
     "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 3, "projection_dim": 64,
     "max_position_embeddings": CONTEXT_LENGTH,
@@ -125,10 +125,22 @@ class DemoModel(FlowMatching):
         self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device)
         self.vae = _load_autoencoder(vae).eval().requires_grad_(False).to(self.device)
         self.text = _load_text_encoder(text).eval().requires_grad_(False).to(self.device)
-        self.tokenize = tokenizer()
+        self.tokenize, self.live = tokenizer(), LivePrompts(self.read_prompts)
         self._sites: list[Site] | None = None
 
     def sites(self) -> list[Site]:
+        return [*self.live.sites, *self._own_sites()]
+
+    def token_tables(self) -> list[Site]:
+        return [token_site(self.text, "clip_l")]
+
+    def adapt_text(self, attention: bool, tokens: bool = False) -> None:
+        self.live.sites = [
+            *(self.token_tables() if tokens else ()),
+            *(clip_sites(self.text, "lora_te1") if attention else ()),
+        ]
+
+    def _own_sites(self) -> list[Site]:
         if self._sites is None:
             self._sites = []
             for index, block in enumerate(self.mmdit.transformer_blocks):
@@ -150,6 +162,9 @@ class DemoModel(FlowMatching):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        return self.live.numbered(prompts, self.device) if self.live else self.read_prompts(prompts)
+
+    def read_prompts(self, prompts: list[str]) -> Conditioning:
         return Conditioning(*encode_text(self.text, self.tokenize(prompts).to(self.device)))
 
     @torch.no_grad()
@@ -162,59 +177,18 @@ class DemoModel(FlowMatching):
         x = torch.cat([self.vae.decoder(part) for part in latents.split(16)])
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).float()
 
-    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
-        """Logit-normal, shifted by 1.5, as in base training"""
-        return _shifted(torch.sigmoid(torch.randn(count, generator=generator)), 1.5).to(self.device)
-
-    def sigma_at(self, share: Tensor) -> Tensor:
-        return share.to(self.device)
-
-    def even_sigmas(self, count: int) -> Tensor:
-        middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        return _shifted(torch.sigmoid(torch.special.ndtri(middle)), 1.5).to(self.device, self.dtype)
-
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.mmdit(noised, conditioning.context, conditioning.pooled, sigma * 1000, return_dict=False)[0]
+        c = self.live.encoded(conditioning)
+        return self.mmdit(noised, c.context, c.pooled, sigma * 1000, return_dict=False)[0]
 
-    @torch.no_grad()
-    def sample(
-        self,
-        conditioning: Conditioning,
-        seed: int,
-        steps: int = 20,
-        guidance: float = 3.0,
-        size: tuple[int, int] = (SIZE, SIZE),
-    ) -> Tensor:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        count, shape = len(conditioning), (16, size[0] // 8, size[1] // 8)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
-        x = torch.stack(noise).to(self.device, self.dtype)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-        scheduler.set_timesteps(steps, device=self.device)
-        if guidance != 1.0:
-            empty = self.encode_prompts([""] * count)
-            conditioning = Conditioning.cat([conditioning, empty])
-        for t in scheduler.timesteps:
-            sigma = (t / 1000).to(self.dtype).expand(len(conditioning))
-            if guidance == 1.0:
-                v = self.predict(x, sigma, conditioning)
-            else:
-                wanted, unwanted = self.predict(torch.cat([x, x]), sigma, conditioning).chunk(2)
-                v = unwanted + guidance * (wanted - unwanted)
-            x = scheduler.step(v, t, x, return_dict=False)[0]
-        return x
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        return 16, size[0] // 8, size[1] // 8
 
     def fingerprint(self) -> str:
-        return fingerprint(self.sites())
+        return fingerprint(self._own_sites())
 
     def network(self) -> nn.Module:
         return self.mmdit
 
     def about(self) -> Base:
         return Base(self.path.name, "sd3", file=self.path)
-
-
-def _shifted(sigma: Tensor, shift: float) -> Tensor:
-    """SD3's timestep shift: s t / (1 + (s - 1) t)"""
-    return shift * sigma / (1 + (shift - 1) * sigma)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .attach import Site
 from .metadata import Base
 
+SAMPLING_SHIFT = 3.0  # of the schedule: SD3's own
+
 
 @dataclass
 class Conditioning:
@@ -77,6 +79,16 @@ class Denoiser(Protocol):
     def text_sites(self) -> list[Site]:
         """Layers of the text encoders whose inputs are to be recorded while prompts are encoded"""
 
+    def adapt_text(self, attention: bool, tokens: bool = False) -> None:
+        """Whether the text encoders' attention, and their token tables, are among the sites; prompts encoded before know
+        nothing of it.  UserError if what is wanted cannot be."""
+
+    def token_tables(self) -> list[Site]:
+        """Of the text encoders"""
+
+    def read_prompts(self, prompts: list[str]) -> Conditioning:
+        """Encoded now, whatever is adapted; differentiable wherever gradients are on"""
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning: ...
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -114,9 +126,21 @@ class Denoiser(Protocol):
 
 
 class FlowMatching:
-    """Noising and target of models that predict a velocity on straight paths (SD3)."""
+    """Noising, target and sampling of models that predict a velocity on straight paths (SD3).
+
+    `latent_shape` gives the latents' [channels, height, width] for a size in pixels, `size` is the side the model draws.
+    """
+
+    size: int
+    training_shift = 1.5
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        raise NotImplementedError
 
     def text_sites(self) -> list[Site]:
+        return []
+
+    def token_tables(self) -> list[Site]:
         return []
 
     def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -125,6 +149,46 @@ class FlowMatching:
 
     def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise - latents
+
+    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        """Logit-normal, shifted, as in base training"""
+        return _shifted(torch.sigmoid(torch.randn(count, generator=generator)), self.training_shift).to(self.device)
+
+    def sigma_at(self, share: Tensor) -> Tensor:
+        return share.to(self.device)
+
+    def even_sigmas(self, count: int) -> Tensor:
+        middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        return _shifted(torch.sigmoid(torch.special.ndtri(middle)), self.training_shift).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        conditioning: Conditioning,
+        seed: int,
+        steps: int = 20,
+        guidance: float = 3.0,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        count, shape = len(conditioning), self.latent_shape(size or (self.size, self.size))
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
+        x = torch.stack(noise).to(self.device, self.dtype)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=SAMPLING_SHIFT)
+        scheduler.set_timesteps(steps, device=self.device)
+        if guidance != 1.0:
+            empty = self.encode_prompts([""] * count)
+            conditioning = Conditioning.cat([conditioning, empty])
+        for t in scheduler.timesteps:
+            sigma = (t / 1000).to(self.dtype).expand(len(conditioning))
+            if guidance == 1.0:
+                v = self.predict(x, sigma, conditioning)
+            else:
+                wanted, unwanted = self.predict(torch.cat([x, x]), sigma, conditioning).chunk(2)
+                v = unwanted + guidance * (wanted - unwanted)
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+        return x
 
 
 def loss(denoiser: Denoiser, latents: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -139,3 +203,8 @@ def fingerprint(sites: list[Site]) -> str:
     first = min(sites, key=lambda s: s.name)
     weight = torch.cat([m.weight.detach() for m in first.modules]).cpu().half().contiguous()
     return hashlib.sha256(repr(shapes).encode() + weight.numpy().tobytes()).hexdigest()[:16]
+
+
+def _shifted(sigma: Tensor, shift: float) -> Tensor:
+    """SD3's timestep shift: s t / (1 + (s - 1) t)"""
+    return shift * sigma / (1 + (shift - 1) * sigma)

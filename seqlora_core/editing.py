@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .adapter import Adapter, LayerDelta
-from .composition import closed_form
+from .composition import project
 from .errors import UserError
 from .interference import adapter_energy
 from .library import Library
@@ -57,12 +57,12 @@ def refit(sources: list[Library], folder: Path | str, beta: float = 1.0) -> tupl
     if calibration is None:
         raise UserError(f"the library {sources[0].folder.name!r} has no calibration: the refit needs what the base model sees")
     adapters, moments = [c.adapter for c in concepts], [c.moments for c in concepts]
-    fitted = closed_form(adapters, moments, calibration.moments, beta)
+    fitted = project(adapters, "data", 1.0, moments, calibration.moments, beta)
     metrics: dict[int, Metric] = {}
 
     def bases_of(adapter: Adapter) -> dict:
         out = {}
-        for name, delta in adapter.layers.items():
+        for name, delta in adapter.without_token_tables().layers.items():
             moment = calibration.moments[name]
             metric = metrics.setdefault(id(moment), Metric.of(moment))
             out[name] = orthonormal_basis(metric.basis(delta.down))

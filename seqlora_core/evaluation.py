@@ -66,22 +66,24 @@ class Losses:
 
 def measure(
     denoiser: Denoiser, alone: list[Adapter], stack: Callable[[list[int]], Adapter], concepts: list[HeldOut], generic: HeldOut,
-    pairs: list[tuple[int, int, HeldOut]] = (), others: int = 2, seed: int = 0,
+    pairs: list[tuple[int, int, HeldOut]] = (), others: int = 2, seed: int = 0, subsets: int | None = None,
+    alone_losses: list[float] | None = None,
 ) -> Losses:  # fmt: skip
     """Losses of adapters, alone and as they stand together.
 
     stack: indices of concepts -> those together as one adapter.  others: how many stand beside a concept in the random
-    subsets, three of which are drawn for each.  pairs: (i, j, pictures of both), measured with only those two on.
+    subsets, three of which are drawn for each of the first `subsets` concepts (None: of all).  pairs: (i, j, pictures of
+    both), measured with only those two on.  alone_losses: if they are known already.
     """
     count, rng, subset = len(concepts), random.Random(seed), []
-    for i, held_out in enumerate(concepts):
+    for i, held_out in enumerate(concepts[:subsets]):
         rest = [j for j in range(count) if j != i]
         draws = [sorted([i, *rng.sample(rest, min(others, len(rest)))]) for _ in range(3)]
         subset.append([held_out_loss(denoiser, held_out, stack(members)) for members in draws])
     both = [held_out_loss(denoiser, h, stack([i, j])) for i, j, h in pairs]
     everything = stack(list(range(count)))
     return Losses(
-        [held_out_loss(denoiser, h, a) for h, a in zip(concepts, alone)],
+        alone_losses or [held_out_loss(denoiser, h, a) for h, a in zip(concepts, alone)],
         [held_out_loss(denoiser, h, everything) for h in concepts],
         subset,
         held_out_loss(denoiser, generic, everything),

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .demo_model import SIZE
 from .evaluation import mean
 from .judge import Judge, nearest, pixels, similarity
 from .preview import draw_with
@@ -17,8 +16,8 @@ COLOURS = ("white", "gray", "blue", "yellow", "green", "pink")
 class Identity:
     """Scores of several subjects; all rows of a table are drawn with the same seeds.
 
-    subjects: with `name`, `held_out_images` [n, h, w, 3] and `prompt(colour)`.  bank [m, h, w, 3]: pictures on whose
-    mean features are centred.  Raises ImportError if the judge's packages are missing.
+    model: a denoiser with a `size`.  subjects: with `name`, `held_out_images` [n, h, w, 3] and `prompt(colour)`.
+    bank [m, h, w, 3]: pictures on whose mean features are centred.  Raises ImportError if the judge's packages are missing.
     """
 
     def __init__(self, model, subjects, bank: Tensor, drawn: int = len(COLOURS)):
@@ -34,7 +33,7 @@ class Identity:
         adapters: what is on while each subject is drawn.  suffix: of the result's keys, "alone" or "stack".
         """
         drawn = [
-            draw_with(self.model, a, [s.prompt(c) for c in COLOURS[: self.drawn]], (SIZE, SIZE))
+            draw_with(self.model, a, [s.prompt(c) for c in COLOURS[: self.drawn]], (self.model.size,) * 2)
             for s, a in zip(self.subjects, adapters)
         ]
         features = {k: [f(d) for d in drawn] for k, f in self.kinds.items()}

@@ -21,12 +21,13 @@ from pathlib import Path
 
 from . import manifest
 from .adapter import check_useful, save_adapter
-from .calibration import Calibration
+from .calibration import FILE, Calibration
 from .checkpoint import FOLDER, SUFFIX
 from .concept import Concept
 from .concept_files import read_concept, write_concept_statistics
 from .errors import UserError
 from .names import safe_name, safe_text
+from .statistics import StoredMoments
 from .storage import PART, digest, sync_folder
 from .tensor_file import tensors_hash
 
@@ -160,7 +161,7 @@ class Library:
 
     def identity(self) -> str:
         """Names the library by what it rests on, its calibration, whatever its folder is called"""
-        path = self.folder / "calibration.safetensors"
+        path = self.folder / FILE
         return digest(path.read_bytes()) if path.exists() else ""
 
     def require(self, name: str) -> str:
@@ -170,12 +171,12 @@ class Library:
         return name
 
     def calibration(self) -> Calibration | None:
-        path = self.folder / "calibration.safetensors"
+        path = self.folder / FILE
         return Calibration.load(path) if path.exists() else None
 
     def keep_calibration(self, calibration: Calibration) -> None:
         with self.changing():
-            calibration.save(self.folder / "calibration.safetensors", self.manifest["base"])
+            calibration.save(self.folder / FILE, self.manifest["base"])
 
     def check_free(self, name: str, replace_existing: bool = False) -> None:
         """UserError if the name is taken (in any case: file systems differ)."""
@@ -239,8 +240,14 @@ class Library:
     def _entry(self, name: str) -> dict:
         return self.manifest["concepts"][self.names.index(self.require(name))]
 
-    def concepts(self) -> list[Concept]:
-        return [self.load(name) for name in self.names]
+    def concepts(self, without: str = "", stored_moments: bool = False) -> list[Concept]:
+        """All but one, in their order; with `stored_moments` what is largest of them stays in their files."""
+        found = []
+        for name in (n for n in self.names if n != without):
+            found.append(self.load(name))
+            if stored_moments:
+                found[-1].moments = StoredMoments(self.paths(name)[1])
+        return found
 
     def remove(self, name: str) -> str:
         """Take a concept out; the others stay valid, and later ones may use its space.  Returns what it cost."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, LayerDelta
+from .adapter import Adapter, LayerDelta, is_token_table
 
 LOSS = 0.01  # share of its energy that a change may lose when it is put into low rank
 
@@ -33,12 +33,12 @@ def rank_for(values: Tensor, loss: float) -> int:
 def truncated(adapter: Adapter, rank: int | None = None) -> tuple[Adapter, float]:
     """The adapter with at most `rank` directions a layer, the largest, and the share of its energy that is lost.
 
-    Without a rank: exact, in no more directions than a layer has.
+    Without a rank: exact, in no more directions than a layer has.  Token tables keep a direction for each token.
     """
     layers, lost, total = {}, 0.0, 0.0
     for name, delta in adapter.layers.items():
         most = min(delta.down.shape[1], delta.up.shape[0], *([rank] if rank else []))
-        if delta.rank <= most:
+        if delta.rank <= most or is_token_table(name):
             layers[name] = delta
             total += float(delta.energy())
             continue

@@ -16,6 +16,7 @@ from .concept import References
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser
 from .hypergradient import hypergradient, parse
+from .learnt_trigger import LearntTrigger
 from .noise_levels import draw_sigmas, min_snr_weights
 from .parallel import Workers
 from .replay import Batch, Replay
@@ -42,9 +43,10 @@ class Objective:
 
     def __init__(
         self, denoiser: Denoiser, sets: list[References], prompts: list[Prompts], replay: Replay, groups: list[Group],
-        attachment: Attachment, config: TrainingConfig, generator: torch.Generator, workers: Workers,
+        learnt: LearntTrigger | None, attachment: Attachment, config: TrainingConfig, generator: torch.Generator, workers: Workers,
     ):  # fmt: skip
-        self.denoiser, self.prompts, self.replay, self.groups = denoiser, prompts, replay, groups
+        self.denoiser, self.prompts, self.replay, self.groups, self.learnt = denoiser, prompts, replay, groups, learnt
+        self.factors = [t for g in groups for t in (g.up, g.basis)] + (learnt.parameters if learnt else [])
         self.attachment, self.config, self.generator, self.workers = attachment, config, generator, workers
         self.latents = [s.latents.to(denoiser.device) for s in sets]
         self.masks = [None if s.masks is None else latent_weights(s.masks, s.latents).to(denoiser.device) for s in sets]
@@ -79,7 +81,7 @@ class Objective:
 
     def value(self, batch: Batch, again: list[Batch]) -> Tensor:
         """The objective as a scalar, differentiable in the groups' factors; one forward pass for all of one size."""
-        self.attachment.live = live_layers(self.groups)
+        self.attachment.live = live_layers(self.groups) | (self.learnt.live() if self.learnt else {})
         predictions = self._predict([batch, *again])
         errors = (predictions[0] - batch.target).square()
         error = (errors if batch.weight is None else errors * batch.weight).mean()
@@ -114,8 +116,8 @@ class Objective:
 
         With lower and upper steps apart, lower ones see one half of the references, upper ones the other.
         """
-        for group in self.groups:
-            group.up.grad = group.basis.grad = None
+        for factor in self.factors:
+            factor.grad = None
         if upper_turn and parse(self.config.hypergradient)[1]:
             return self._hypergradients()
         half, terms = None if not self.config.lower_steps else int(upper_turn), []
@@ -126,14 +128,14 @@ class Objective:
         found = terms[0] if len(terms) == 1 else Terms.mean(terms)
         found = self._averaged(found)
         if self.config.clip:
-            torch.nn.utils.clip_grad_norm_([t for g in self.groups for t in (g.up, g.basis)], self.config.clip)
+            torch.nn.utils.clip_grad_norm_(self.factors, self.config.clip)
         return found
 
     def _averaged(self, terms: Terms) -> Terms:
         if self.workers.count == 1:
             return terms
         numbers = torch.tensor([getattr(terms, f.name) for f in fields(Terms)], device=self.denoiser.device)
-        self.workers.average([numbers, *(t.grad for g in self.groups for t in (g.up, g.basis) if t.grad is not None)])
+        self.workers.average([numbers, *(t.grad for t in self.factors if t.grad is not None)])
         return Terms(*numbers.tolist())
 
     def _hypergradients(self) -> Terms:

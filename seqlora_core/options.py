@@ -17,6 +17,8 @@ from .errors import UserError
 GROUPS: dict[str, dict[str, str]] = {
     "the method": {
         "rank": "directions a layer gives the concept",
+        "rank_energy": "adaptive rank: a layer gets no more of them than hold this share of what all of them see of the concept",
+        "layers": "only layers whose name holds one of these words, such as attn2 or up_blocks; a minus leaves out: -mid_block",
         "steps": "training steps",
         "batch": "pictures a step",
         "learning_rate": "of lora_up",
@@ -24,6 +26,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "interference_weight": "of the interference energy: how strongly others are protected",
         "drift_budget": "how far the planned concepts together may move unrelated prompts (0.02: two percent; 0: no limit)",
         "keep_latents": "references stored in the library, in latent form, for replay by later concepts (0: none)",
+        "learn_trigger": "learn the embeddings of the trigger's own tokens too, which no prompt without them ever meets",
+        "trigger_rate": "of these embeddings, in units of the spread of all embeddings",
+        "text_encoder": "adapt the attention of the text encoder (its CLIPs) too; all concepts of a library alike",
         "retraction": "how the basis stays orthonormal: qr or polar",
     },
     "prior preservation": {

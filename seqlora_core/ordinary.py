@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from .adapter import Adapter, LayerDelta, concatenate
+from .adapter import Adapter, LayerDelta, concatenate, is_token_table
 from .attach import Attachment, attached
-from .composition import closed_form, gram_schmidt, norm_controlled
+from .composition import compose, gram_schmidt, norm_controlled
 from .concept import References
 from .denoiser import Denoiser, loss
 from .optimisers import schedule
@@ -21,7 +21,7 @@ COMBINED: dict[str, Combine] = {
     "ordinary_sum": lambda a, m, g: concatenate(a),
     "ordinary_norm": lambda a, m, g: concatenate(norm_controlled(a)),
     "ordinary_gram_schmidt": lambda a, m, g: concatenate(gram_schmidt(a)),
-    "closed_form": lambda a, m, g: concatenate(closed_form(a, m, g)),
+    "closed_form": lambda a, m, g: compose(a, mode="data", moments=m, general=g),
 }
 
 
@@ -47,7 +47,7 @@ def train_ordinary(
     """
     generator = torch.Generator().manual_seed(seed)
     factors = {}
-    for site in denoiser.sites():
+    for site in (s for s in denoiser.sites() if not is_token_table(s.name)):
         bound = 1 / math.sqrt(site.in_features)
         down = (torch.rand(rank, site.in_features, generator=generator) * 2 - 1) * bound
         up = torch.zeros(site.out_features, rank)

@@ -61,7 +61,7 @@ class Preview:
 
 def sample_sheet(denoiser: Denoiser, library: Library, name: str, references: Tensor, count: int = 4) -> Tensor:
     """[1, height, width, 3], a row each: references, the concept alone, and the concept within the whole library."""
-    concept, everything = library.load(name), library.concepts()
+    concept, everything = library.load(name), library.concepts(stored_moments=True)
     prompts = [f"a {concept.trigger} {concept.class_noun}".strip()] * count
     first = references[:count].cpu()
     rows = [F.pad(first, (0, 0) * 3 + (0, count - len(first)), value=1.0)]

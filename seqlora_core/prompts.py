@@ -58,6 +58,11 @@ def decoys(captions: list[str], trigger: str, count: int, seed: int = 0) -> list
     return out
 
 
+def calls(trigger: str, prompt: str) -> bool:
+    """Whether the prompt has the trigger as a word of its own"""
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
 def trigger_prompts(trigger: str, count: int, seed: int = 0) -> list[str]:
     """Prompts that call one concept, on backgrounds of several colours, every fourth on none."""
     rng = random.Random(seed)

@@ -13,7 +13,7 @@ from .concept import Concept, References
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser, loss
 from .parallel import Workers
-from .prompts import decoys
+from .prompts import calls, decoys
 from .statistics import Moments
 
 DECOYS = 24  # pictures drawn of them
@@ -48,10 +48,13 @@ class Replay:
     ):  # fmt: skip
         self.denoiser, self.config, self.workers = denoiser, config, workers or Workers()
         self.pools: list[tuple[Tensor, Conditioning, bool]] = []  # latents, prompts, whether the base is the target
+        self.texts: list[str] = []  # every prompt of the pools
         self.decoy_moments: Moments | None = None
         from_base = config.replay_target == "base"
         if config.replay_weight:
-            self._add(calibration.latents, calibration.prompts, from_base)
+            # a prompt that calls this concept, as one with the usual "ohwx" may, must not stay as it was
+            rows = [i for i, p in enumerate(calibration.prompts) if not calls(trigger, p)] or range(len(calibration.prompts))
+            self._add(calibration.latents[rows], [calibration.prompts[i] for i in rows], from_base)
         if config.use_decoys:
             prompts = decoys(references.captions, trigger, DECOYS, config.seed)
             latents = draw(denoiser, prompts, config.seed, references.size)
@@ -70,6 +73,7 @@ class Replay:
             self._add(torch.cat([c.latents for c in alike]), [t for c in alike for t in c.captions], False)
 
     def _add(self, latents: Tensor, prompts: list[str], from_base: bool) -> None:
+        self.texts += prompts
         self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts), from_base))
 
     @torch.no_grad()

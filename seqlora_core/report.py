@@ -148,7 +148,7 @@ class _Sums:
     """
 
     def __init__(self, stack: list[Adapter], plain: list[Adapter], moments: list[Moments] | None, strengths: list[float]):
-        self.layers = list(dict.fromkeys(n for a in plain for n in a.layers))
+        self.layers = list(dict.fromkeys(n for a in plain for n in a.without_token_tables().layers))
         self.square = torch.tensor(strengths, dtype=torch.float64).square()[:, None]
         self.energies, self.alike = [], []  # of each layer, [N, N]
         self.weights = torch.zeros(len(stack), dtype=torch.float64)

@@ -14,8 +14,12 @@ def selected(adapter: Adapter, words: str) -> Adapter:
     minus leaves layers out: "-mid_block".  Dots and underscores count as the same.  A semicolon starts a second filter that
     layers must pass as well.  "" keeps all.
     """
-    layers = {n: d for n, d in adapter.layers.items() if all(_passes(n, part) for part in words.split(";"))}
-    return Adapter(layers, adapter.metadata)
+    return Adapter({n: d for n, d in adapter.layers.items() if acts(n, words)}, adapter.metadata)
+
+
+def acts(name: str, words: str) -> bool:
+    """Whether such a filter names this layer"""
+    return all(_passes(name, part) for part in words.split(";"))
 
 
 def _passes(name: str, words: str) -> bool:

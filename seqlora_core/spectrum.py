@@ -25,7 +25,7 @@ class Spike:
 def largest_values(adapter: Adapter) -> dict[str, float]:
     """Layer -> spectral norm of its change: the root of the largest eigenvalue of the r x r matrix up^T up down down^T"""
     products: dict[int, list[tuple[str, torch.Tensor]]] = {}
-    for name, delta in adapter.layers.items():
+    for name, delta in adapter.without_token_tables().layers.items():
         up, down = delta.up.double(), delta.down.double()
         products.setdefault(delta.rank, []).append((name, (up.mT @ up) @ (down @ down.mT)))
     found = {}
@@ -51,7 +51,7 @@ def capped(adapter: Adapter, times: float = SPIKE) -> Adapter:
     layers = {}
     for name, delta in adapter.layers.items():
         layers[name] = delta
-        if values[name] > most > 0:
+        if values.get(name, 0.0) > most > 0:
             left, s, right = _spectrum(delta)
             root, dtype = s.clamp(max=most).sqrt(), delta.down.dtype
             layers[name] = LayerDelta((root[:, None] * right).to(dtype), (left * root).to(dtype), delta.kernel)

@@ -115,8 +115,9 @@ def report(args):
 def sample(args):
     import torch
 
-    from .adapter import concatenate, load_adapter, renamed
+    from .adapter import concatenate, is_token_table, load_adapter, renamed
     from .library import Library
+    from .live_prompts import is_text
     from .plots import to_pil
     from .preview import draw_with
 
@@ -124,6 +125,8 @@ def sample(args):
     if args.library is not None:
         adapters += [c.adapter for c in Library(args.library).concepts()]
     model = open_model(args)
+    text = [layer for a in adapters for layer in a.layers if is_text(layer)]
+    model.adapt_text(not all(map(is_token_table, text)), any(map(is_token_table, text)))
     adapters = [renamed(a, [s.name for s in model.sites()]) for a in adapters]
     drawn = draw_with(model, concatenate(adapters) if adapters else None, args.prompts, (model.size, model.size), args.seed)
     to_pil(torch.cat(list(drawn), 1)).save(args.output)

@@ -10,8 +10,10 @@ from .attach import Site
 from .bilevel import Group
 from .concept import Concept
 from .config import TrainingConfig
+from .errors import UserError
 from .interference import dense_energy
 from .linalg import orthonormal_basis, project_out
+from .selection import acts
 from .sketch import Operator, Sketch
 from .statistics import Moments, average
 
@@ -31,7 +33,12 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
     No square matrix is made of a layer whose moments are sketches.
     """
     device, parts, notes, metrics = denoiser.device, {}, [], {}
-    for site in denoiser.sites():
+    sites = [s for s in denoiser.sites() if acts(s.name, config.layers)]
+    if not sites:
+        raise UserError(
+            f"no layer of this model is named by layers {config.layers!r}: its layers are such as {_examples(denoiser)}"
+        )
+    for site in sites:
         if site.name not in calibration.moments.layers:  # never ran: a branch for other tasks, as of image editors
             continue
         moment, other = calibration.moments.layers[site.name], others.layers[site.name]
@@ -50,6 +57,9 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
         if config.data_start:
             own = seen.layers[site.name] if isinstance(moment, Sketch) else seen[site.name]
             basis = subspace.data_driven_basis(own, metric, rank, taken)
+            if config.rank_energy < 1:
+                rank = subspace.enough(own, metric, basis, config.rank_energy)
+                basis = basis[:, :rank].contiguous()
         else:
             random = torch.randn(site.in_features, rank, generator=generator)
             basis = orthonormal_basis(project_out(random, taken))
@@ -73,6 +83,11 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
                 moment = torch.stack([w @ m @ w for w, m in zip(whites, moments)]).to(device)
             groups.append(Group(list(names), up, basis.requires_grad_(config.learn_basis), white, moment, scale, taken))
     return groups, notes
+
+
+def _examples(denoiser) -> str:
+    names = [s.name for s in denoiser.sites()]
+    return " and ".join(dict.fromkeys((names[0], names[-1])))
 
 
 def _output_energy(site: Site, moment: Tensor | Sketch, device) -> Tensor:

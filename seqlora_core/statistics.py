@@ -31,6 +31,10 @@ class Moments:
         moment = self.layers[name]
         return moment.dense() if isinstance(moment, Sketch) else moment
 
+    def loaded(self) -> Moments:
+        """Itself, in memory"""
+        return self
+
     def plus(self, other: Moments, weight: float = 1.0) -> Moments:
         both = Moments({n: s for n, s in self.layers.items() if n in other.layers})
         return Moments(self.layers | _sum([both, other], [1.0, weight], lambda a, b: a + weight * b).layers)
@@ -101,12 +105,27 @@ def json_of(path: Path, metadata: dict[str, str], key: str, kind: type):
     return found
 
 
+class StoredMoments(Moments):
+    """Those of a statistics file, read whenever they are asked for and not kept: a library's may be larger than memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def layers(self) -> dict[str, Tensor | Sketch]:
+        return read_statistics(self.path)[0].layers
+
+    def loaded(self) -> Moments:
+        return Moments(self.layers)
+
+
 def average(moments: Iterable[Moments]) -> Moments | None:
-    """Plain mean of several moments over the same layers; None of none."""
-    moments = list(moments)
-    if not moments:
-        return None
-    return _sum(moments, [1 / len(moments)] * len(moments), lambda *parts: sum(parts) / len(moments))
+    """Plain mean of several moments over the same layers; None of none.  One is held at a time, beside their sum."""
+    total, count = None, 0
+    for one in moments:
+        count += 1
+        total = one.loaded() if total is None else _sum([total, one.loaded()], [1.0, 1.0], lambda a, b: a + b)
+    return total and _sum([total], [1 / count], lambda a: a / count)
 
 
 def weighted(moments: list[Moments], weights: list[float]) -> Moments:
@@ -159,6 +178,8 @@ class Recorder:
         self._this_pass.clear()
 
     def _record(self, name: str, x: Tensor) -> None:
+        if not x.is_floating_point():  # token ids
+            return
         owner = self.owner.get(name)
         if owner is None:
             # the tensors of this pass are kept alive, so an equal address is the same tensor

@@ -83,6 +83,14 @@ def data_driven_basis(concept: Tensor | Sketch, metric: Metric, rank: int, occup
     return orthonormal_basis(project_out(top_eigenvectors(seen, rank), occupied))
 
 
+def enough(concept: Tensor | Sketch, metric: Metric, basis: Tensor, share: float) -> int:
+    """How many of the basis's first directions [d, r] hold this share of the energy that all of them see of the concept"""
+    seen = concept.operator() if isinstance(concept, Sketch) else concept
+    down = metric.white @ basis
+    energy = (down * (seen @ down)).sum(0).cumsum(0)
+    return min(basis.shape[1], 1 + int((energy < share * energy[-1]).sum()))
+
+
 def _sketched_start(concept: Sketch, white: Operator, rank: int, occupied: Tensor | None) -> Tensor:
     """The same within the span of what both sketches single out: outside it all directions are alike"""
     columns = torch.cat([white @ concept.vectors, white.vectors * white.floor], 1)

@@ -8,14 +8,15 @@ from dataclasses import asdict, replace
 
 from torch import Tensor
 
-from .adapter import json_metadata
-from .calibration import Calibration, calibrate, picture_count
+from .adapter import is_token_table, json_metadata
+from .calibration import Calibration, calibrate, made_beside, picture_count, recipe
 from .checkpoint import Checkpoints
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
 from .denoiser import Denoiser
 from .errors import UserError
 from .library import Library
+from .live_prompts import is_text
 from .metadata import curves, datasets, tag_frequency, training
 from .names import safe_name, safe_text
 from .parallel import Workers
@@ -62,11 +63,13 @@ def train_concept(
         texts = [complete_captions(s.captions, trigger, class_noun, template) for s in sets]
         config = replace(config or TrainingConfig(), planned=library.planned)
         config.validate()
-        calibration = _calibration(denoiser, library, _size(sets[0]), config.steps, workers)
+        others = library.concepts(without=name, stored_moments=True)
+        learnt = any(is_token_table(layer) for c in others for layer in c.adapter.layers)
+        denoiser.adapt_text(config.text_encoder, tokens=config.learn_trigger or learnt)
+        calibration = _calibration(denoiser, library, _size(sets[0]), config, workers)
         references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
         plain = caption_from(template, "", class_noun).replace("  ", " ")
         others_of_class = [_references(denoiser, s, [c or plain for c in s.captions]) for s in regularisation]
-        others = [c for c in library.concepts() if c.name != name]
         run = _identity(library, name, references, [*sets, *regularisation], trigger, config)
         checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
         if not checkpointing.resume:
@@ -100,12 +103,24 @@ def _references(denoiser: Denoiser, pictures: Pictures, captions: list[str]) -> 
     return References(latents, captions, _size(pictures), pictures.masks, pictures.repeats)
 
 
-def _calibration(denoiser: Denoiser, library: Library, size: tuple[int, int], steps: int, workers: Workers) -> Calibration:
-    """The library's, made if it has none; read back in any case, so that every run sees the same"""
+def _calibration(
+    denoiser: Denoiser, library: Library, size: tuple[int, int], config: TrainingConfig, workers: Workers
+) -> Calibration:
+    """The library's.  If it has none, that of a library beside it on the same base model, else made; read back in any case,
+    so that every run sees the same."""
     if library.calibration() is None and workers.first:
-        library.keep_calibration(calibrate(denoiser, size, picture_count(size, steps)))
+        count = picture_count(size, config.steps)
+        found = made_beside(library.folder, denoiser.fingerprint(), recipe(denoiser, size, count))
+        library.keep_calibration(found or calibrate(denoiser, size, count))
     workers.wait()
-    return library.calibration()
+    calibration = library.calibration()
+    begun = any(is_text(name) for name in calibration.moments.layers)
+    if begun != config.text_encoder:
+        raise UserError(
+            f"the library {library.folder.name!r} was begun {'with' if begun else 'without'} the text encoder: "
+            f"train {'with' if begun else 'without'} text_encoder, or start a new library"
+        )
+    return calibration
 
 
 def _identity(

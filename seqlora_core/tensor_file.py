@@ -7,10 +7,12 @@ that another program cuts short later cannot take the process with it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,13 +48,25 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata.  Raises UserError for a file that is missing or is not strictly what it should be."""
-    path = Path(path)
+    with _opened(Path(path)) as f:
+        entries, metadata = _header(f)
+        return {name: _tensor(f, *entry) for name, entry in entries.items()}, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The same without a byte of the tensors"""
+    with _opened(Path(path)) as f:
+        return _header(f)[1]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file; whatever is wrong with it, in one sentence"""
     try:
         if not path.is_file():
             raise UserError(f"no file at {path}: check the name")
         with open(path, "rb") as f:
-            entries, metadata = _header(f)
-            return {name: _tensor(f, *entry) for name, entry in entries.items()}, metadata
+            yield f
     except _Broken as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}); download or export it again") from error
     except OSError as error:

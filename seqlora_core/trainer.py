@@ -22,9 +22,11 @@ from .concept import Concept, References, merged
 from .config import TrainingConfig
 from .denoiser import Denoiser
 from .errors import UserError
+from .learnt_trigger import LearntTrigger
 from .objective import Objective
 from .optimisers import course
 from .parallel import Workers
+from .prompts import calls
 from .recompute import recomputed
 from .replay import Replay
 from .start import others_moments, starting_groups
@@ -84,9 +86,14 @@ def fit(
     others = others_moments(calibration.moments, replay.decoy_moments, earlier, config)
     groups, notes = starting_groups(denoiser, seen, others, earlier, calibration, config, generator)
 
+    learnt = None
+    if config.learn_trigger:
+        learnt = LearntTrigger(
+            denoiser, trigger, _other_prompts(sets, trigger, earlier, calibration, replay), config.trigger_rate
+        )
     attachment = Attachment()
     active = _Earlier(earlier if config.earlier_active else [], sites, config, device)
-    objective = Objective(denoiser, sets, prompts, replay, groups, attachment, config, generator, workers)
+    objective = Objective(denoiser, sets, prompts, replay, groups, learnt, attachment, config, generator, workers)
     lower = LowerLevel(groups, config.learning_rate, config.optimiser, config.weight_decay)
     upper = UpperLevel(groups, config.basis_rate, config.retraction)
     budget = None
@@ -94,9 +101,13 @@ def fit(
         budget = Budget(config.drift_budget, replay.base_loss(), config.planned)
     result = Fit(Adapter({}), {}, Moments(), notes=notes)
     replay.decoy_moments = seen = others = None  # the start has used them: they would only take room from here on
-    progress = Progress(groups, lower, upper, generator, objective, budget, result)
+    progress = Progress(groups, lower, upper, learnt, generator, objective, budget, result)
     done = progress.resume(checkpoints) if checkpoints else 0
     start = time.perf_counter()
+
+    def concept() -> Adapter:
+        return Adapter(to_adapter(groups).layers | (learnt.layers() if learnt else {}))
+
     pace = course(config.schedule, config.steps, config.warmup)
     memory = recomputed(denoiser.network(), sites) if config.gradient_checkpointing else contextlib.nullcontext()
     with memory, attached(sites, attachment):
@@ -109,6 +120,8 @@ def fit(
                 raise UserError(f"the loss is not finite at step {number}; lower the learning rate or check the images")
             if not upper_turn:
                 lower.step(pace[number - 1])
+                if learnt is not None:
+                    learnt.step(pace[number - 1])
             if config.learn_basis and (upper_turn or not config.lower_steps):
                 upper.step(pace[number - 1])
             if budget is not None and objective.replays:
@@ -123,7 +136,7 @@ def fit(
                 if checkpoints and checkpoints.due(number) and workers.first:
                     checkpoints.save(number, progress.state())
                 if on_step is not None:
-                    on_step(Step(number, config.steps, terms.error, terms.energy, seconds, lambda: to_adapter(groups)))
+                    on_step(Step(number, config.steps, terms.error, terms.energy, seconds, concept))
             except BaseException as stop:  # noqa: BLE001 - a cancel may be any exception; what is trained is kept
                 result.stopped = stop
             if workers.any(result.stopped is not None):
@@ -132,10 +145,19 @@ def fit(
         if checkpoints and result.stopped is not None and workers.first:
             with contextlib.suppress(UserError):  # of a full disk, which may be what stopped it
                 checkpoints.save(len(result.losses), progress.state())
-    result.adapter = to_adapter(groups).to("cpu")
+    result.adapter = concept().to("cpu")
     result.bases = {n: b.detach().cpu().clone() for g in groups for n, b in zip(g.names, g.basis)}
     result.moments = _moments(denoiser, sets, prompts, result.adapter, config.seed)
     return result
+
+
+def _other_prompts(
+    sets: list[References], trigger: str, earlier: list[Concept], calibration: Calibration, replay: Replay
+) -> list[str]:
+    """Whose tokens are not the trigger's own: all that is replayed, earlier triggers, and the rest of the captions"""
+    rest = [caption.replace(trigger, "") for s in sets for caption in s.captions]
+    generic = [p for p in calibration.prompts if not calls(trigger, p)]
+    return ["", *generic, *replay.texts, *rest, *(c.trigger for c in earlier)]
 
 
 def _moments(denoiser, sets: list[References], prompts: list[Prompts], adapter: Adapter | None, seed: int) -> Moments:

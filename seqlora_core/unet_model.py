@@ -13,9 +13,20 @@ from torch import Tensor
 from .attach import Site
 from .denoiser import Conditioning, fingerprint
 from .errors import UserError
+from .live_prompts import LivePrompts, clip_sites, token_site
 from .metadata import Base
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def attention_sites(unet: torch.nn.Module) -> list[Site]:
+    """Every attention projection of a UNet, by the names that kohya's files and stock loaders use"""
+    sites = []
+    for name, module in unet.named_modules():
+        if "attn" in name and name.endswith(PROJECTIONS) and isinstance(module, torch.nn.Linear):
+            stem = "lora_unet_" + name.replace(".", "_")
+            sites.append(Site(stem, (module,), module.in_features, module.out_features))
+    return sites
 
 
 class UNetModel:
@@ -36,6 +47,7 @@ class UNetModel:
             raise UserError(f"the model predicts {self.kind!r}: only models that predict noise or velocity are supported")
         self.alphas = pipeline.scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.size = self.unet.config.sample_size * pipeline.vae_scale_factor
+        self.live = LivePrompts(self.read_prompts)
         pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -56,16 +68,32 @@ class UNetModel:
         return cls(pipeline.to(device))
 
     def sites(self) -> list[Site]:
-        """Every attention projection, by the names that kohya's files and stock loaders use"""
-        sites = []
-        for name, module in self.unet.named_modules():
-            if "attn" in name and name.endswith(PROJECTIONS) and isinstance(module, torch.nn.Linear):
-                stem = "lora_unet_" + name.replace(".", "_")
-                sites.append(Site(stem, (module,), module.in_features, module.out_features))
-        return sites
+        return [*self.live.sites, *self._own_sites()]
+
+    def adapt_text(self, attention: bool, tokens: bool = False) -> None:
+        self.live.sites = [*(self.token_tables() if tokens else ()), *(self._clip_sites() if attention else ())]
+
+    def token_tables(self) -> list[Site]:
+        first = self.pipeline.text_encoder
+        found = [token_site(first, "clip_h" if first.config.hidden_size == 1024 else "clip_l")]
+        return [*found, token_site(self.pipeline.text_encoder_2, "clip_g")] if self.is_xl else found
+
+    def _clip_sites(self) -> list[Site]:
+        if not self.is_xl:
+            return clip_sites(self.pipeline.text_encoder, "lora_te")
+        return [
+            *clip_sites(self.pipeline.text_encoder, "lora_te1"),
+            *clip_sites(self.pipeline.text_encoder_2, "lora_te2"),
+        ]
+
+    def _own_sites(self) -> list[Site]:
+        return attention_sites(self.unet)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        return self.live.numbered(prompts, self.device) if self.live else self.read_prompts(prompts)
+
+    def read_prompts(self, prompts: list[str]) -> Conditioning:
         encoded = self.pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -108,7 +136,7 @@ class UNetModel:
         return kept.sqrt(), (1 - kept).sqrt()
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        more = {}
+        conditioning, more = self.live.encoded(conditioning), {}
         if self.is_xl:
             height, width = (int(n) * self.pipeline.vae_scale_factor for n in noised.shape[2:])
             shape = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
@@ -121,7 +149,8 @@ class UNetModel:
         self, conditioning: Conditioning, seed: int, steps: int = 30, guidance: float = 7.0, size: tuple[int, int] | None = None
     ) -> Tensor:
         height, width = size or (self.size, self.size)
-        count, empty = len(conditioning), self.encode_prompts([""])
+        count, empty = len(conditioning), self.read_prompts([""])
+        conditioning = self.live.encoded(conditioning)
         more = {"negative_prompt_embeds": empty.context.expand(count, -1, -1)}
         if self.is_xl:
             more["pooled_prompt_embeds"] = conditioning.pooled
@@ -132,7 +161,7 @@ class UNetModel:
         ).images  # fmt: skip
 
     def fingerprint(self) -> str:
-        return fingerprint(self.sites())
+        return fingerprint(self._own_sites())
 
     def text_sites(self) -> list[Site]:
         return []

@@ -25,7 +25,7 @@ def run(tmp_path_factory, calibration, model):
     calibration.save(cache / "runs-2" / "calibration.safetensors", model.fingerprint())
     arguments = ["--counts", "2", "--seeds", "0", "--steps", "2", "--cache", str(cache)]
     outputs = []
-    for number, rows in enumerate((ROWS, ["seqlora"])):
+    for number, rows in enumerate((ROWS, ["seqlora", "seqlora_closed_form"])):
         outputs.append(cache / f"{number}.json")
         method.main([*arguments, "--output", str(outputs[-1]), "--rows", *rows])
     patch.setattr(method.Bench, "chain", lambda *_: pytest.fail("what the results file holds was trained again"))
@@ -44,7 +44,10 @@ def test_rows_are_those_of_the_contract_and_a_second_run_resumes(run):
             "n", "alone", "stack", "alone_gain", "kept_mean", "kept_worst", "kept_subset", "generic_drift", "pairs",
             "identity_alone", "identity_stack", "pixel_control_stack", "seconds", "learning_rate", "spread",
         } <= set(row)  # fmt: skip
-    assert first["runs"][-1] == second["runs"][-1]
+    assert first["runs"][-1] == second["runs"][0]
+    plain, refitted = second["runs"]
+    assert refitted["row"] == "seqlora_closed_form" and refitted["alone"] == plain["alone"]
+    assert refitted["stack"] != plain["stack"]
     assert {"command", "commit", "seeds", "device", "versions"} <= set(first["meta"])
     assert [c["name"] for c in first["costs"]["seqlora"]] == ["octopus", "penguin"]
 

@@ -112,7 +112,7 @@ def test_what_a_mask_leaves_out_does_not_count(model, subjects, calibration):
     replay = Replay(model, references, "octzu", [], calibration, config)
     prompts = Prompts(model, s.captions, "octzu", config)
     objective = Objective(
-        model, [references], [prompts], replay, [], Attachment(), config, torch.Generator().manual_seed(0), Workers()
+        model, [references], [prompts], replay, [], None, Attachment(), config, torch.Generator().manual_seed(0), Workers()
     )
     batch, again = objective.draw()
     prediction = model.predict(batch.noised, batch.sigma, batch.conditioning).detach()

@@ -85,6 +85,17 @@ def test_data_driven_basis_maximises_the_generalised_quotient_in_the_free_space(
         assert torch.trace(rival.mT @ seen @ rival) <= best + 1e-9
 
 
+def test_adaptive_rank_is_the_fewest_directions_that_hold_the_share():
+    g, s = moment_of(anisotropic(3)), moment_of(anisotropic(7))
+    metric = subspace.Metric.of(g)
+    basis = subspace.data_driven_basis(s, metric, 4, None)
+    energy = torch.diagonal(metric.down(basis) @ s @ metric.down(basis).mT)
+    for share in (0.1, 0.5, 0.9, 1.0):
+        count = subspace.enough(s, metric, basis, share)
+        assert energy[:count].sum() >= share * energy.sum() * (1 - 1e-9)
+        assert count == 1 or energy[: count - 1].sum() < share * energy.sum()
+
+
 def test_rank_limit():
     assert subspace.rank_limit(320, 101, 4) == 3
     assert subspace.rank_limit(192, 32, 4) == 4

@@ -88,7 +88,9 @@ def test_accumulated_batches_are_one_large_batch(model, subjects, calibration):
         seen = record_moments(model, s.references.latents, prompts.plain)
         replay = Replay(model, s.references, s.trigger, [], calibration, config)
         groups, _ = starting_groups(model, seen, calibration.moments, [], calibration, config, generator)
-        objective = Objective(model, [s.references], [prompts], replay, groups, Attachment(), config, generator, Workers())
+        objective = Objective(
+            model, [s.references], [prompts], replay, groups, None, Attachment(), config, generator, Workers()
+        )
         drawn = torch.Generator().manual_seed(1)
         x, noise, sigma = s.references.latents[:4], torch.randn(4, 16, 8, 8, generator=drawn), torch.rand(4, generator=drawn)
         parts = iter(

@@ -1,10 +1,12 @@
 """Training on the real demo model: what the files hold, what survives a cancel, what is refused."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
-from seqlora_core import subspace
+from seqlora_core import statistics, subspace
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, read_safetensors
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.calibration import record_moments
@@ -257,3 +259,43 @@ def test_preview_has_a_row_from_before_and_one_of_now(model):
     before, now = (np.asarray(second.crop((0, y, second.width, y + 150))) for y in (40, middle + 10))
     assert np.array_equal(np.asarray(first)[:middle], np.asarray(second)[:middle])  # the same seeds
     assert not np.array_equal(before, now)
+
+
+def test_earlier_concepts_moments_are_read_one_at_a_time(library, monkeypatch):
+    """Of a hundred concepts all of them would not fit into memory"""
+    real, alive, most = statistics.read_statistics, [], []
+
+    def counted(path):
+        found = real(path)
+        alive.append([weakref.ref(t) for t in found[0].layers.values()])
+        most.append(sum(any(t() is not None for t in one) for one in alive))
+        return found
+
+    whole = statistics.average(c.moments for c in library.concepts())
+    stored = library.concepts(stored_moments=True)
+    monkeypatch.setattr(statistics, "read_statistics", counted)
+    averaged = statistics.average(c.moments for c in stored)
+    assert len(most) == 3 and max(most) <= 2
+    assert averaged.layers.keys() == whole.layers.keys() and averaged.shared() == whole.shared()
+    assert all(torch.equal(averaged[n], whole[n]) for n in whole.layers)
+
+
+def test_only_the_layers_that_are_named_learn(model, subjects, calibration, new_library, tmp_path):
+    library = new_library(tmp_path / "l")
+    teach(model, library, subjects["fox"], layers="context_block, -qkv", steps=2)
+    teach(model, library, subjects["octopus"], steps=2)
+    some, all_of_them = library.concepts()
+    assert some.adapter.layers and all("context_block" in n and "qkv" not in n for n in some.adapter.layers)
+    assert some.bases.keys() == some.adapter.layers.keys() < all_of_them.adapter.layers.keys()
+    with pytest.raises(
+        UserError, match="no layer of this model is named by layers 'cross': its layers are such as diffusion_model"
+    ):
+        teach(model, library, subjects["penguin"], layers="cross", steps=2)
+
+
+def test_adaptive_rank_leaves_room(model, subjects, calibration, new_library, tmp_path):
+    library = new_library(tmp_path / "l")
+    teach(model, library, subjects["fox"], rank_energy=0.3, steps=2)
+    (concept,) = library.concepts()
+    ranks = {d.rank for d in concept.adapter.layers.values()}
+    assert min(ranks) < 4 and all(b.shape[1] == concept.adapter.layers[n].rank for n, b in concept.bases.items())

@@ -30,6 +30,20 @@ def find_comfyui() -> tuple[Path, str] | str:
     return "no ComfyUI: set COMFYUI_PATH, or put a checkout at ~/comfy/ComfyUI"
 
 
+def run_in_comfyui(script: Path, *arguments) -> None:
+    """A script in ComfyUI's own python, with the checkout before its other arguments; skips the test without ComfyUI."""
+    import pytest
+
+    found = find_comfyui()
+    if isinstance(found, str):
+        pytest.skip(found)
+    root, python = found
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [python, str(script), str(root), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 class Failed(Exception):
     """A prompt that ended in execution_error; str() is the message that a user sees."""
 

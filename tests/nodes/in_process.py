@@ -67,7 +67,7 @@ for kind, patched in (("ours", stacked), ("stock", chained)):
 with torch.inference_mode():  # as the executor loads models
     loaded = load_demo_model(DEMO_MODEL)[0]
 parameters = list(loaded.model.named_parameters())
-trainable = Trainable(loaded.model)
+trainable = Trainable(loaded.model, loaded.model.diffusion_model)
 trainable.prepare()
 for (name, before), (_, now) in zip(parameters, loaded.model.named_parameters()):
     out[f"ready.{name}"] = torch.tensor([before.is_inference(), not now.is_inference(), now.data_ptr() == before.data_ptr()])

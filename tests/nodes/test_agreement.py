@@ -1,7 +1,5 @@
 """ComfyUI and diffusers agree on the demo model, and the stack is the sum of its parts."""
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from seqlora_core.demo import load_subject
 from seqlora_core.library import Library
 from seqlora_core.teach import train_concept
 
-from .comfy_server import PACK, find_comfyui
+from .comfy_server import PACK, run_in_comfyui
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +28,8 @@ def library(model, calibration, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def comfy(library, tmp_path_factory):
-    found = find_comfyui()
-    if isinstance(found, str):
-        pytest.skip(found)
-    root, python = found
     output = tmp_path_factory.mktemp("agree") / "out.safetensors"
-    script = Path(__file__).with_name("in_process.py")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [python, str(script), str(root), str(PACK), str(library.folder), str(output)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_comfyui(Path(__file__).with_name("in_process.py"), PACK, library.folder, output)
     return load_file(output)
 
 

@@ -1,12 +1,10 @@
 """ComfyUI's real model classes, at tiny widths with random weights: each trains, and the stock loader reads what it made."""
 
 import json
-import os
-import subprocess
 
 import pytest
 
-from .comfy_server import PACK, find_comfyui
+from .comfy_server import PACK, run_in_comfyui
 
 # every way in which families differ: UNet with and without size conditioning, joint and single blocks, several texts,
 # masks, one more dimension, prompts of unequal lengths.  `python -m benchmarks.models` does them all.
@@ -19,17 +17,8 @@ NOT_USED = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    found = find_comfyui()
-    if isinstance(found, str):
-        pytest.skip(found)
-    root, python = found
     output = tmp_path_factory.mktemp("families") / "rows.json"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [python, str(PACK / "benchmarks" / "comfy_models.py"), str(root), str(output), *FAMILIES],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_comfyui(PACK / "benchmarks" / "comfy_models.py", output, *FAMILIES)
     return {row["family"]: row for row in json.loads(output.read_text(encoding="utf-8"))["rows"]}
 
 

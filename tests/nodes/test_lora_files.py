@@ -4,13 +4,11 @@ import contextlib
 import io
 import json
 import logging
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from .comfy_server import PACK, find_comfyui
+from .comfy_server import PACK, run_in_comfyui
 
 PLAIN = ["diffusers", "diffusers_old", "kohya", "kohya_bfloat16", "kohya_float16", "kohya_float8_e4m3fn", "peft", "locon", "locon_tucker"]  # fmt: skip
 OTHER = ["loha", "loha_tucker", "lokr", "lokr_full", "dora", "dora_rows", "oft", "boft", "full", "glora"]
@@ -27,9 +25,6 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    comfy = find_comfyui()
-    if isinstance(comfy, str):
-        pytest.skip(comfy)
     pytest.importorskip("lycoris", reason="no lycoris-lora: pip install -r requirements-dev.txt")
     from . import lora_files
 
@@ -42,12 +37,8 @@ def found(tmp_path_factory):
         lora_files.sd3_files(folder / "sd3")
         lora_files.broken_files(folder / "broken")
     logging.disable(logging.NOTSET)
-    root, python = comfy
-    script, output = Path(__file__).with_name("files_in_process.py"), folder / "found.json"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [python, str(script), str(root), str(PACK), str(folder), str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    output = folder / "found.json"
+    run_in_comfyui(Path(__file__).with_name("files_in_process.py"), PACK, folder, output)
     return json.loads(output.read_text())
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from .comfy_server import Failed
-from .test_training import images, train
+from .test_training import draw, images, pixels, train
 
 USUAL = {
     "gradient_checkpointing": False, "accumulate": 1, "replay_batch": 4, "optimiser": "adam", "schedule": "half", "warmup": 0,
@@ -15,8 +15,8 @@ USUAL = {
 }  # fmt: skip
 
 
-def train_with(options, name="octopus", pictures=None, **change):
-    graph = train("options", name, steps=4, preview_every=0, batch_size=2, if_trained="train again", **change)
+def train_with(options, name="octopus", pictures=None, library="options", **change):
+    graph = train(library, name, steps=4, preview_every=0, batch_size=2, if_trained="train again", **change)
     if pictures is not None:
         graph["2"] = pictures
     graph["3"]["inputs"]["options"] = ["8", 0]
@@ -29,6 +29,7 @@ def test_options_reach_the_training(server):
     other = {
         "gradient_checkpointing": True, "accumulate": 2, "optimiser": "adamw", "schedule": "cosine", "warmup": 1, "weight_decay": 0.1,
         "clip_gradient": 1.0, "timesteps": "shifted", "shift": 2.0, "caption_dropout": 0.2, "shuffle_tags": True, "keep_latents": 3,
+        "layers": "x_block",
     }  # fmt: skip
     server.run(train_with(other))
     folder = server.base / "models" / "loras" / "seqlora" / "options"
@@ -49,6 +50,7 @@ def test_options_reach_the_training(server):
         ({"optimiser": "magic"}, "not in list|optimiser is 'magic'"),
         ({"accumulate": 0}, "smaller than min"),
         ({"caption_dropout": 1.0}, "bigger than max"),
+        ({"layers": "cross"}, "no layer of this model is named by layers 'cross'"),
     ],
 )
 def test_bad_options_get_one_clear_sentence(server, options, message):
@@ -101,3 +103,59 @@ def test_masks_of_connected_images(server, folder):
     with pytest.raises(Failed, match="the mask of .*tall.png is all black"):
         server.run(train_with({}, "black", images("shapes")))
     assert server.run(train_with({}, "black", images("shapes", masks="none")))["3"]["images"]
+
+
+def test_the_text_encoder_is_trained_and_read_by_the_stock_loader(server):
+    """With strengths of 0 on one side each side shows what it alone does"""
+    server.run(train_with({"text_encoder": True}, library="spoken", learning_rate=0.01))
+    with safe_open(server.base / "models" / "loras" / "seqlora" / "spoken" / "octopus.safetensors", "np") as file:
+        ups = [k for k in file.keys() if k.startswith("lora_te1_") and k.endswith("lora_up.weight")]
+        assert len(ups) == 12 and all(np.abs(file.get_tensor(k)).max() > 0 for k in ups)
+    name, before = "seqlora/spoken/octopus.safetensors", len(server.log_path.read_text())
+    shown = {}
+    for strength in (0.0, 1.0):
+        stock = {"5": {"class_type": "LoraLoader", "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": name, "strength_model": 0.0, "strength_clip": strength}}}  # fmt: skip
+        graph = draw({"1": {"class_type": "SeqLoRADemoModel", "inputs": {}}} | stock, ["5", 0], ["5", 1])
+        shown[strength] = pixels(server, server.run(graph)).astype(float)
+    log = server.log_path.read_text()[before:]
+    assert "lora key not loaded" not in log and "NOT LOADED" not in log
+    assert np.abs(shown[1.0] - shown[0.0]).mean() > 0.1
+    with pytest.raises(Failed, match="was begun with the text encoder"):
+        server.run(train_with({}, "penguin", library="spoken"))
+
+
+def test_a_learnt_trigger_is_read_by_the_stock_loader_and_acts_on_it_alone(server):
+    """At strength_model 0 only the trigger's embeddings act: on prompts that hold the trigger, on no others"""
+    server.run(train_with({"learn_trigger": True}, library="called", learning_rate=0.01))
+    with safe_open(server.base / "models" / "loras" / "seqlora" / "called" / "octopus.safetensors", "np") as file:
+        table = next(k.removesuffix(".lora_up.weight") for k in file.keys() if k.endswith("token_embedding.lora_up.weight"))
+        assert np.abs(file.get_tensor(f"{table}.lora_down.weight")).max() > 0
+    name, before = "seqlora/called/octopus.safetensors", len(server.log_path.read_text())
+
+    def drawn(prompt: str, loader: dict) -> np.ndarray:
+        graph = draw({"1": {"class_type": "SeqLoRADemoModel", "inputs": {}}} | loader, ["5", 0], ["5", 1], prompt)
+        return pixels(server, server.run(graph)).astype(float)
+
+    def stock(strength: float) -> dict:
+        return {"5": {"class_type": "LoraLoader", "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": name, "strength_model": 0.0, "strength_clip": strength}}}  # fmt: skip
+
+    assert np.abs(drawn("an octzu animal", stock(1.0)) - drawn("an octzu animal", stock(0.0))).mean() > 0.1
+    assert np.array_equal(drawn("a castle", stock(1.0)), drawn("a castle", stock(0.0)))
+    log = server.log_path.read_text()[before:]
+    assert "lora key not loaded" not in log and "NOT LOADED" not in log
+    both = {"5": {"class_type": "LoraLoader", "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": name, "strength_model": 1.0, "strength_clip": 1.0}}}  # fmt: skip
+    ours = {
+        "4": {"class_type": "SeqLoRALibrary", "inputs": {"library": "called", "concepts": "", "strength": 1.0}},
+        "5": {"class_type": "SeqLoRAApplyStack", "inputs": {"model": ["1", 0], "clip": ["1", 1], "stack": ["4", 0], "mode": "sum", "amount": 1.0}},
+    }  # fmt: skip
+    assert np.abs(drawn("an octzu animal", ours) - drawn("an octzu animal", both)).mean() < 1.0
+
+
+def test_both_levels_and_pictures_of_the_class(server):
+    graph = train_with({"lower_steps": 1, "hypergradient": "neumann:1"}, library="levels")
+    graph["10"] = images("demo/fox")
+    graph["3"]["inputs"]["regularisation"] = ["10", 0]
+    server.run(graph)
+    with safe_open(server.base / "models" / "loras" / "seqlora" / "levels" / "octopus.safetensors", "np") as file:
+        written = file.metadata()
+    assert (written["seqlora.lower_steps"], written["seqlora.hypergradient"]) == ("1", "neumann:1")

@@ -34,6 +34,12 @@ class ToyDenoiser(FlowMatching):
     def text_sites(self) -> list[Site]:
         return []
 
+    def adapt_text(self, attention: bool, tokens: bool = False) -> None:
+        assert not attention and not tokens
+
+    def read_prompts(self, prompts: list[str]) -> Conditioning:
+        return self.encode_prompts(prompts)
+
     def sites(self) -> list[Site]:
         return [Site(f"diffusion_model.layers.{i}.attn", (m,), WIDTH, WIDTH) for i, m in enumerate(self.layers)]
 

@@ -1,0 +1,84 @@
+"""The trigger's own tokens: their embeddings, learnt beside the LoRA, move nothing that a prompt without them says.
+
+Textual inversion (Gal et al. 2022) of the tokens that the trigger has anyway, as Mix-of-Show and pivotal tuning do it
+beside a LoRA; kept as a low-rank change of the token table, so that one LoRA file holds it and its strength scales it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .adapter import LayerDelta
+from .attach import Attachment, attached
+from .denoiser import Denoiser
+from .errors import UserError
+
+SAMPLE = 4096  # rows of a table that its spread is measured on
+BETAS = (0.9, 0.99)
+
+
+@torch.no_grad()
+def tokens_of(denoiser: Denoiser, prompts: Iterable[str]) -> dict[str, set[int]]:
+    """Token table -> ids that it is asked for while these prompts are encoded"""
+    found: dict[str, set[int]] = {site.name: set() for site in denoiser.token_tables()}
+    attachment = Attachment()
+    attachment.record = lambda name, ids: found[name].update(ids.flatten().tolist())
+    with attached(denoiser.token_tables(), attachment):
+        denoiser.read_prompts(list(dict.fromkeys(prompts)))
+    return found
+
+
+class LearntTrigger:
+    """What is added to the embeddings of those of the trigger's tokens that no other prompt has.
+
+    shift: token table -> [k, width], learnt by Adam at `rate` times the table's spread.  others: prompts whose tokens are
+    to stay as they are.  Raises UserError for a trigger without a token of its own.
+    """
+
+    def __init__(self, denoiser: Denoiser, trigger: str, others: Iterable[str], rate: float):
+        own, taken = tokens_of(denoiser, [trigger]), tokens_of(denoiser, others)
+        self.tables = {s.name: s for s in denoiser.token_tables()}
+        self.tokens = {name: sorted(own[name] - taken[name]) for name in self.tables if own[name] - taken[name]}
+        if not self.tokens:
+            raise UserError(
+                f"every token of the trigger {trigger!r} is also in other prompts or triggers: choose a rarer word, or train "
+                "without learn_trigger"
+            )
+        self.shift: dict[str, Tensor] = {}
+        rates: list[dict] = []
+        for name, tokens in self.tokens.items():
+            weight = self.tables[name].modules[0].weight.detach()
+            shift = torch.zeros(len(tokens), weight.shape[1], device=denoiser.device, requires_grad=True)
+            self.shift[name] = shift
+            rates.append({"params": [shift], "lr": rate * float(weight[:SAMPLE].float().std())})
+        self.rates = [group["lr"] for group in rates]
+        self.optimiser = torch.optim.Adam(rates, betas=BETAS)
+        self._ups = {name: self._up(name) for name in self.tokens}
+
+    def _up(self, name: str) -> Tensor:
+        """[vocabulary, k]: 1 where a token is one of the trigger's"""
+        tokens, shift = self.tokens[name], self.shift[name]
+        up = torch.zeros(self.tables[name].out_features, len(tokens), device=shift.device)
+        up[tokens, torch.arange(len(tokens))] = 1.0
+        return up
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self.shift.values())
+
+    def live(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> (down, up), differentiable in the shifts: what attach.Attachment adds"""
+        return {name: (shift, self._ups[name]) for name, shift in self.shift.items()}
+
+    def layers(self) -> dict[str, LayerDelta]:
+        """For the concept's LoRA (detached copies)"""
+        return {n: LayerDelta(s.detach().clone(), self._ups[n].clone()) for n, s in self.shift.items() if s.any()}
+
+    def step(self, scale: float = 1.0) -> None:
+        """One step, at `scale` times the rate, from the gradients that a backward pass left on the shifts"""
+        for group, rate in zip(self.optimiser.param_groups, self.rates):
+            group["lr"] = scale * rate
+        self.optimiser.step()

@@ -1,0 +1,33 @@
+"""Models whose weights are fp8, or stay offloaded: what is trained on them, and what is stacked onto them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .comfy_server import PACK, run_in_comfyui
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised")
+    script = Path(__file__).with_name("quantised_in_process.py")
+    run_in_comfyui(script, PACK, folder, folder / "out.json")
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_adapters_in_float32_are_trained_on_fp8_weights_that_stay_as_they_are(found):
+    whole, quantised = found["float32"], found["fp8"]
+    assert whole["types"] == ["torch.float32"] and quantised["types"] == ["torch.float8_e4m3fn"]
+    for run in (whole, quantised):
+        assert run["trained"] and run["untouched"]
+        assert run["last"] < 0.8 * run["first"]
+    assert quantised["last"] == pytest.approx(whole["last"], rel=0.15)
+
+
+@pytest.mark.parametrize("where", ["stack_whole", "stack_offloaded", "stack_fp8", "stack_fp8_offloaded"])
+def test_a_stack_does_what_chained_stock_loaders_do(found, where):
+    """Rounding to fp8 is random in the last bit: its seed is the weight's name, so both round alike"""
+    run = found[where]
+    assert run["difference"] < 1e-6 * run["effect"]
+    assert (run["offloaded"] > 0) == where.endswith("offloaded")
