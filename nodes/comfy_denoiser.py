@@ -66,7 +66,7 @@ class ComfyDenoiser:
         self._trainable: list[Trainable] = []  # the model, and its text encoder if that is adapted
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._layers, self._sites, self._attention = None if layers is None else set(layers), None, None
-        self._live = LivePrompts(self.read_prompts)
+        self._live = LivePrompts()
 
     def __enter__(self) -> ComfyDenoiser:
         self._load()
@@ -215,7 +215,7 @@ class ComfyDenoiser:
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self._prepare() if torch.is_grad_enabled() else self._load()
-        conditioning = self._live.encoded(conditioning)
+        conditioning = self._live.encoded(conditioning, self.read_prompts)
         rows, parts = [], []
         for part, conditions in self._batches(noised, conditioning):
             rows += part
@@ -260,7 +260,7 @@ class ComfyDenoiser:
         self, conditioning: Conditioning, seed: int, steps: int = 20, guidance: float = 4.0, size: tuple[int, int] = (512, 512)
     ) -> Tensor:
         """Through ComfyUI's own sampler (Euler, simple), so that every family is sampled as its users do"""
-        conditioning, empty = self._live.encoded(conditioning), self._live.encoded(self.encode_prompts([""]))
+        conditioning, empty = (self._live.encoded(c, self.read_prompts) for c in (conditioning, self.encode_prompts([""])))
         if size not in self._shapes:
             self.encode_images(torch.zeros(1, *size, 3))
         shape, count = self._shapes[size], len(conditioning)

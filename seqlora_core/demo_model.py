@@ -125,7 +125,7 @@ class DemoModel(FlowMatching):
         self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device)
         self.vae = _load_autoencoder(vae).eval().requires_grad_(False).to(self.device)
         self.text = _load_text_encoder(text).eval().requires_grad_(False).to(self.device)
-        self.tokenize, self.live = tokenizer(), LivePrompts(self.read_prompts)
+        self.tokenize, self.live = tokenizer(), LivePrompts()
         self._sites: list[Site] | None = None
 
     def sites(self) -> list[Site]:
@@ -178,7 +178,7 @@ class DemoModel(FlowMatching):
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).float()
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        c = self.live.encoded(conditioning)
+        c = self.live.encoded(conditioning, self.read_prompts)
         return self.mmdit(noised, c.context, c.pooled, sigma * 1000, return_dict=False)[0]
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:

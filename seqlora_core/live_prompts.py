@@ -17,12 +17,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 class LivePrompts:
     """Stands for prompts by their numbers until a prediction needs them: what is attached to the text encoder then, acts.
 
-    encode: prompts -> Conditioning, differentiable wherever gradients are on.  sites: what is adapted of the text encoder;
-    without any, prompts are encoded at once.
+    sites: what is adapted of the text encoder; without any, prompts are encoded at once.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Conditioning]):
-        self.encode, self.numbers = encode, {}
+    def __init__(self):
+        self.numbers: dict[str, int] = {}
         self.sites: list[Site] = []
 
     def __bool__(self) -> bool:
@@ -33,13 +32,17 @@ class LivePrompts:
         found = [self.numbers.setdefault(p, len(self.numbers)) for p in prompts]
         return Conditioning(torch.tensor(found, device=device).view(-1, 1, 1))
 
-    def encoded(self, conditioning: Conditioning) -> Conditioning:
-        """What the numbers stand for, each prompt encoded once; what was encoded before is left as it is"""
+    def encoded(self, conditioning: Conditioning, encode: Callable[[list[str]], Conditioning]) -> Conditioning:
+        """What the numbers stand for, each prompt encoded once; what was encoded before is left as it is.
+
+        encode: prompts -> Conditioning, differentiable wherever gradients are on.  Given with each call: kept here it would
+        tie its model into a circle, which holds a model's memory until Python's collector comes by.
+        """
         if conditioning.context.is_floating_point():
             return conditioning
         texts = list(self.numbers)
         different, rows = conditioning.context.flatten().unique(return_inverse=True)
-        return self.encode([texts[n] for n in different.tolist()])[rows]
+        return encode([texts[n] for n in different.tolist()])[rows]
 
 
 def clip_sites(clip: nn.Module | None, prefix: str) -> list[Site]:

@@ -47,7 +47,7 @@ class UNetModel:
             raise UserError(f"the model predicts {self.kind!r}: only models that predict noise or velocity are supported")
         self.alphas = pipeline.scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.size = self.unet.config.sample_size * pipeline.vae_scale_factor
-        self.live = LivePrompts(self.read_prompts)
+        self.live = LivePrompts()
         pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -136,7 +136,7 @@ class UNetModel:
         return kept.sqrt(), (1 - kept).sqrt()
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning, more = self.live.encoded(conditioning), {}
+        conditioning, more = self.live.encoded(conditioning, self.read_prompts), {}
         if self.is_xl:
             height, width = (int(n) * self.pipeline.vae_scale_factor for n in noised.shape[2:])
             shape = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
@@ -150,7 +150,7 @@ class UNetModel:
     ) -> Tensor:
         height, width = size or (self.size, self.size)
         count, empty = len(conditioning), self.read_prompts([""])
-        conditioning = self.live.encoded(conditioning)
+        conditioning = self.live.encoded(conditioning, self.read_prompts)
         more = {"negative_prompt_embeds": empty.context.expand(count, -1, -1)}
         if self.is_xl:
             more["pooled_prompt_embeds"] = conditioning.pooled

@@ -11,7 +11,8 @@ from .nodes.comfy_server import Server, find_comfyui
 
 # libraries that node and workflow tests train into
 LIBRARIES = (
-    "base", "unload", "cancelled", "progress", "bad", "workflow_demo", "browser", "options",
+    "base", "unload", "held", "cancelled", "progress", "bad", "workflow_demo", "browser", "options", "levels", "called", "squares",
+    "masked", "black",
 )  # fmt: skip
 
 
@@ -35,6 +36,11 @@ def server(model, calibration, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfy")
     for name in LIBRARIES:
         calibration.save(base / "models" / "loras" / "seqlora" / name / "calibration.safetensors", model.fingerprint())
+    spoken = DemoModel()
+    spoken.adapt_text(True)
+    calibrate(spoken, (64, 64), 16).save(
+        base / "models" / "loras" / "seqlora" / "spoken" / "calibration.safetensors", model.fingerprint()
+    )
     calibration.save(general_path(base / "models" / "loras" / "seqlora", model.fingerprint()), model.fingerprint())
     (base / "custom_nodes").mkdir()
     shutil.copy(Path(__file__).parent / "nodes" / "their_stacker.py", base / "custom_nodes")

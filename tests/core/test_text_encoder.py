@@ -1,5 +1,7 @@
 """The text encoder's LoRA: what is trained of it, how it acts, and that a library is of one kind."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -82,10 +84,23 @@ def test_diffusers_reads_what_is_trained_of_its_text_encoders(kind, subjects, tm
     attachment, prompts = Attachment(), ["an octzu animal"]
     attachment.set_frozen(concept.adapter)
     with torch.no_grad(), attached(model.sites(), attachment):
-        ours = model.live.encoded(model.encode_prompts(prompts))
+        ours = model.live.encoded(model.encode_prompts(prompts), model.read_prompts)
     model.adapt_text(False)
     bare = model.encode_prompts(prompts)
     model.pipeline.load_lora_weights(tmp_path / kind, weight_name="toy.safetensors")
     theirs = model.encode_prompts(prompts)
     assert torch.allclose(ours.context, theirs.context, atol=1e-4)
     assert (bare.context - theirs.context).abs().max() > 1e-3
+
+
+def test_a_model_goes_with_its_last_name():
+    """Not only when Python's collector comes by"""
+    model = DemoModel()
+    model.encode_prompts(["a fox"])
+    left = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert left() is None
+    finally:
+        gc.enable()

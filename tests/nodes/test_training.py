@@ -99,6 +99,13 @@ def test_the_same_picture_before_training_and_after_everything_is_unloaded(serve
     assert np.array_equal(before, after)
 
 
+def test_comfyui_holds_no_model_that_nobody_uses(server, trained):
+    """A model that outlives what was drawn with it makes ComfyUI collect garbage before every step from then on"""
+    server.run(train("held", steps=2, preview_every=1))
+    server.run(draw(dict(BASE), ["1", 0], ["1", 1], "a fox, red background"))
+    assert "memory leak" not in server.log_path.read_text()
+
+
 class Listener:
     """What arrives over the websocket: progress events and binary previews."""
 
