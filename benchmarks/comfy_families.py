@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, _conditioning
+from seqlora_pack.seqlora_core.denoiser import Conditioning
 from torch import Tensor
+
+SIZE = (64, 64)
+PROMPTS = ["a first prompt", "a second prompt"]
 
 
 @dataclass
@@ -247,3 +252,15 @@ def encoded(family: Family, prompt: int) -> tuple[Tensor, Tensor | None, dict[st
         else:
             more[key] = torch.randn(1, *shape, generator=generator)
     return context, pooled, more
+
+
+class Fed(ComfyDenoiser):
+    """Without a text encoder and an autoencoder: they are not what is proven, and most families' are gigabytes."""
+
+    def __init__(self, model, family: Family, layers=None):
+        super().__init__(model, None, None, layers)
+        self.family = family
+        self._shapes[SIZE] = family.latent
+
+    def encode_prompts(self, prompts):
+        return Conditioning.cat([_conditioning(*encoded(self.family, int("second" in p))) for p in prompts])

@@ -22,30 +22,15 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
-from comfy_families import FAMILIES, Family, build, encoded  # noqa: E402
-from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, _conditioning  # noqa: E402
+from comfy_families import FAMILIES, PROMPTS, SIZE, Family, Fed, build  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import save_adapter  # noqa: E402
 from seqlora_pack.seqlora_core.attach import Attachment, attached  # noqa: E402
 from seqlora_pack.seqlora_core.calibration import Calibration, record_moments  # noqa: E402
 from seqlora_pack.seqlora_core.concept import References  # noqa: E402
 from seqlora_pack.seqlora_core.config import TrainingConfig  # noqa: E402
-from seqlora_pack.seqlora_core.denoiser import Conditioning  # noqa: E402
 from seqlora_pack.seqlora_core.trainer import fit  # noqa: E402
 
-STEPS, SIZE = 20, (64, 64)
-PROMPTS = ["a first prompt", "a second prompt"]
-
-
-class Fed(ComfyDenoiser):
-    """Without a text encoder and an autoencoder: they are not what is trained, and most families' are gigabytes."""
-
-    def __init__(self, model, family: Family):
-        super().__init__(model, None, None)
-        self.family = family
-        self._shapes[SIZE] = family.latent
-
-    def encode_prompts(self, prompts):
-        return Conditioning.cat([_conditioning(*encoded(self.family, int("second" in p))) for p in prompts])
+STEPS = 20
 
 
 def prove(family: Family, model, folder: Path) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR = -1.5  # of the axis: rivals that fall below it are drawn on it
+SHOWN = ("seqlora_learnt_trigger", "seqlora_budget_20")  # of the method's own variants
 
 
 def new_figure(width: float, height: float, columns: int = 1):
@@ -31,12 +32,12 @@ def method(rows: list[dict], path: Path) -> None:
     """Kept, the worst concept, and generic drift against N, a line for each row of the table."""
     figure, axes = new_figure(14, 4.8, 3)
     names = list(dict.fromkeys(r["row"] for r in rows))
-    names = [n for n in names if not n.startswith("seqlora_") or n.startswith("seqlora_budget")]
+    names = [n for n in names if not n.startswith("seqlora_") or n in SHOWN]
     for name in names:
         own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])
         style = {"linewidth": 3, "color": "black", "zorder": 5} if name.startswith("seqlora") else {"linewidth": 1.3}
         if name.startswith("seqlora_"):
-            style |= {"color": "dimgray", "linestyle": "--"}
+            style |= {"linestyle": "--"} if name == SHOWN[0] else {"color": "dimgray", "linestyle": ":"}
         counts = [r["n"] for r in own]
         for plot, key in zip(axes, ("kept_mean", "kept_worst", "generic_drift")):
             values = [max(FLOOR, r[key]) if key != "generic_drift" else 100 * abs(r[key]) for r in own]
