@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -156,15 +157,14 @@ class Stream:
     """
 
     def __init__(self, width: int, device=None):
-        generator = torch.Generator().manual_seed(0)
-        self.test = torch.linalg.qr(torch.randn(width, min(COLUMNS, width), generator=generator))[0].to(device)
+        self.test = _test_basis(width, str(device or "cpu"))
         self.product = torch.zeros(self.test.shape, dtype=torch.float64, device=device)
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
         """rows [tokens, width] in float32"""
-        self.product += (rows.mT @ (rows @ self.test)).double()
-        self.trace += rows.square().sum().double()
+        self.product += rows.mT @ (rows @ self.test)
+        self.trace += rows.square().sum()
 
     def sketch(self, count: int, energy: float = ENERGY, most: int = MOST) -> Sketch:
         """Of the mean over `count` rows"""
@@ -178,3 +178,10 @@ class Stream:
         )
         values = (values.square() - shift).clamp_min(0)
         return _cut(vectors[:, :most], values[:most], self.trace / count, energy)
+
+
+@lru_cache(maxsize=8)
+def _test_basis(width: int, device: str) -> Tensor:
+    """The same for all streams of one width"""
+    random = torch.randn(width, min(COLUMNS, width), generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(random)[0].to(device)

@@ -7,6 +7,7 @@ attention) share one moment.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,7 @@ class Recorder:
         self.streams: dict[str, Stream] = {}  # of inputs too wide to be squared
         self.counts: dict[str, int] = {}
         self.owner: dict[str, str] = {}
-        self._this_pass: list[tuple[Tensor, str]] = []
+        self._this_pass: list[tuple[weakref.ref, str]] = []  # they are not kept: all of a pass would take much room
 
     def __enter__(self) -> Recorder:
         self.attachment.record = self._record
@@ -182,10 +183,9 @@ class Recorder:
             return
         owner = self.owner.get(name)
         if owner is None:
-            # the tensors of this pass are kept alive, so an equal address is the same tensor
-            owner = next((n for seen, n in self._this_pass if seen is x), name)
+            owner = next((n for seen, n in self._this_pass if seen() is x), name)
             self.owner[name] = owner
-        self._this_pass.append((x, owner))
+        self._this_pass.append((weakref.ref(x), owner))
         if owner != name:
             return
         rows = flat(x.detach()).float()
@@ -193,12 +193,14 @@ class Recorder:
             if name not in self.streams:
                 self.streams[name] = Stream(rows.shape[1], rows.device)
             self.streams[name].add(rows)
+        elif name in self.sums:
+            self.sums[name] += rows.mT @ rows
         else:
-            product = (rows.mT @ rows).double()
-            self.sums[name] = self.sums[name] + product if name in self.sums else product
+            self.sums[name] = (rows.mT @ rows).double()
         self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
 
     def moments(self) -> Moments:
-        own = {n: (s / self.counts[n]).float() for n, s in self.sums.items()}
-        own |= {n: s.sketch(self.counts[n]) for n, s in self.streams.items()}
+        """Of all that was recorded; asked for once, for each sum is let go when its mean is made"""
+        own: dict[str, Tensor | Sketch] = {n: (self.sums.pop(n) / self.counts[n]).float() for n in list(self.sums)}
+        own |= {n: self.streams.pop(n).sketch(self.counts[n]) for n in list(self.streams)}
         return Moments({name: own[owner] for name, owner in self.owner.items()})

@@ -147,6 +147,7 @@ def fit(
                 checkpoints.save(len(result.losses), progress.state())
     result.adapter = concept().to("cpu")
     result.bases = {n: b.detach().cpu().clone() for g in groups for n, b in zip(g.names, g.basis)}
+    groups = learnt = lower = upper = objective = progress = replay = active = None  # what follows needs the room
     result.moments = _moments(denoiser, sets, prompts, result.adapter, config.seed)
     return result
 
