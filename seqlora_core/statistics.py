@@ -19,7 +19,7 @@ from .errors import UserError
 from .sketch import Sketch, Stream, added, sketch
 from .tensor_file import read_safetensors
 
-SKETCH_FROM = 641  # inputs of a layer from which its moment is recorded, kept and written as a sketch
+SKETCH_FROM = 513  # inputs of a layer from which its moment is recorded, kept and written as a sketch
 
 
 @dataclass
