@@ -30,7 +30,7 @@ def save(output: Path, name: str, result: dict) -> Path:
 
 def method(rows: list[dict], path: Path) -> None:
     """Kept, the worst concept, and generic drift against N, a line for each row of the table."""
-    figure, axes = new_figure(14, 4.8, 3)
+    figure, axes = new_figure(14, 5.4, 3)
     names = list(dict.fromkeys(r["row"] for r in rows))
     names = [n for n in names if not n.startswith("seqlora_") or n in SHOWN]
     for name in names:
@@ -51,7 +51,7 @@ def method(rows: list[dict], path: Path) -> None:
     for plot in axes[:2]:
         plot.set_ylim(FLOOR - 0.1, 1.1)
     axes[2].set(yscale="log")
-    axes[0].legend(fontsize=8, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=6)
     figure.savefig(path)
 
 
