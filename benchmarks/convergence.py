@@ -41,7 +41,8 @@ FIRST, LATER = 200, 40  # iterations of the lower level, before the first step o
 
 
 def run(model: DemoModel, calibration, how: str, steps: int, batch: int = 16, first: int = FIRST, later: int = LATER):
-    """Riemannian norm of the (hyper)gradient before each of `steps` steps of the basis, and of the lower level's there"""
+    """Before each of `steps` steps of the basis: Riemannian norm of the (hyper)gradient, the upper objective, and the norm of
+    the lower level's gradient, which is 0 where that is solved"""
     subject = load_subject(model, "octopus")
     config = replace(TrainingConfig(), batch=batch, drift_budget=0.0, hypergradient=how, lower_steps=1)
     prompts = Prompts(model, subject.references.captions, subject.trigger, config)
@@ -50,7 +51,7 @@ def run(model: DemoModel, calibration, how: str, steps: int, batch: int = 16, fi
     generator = torch.Generator().manual_seed(0)
     others = others_moments(calibration.moments, replay.decoy_moments, [], config)
     groups, _ = starting_groups(model, seen, others, [], calibration, config, generator)
-    attachment, norms, unsolved = Attachment(), [], []
+    attachment, norms, values, unsolved = Attachment(), [], [], []
     objective = Objective(
         model, [subject.references], [prompts], replay, groups, None, attachment, config, generator, Workers()
     )
@@ -63,14 +64,15 @@ def run(model: DemoModel, calibration, how: str, steps: int, batch: int = 16, fi
 
         for step in range(steps):
             unsolved.append(solve(lower, ups, later if step else first))
-            _, gradients = hypergradient(lambda: objective.value(*query), lower, ups, bases, how)
+            value, gradients = hypergradient(lambda: objective.value(*query), lower, ups, bases, how)
+            values.append(float(value))
             with torch.no_grad():
                 directions = [tangent(g.basis, d, g.occupied) for g, d in zip(groups, gradients)]
                 norms.append(float(sum(d.square().sum() for d in directions).sqrt()))
                 for group, direction in zip(groups, directions):
                     group.basis.copy_(retract(group.basis, -RATE * direction, group.occupied))
             print(f"{how} step {step} gradient norm {norms[-1]:.5f}, the lower level's {unsolved[-1]:.1e}", flush=True)
-    return norms, unsolved
+    return norms, values, unsolved
 
 
 def solve(objective, leaves: list[Tensor], iterations: int) -> float:
@@ -90,15 +92,19 @@ def solve(objective, leaves: list[Tensor], iterations: int) -> float:
     return float(sum(x.grad.square().sum() for x in leaves).sqrt())
 
 
-def figure(curves: dict[str, list[float]], path: Path) -> None:
+def bound(values: list[float]) -> np.ndarray:
+    """What the theory allows the least norm after T steps: sqrt(2 (F_0 - F_least) / (RATE T)), T = 1, 2, ..."""
+    return np.sqrt(2 * (values[0] - min(values)) / RATE / np.arange(1, len(values) + 1))
+
+
+def figure(norms: dict[str, list[float]], values: dict[str, list[float]], path: Path) -> None:
     picture, axes = new_figure(8, 5)
     names = {"none": "first order", "cg:5": "hypergradient, conjugate gradient, 5 steps"}
-    for (how, norms), colour in zip(curves.items(), ("#1f5fa8", "#2e8b57")):
-        steps = np.arange(1, len(norms) + 1)
-        axes.loglog(steps, norms, ".", color=colour, alpha=0.35, markersize=4)
-        axes.loglog(steps, np.minimum.accumulate(norms), color=colour, label=f"least so far, {names.get(how, how)}")
-    first = max(n[0] for n in curves.values())
-    axes.loglog(steps, first / np.sqrt(steps), color="#b5442e", linestyle="--", label="the theory's rate, T^(-1/2)")
+    for how, colour in zip(norms, ("#1f5fa8", "#2e8b57")):
+        steps = np.arange(1, len(norms[how]) + 1)
+        axes.loglog(steps, norms[how], ".", color=colour, alpha=0.35, markersize=4)
+        axes.loglog(steps, np.minimum.accumulate(norms[how]), color=colour, label=f"least so far, {names.get(how, how)}")
+        axes.loglog(steps, bound(values[how]), color=colour, linestyle="--", label="the theory's rate for it, T^(-1/2)")
     axes.set(xlabel="steps of the basis, T", ylabel="norm of the Riemannian gradient", title="Convergence of the upper level")
     axes.legend()
     picture.savefig(path)
@@ -113,8 +119,8 @@ def main() -> None:
     calibration = calibrate(model, (SIZE, SIZE), 96)
     curves = {how: run(model, calibration, how, args.steps) for how in ("none", "cg:5")}
     about = meta("python -m benchmarks.convergence", model.device, [0])
-    result = {"meta": about} | {k: {how: c[i] for how, c in curves.items()} for i, k in enumerate(("upper", "lower"))}
-    figure(result["upper"], save(args.output, "convergence", result))
+    result = {"meta": about} | {k: {how: c[i] for how, c in curves.items()} for i, k in enumerate(("norms", "values", "lower"))}
+    figure(result["norms"], result["values"], save(args.output, "convergence", result))
 
 
 if __name__ == "__main__":

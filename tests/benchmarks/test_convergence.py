@@ -19,9 +19,10 @@ def test_a_quadratic_is_solved():
 def test_steps_of_the_basis_on_the_demo_model(model, tmp_path):
     calibration = calibrate(model, (SIZE, SIZE), 8)
     curves = {how: convergence.run(model, calibration, how, steps=2, batch=2, first=4, later=2) for how in ("none", "cg:1")}
-    for upper, lower in curves.values():
-        assert len(upper) == len(lower) == 2 and min(upper) > 0 and min(lower) > 0
+    for norms, values, unsolved in curves.values():
+        assert len(norms) == len(values) == len(unsolved) == 2 and min(norms) > 0 and min(unsolved) > 0
     # lora_up is where it was: only how it follows the basis differs
     assert curves["none"][1][0] == curves["cg:1"][1][0] and curves["none"][0][0] != curves["cg:1"][0][0]
-    convergence.figure({how: upper for how, (upper, _) in curves.items()}, tmp_path / "curves.png")
+    norms, values = ({how: found[i] for how, found in curves.items()} for i in (0, 1))
+    convergence.figure(norms, values, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
