@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR = -1.5  # of the axis: rivals that fall below it are drawn on it
+LEARNT = "_learnt_trigger"
 SHOWN = ("seqlora_learnt_trigger", "seqlora_budget_20")  # of the method's own variants
 
 
@@ -33,11 +34,14 @@ def method(rows: list[dict], path: Path) -> None:
     figure, axes = new_figure(14, 5.4, 3)
     names = list(dict.fromkeys(r["row"] for r in rows))
     names = [n for n in names if not n.startswith("seqlora_") or n in SHOWN]
+    plain = list(dict.fromkeys(n.removesuffix(LEARNT) for n in names))  # a row and the same with a learnt trigger: one colour
     for name in names:
         own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])
-        style = {"linewidth": 3, "color": "black", "zorder": 5} if name.startswith("seqlora") else {"linewidth": 1.3}
-        if name.startswith("seqlora_"):
-            style |= {"linestyle": "--"} if name == SHOWN[0] else {"color": "dimgray", "linestyle": ":"}
+        style = {"linewidth": 1.3, "color": f"C{plain.index(name.removesuffix(LEARNT))}"}
+        if name.startswith("seqlora"):
+            style = {"linewidth": 3, "color": "dimgray" if "budget" in name else "black", "zorder": 5}
+        if name.endswith(LEARNT):
+            style |= {"linestyle": "--"}
         counts = [r["n"] for r in own]
         for plot, key in zip(axes, ("kept_mean", "kept_worst", "generic_drift")):
             values = [max(FLOOR, r[key]) if key != "generic_drift" else 100 * abs(r[key]) for r in own]
