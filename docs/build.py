@@ -30,6 +30,7 @@ TABLES = {
     "study": of_method.study_table,
     "replay_pool": of_method.replay_table,
     "method": of_method.method_table,
+    "strengths": of_method.strengths_table,
     "method_large": lambda: of_method.method_table("method_large"),
     "method_unet": lambda: of_method.method_table("method_unet"),
     "demo": of_method.demo_table,

@@ -125,6 +125,15 @@ def replay_table() -> str:
     )
 
 
+def strengths_table() -> str:
+    data = load("strengths")
+    lines = [
+        f"| {r['strength']:g} | {r['kept_mean']:.2f} | {r['kept_worst']:.2f} | {r['generic_drift']:+.1%} |"
+        for r in data["rows"]
+    ]
+    return "\n".join(["| strength of all | kept | worst | generic drift |", "|---|---|---|---|", *lines])
+
+
 def method_table(name: str = "method") -> str:
     """A table for each number of concepts"""
     data, parts = load(name), []
