@@ -23,3 +23,13 @@ def start(root: Path, pack: Path = PACK) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["seqlora_pack"] = module
     spec.loader.exec_module(module)
+
+
+def patched_weights(patched) -> dict:
+    """Every patched weight of a ModelPatcher as ComfyUI computes it, by its key; the model is left unpatched"""
+    import comfy.utils
+
+    patched.patch_model()
+    found = {k: comfy.utils.get_attr(patched.model, k).detach().clone() for k in patched.patches}
+    patched.unpatch_model()
+    return found

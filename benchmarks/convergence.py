@@ -118,7 +118,7 @@ def main() -> None:
     model = DemoModel()
     calibration = calibrate(model, (SIZE, SIZE), 96)
     curves = {how: run(model, calibration, how, args.steps) for how in ("none", "cg:5")}
-    about = meta("python -m benchmarks.convergence", model.device, [0])
+    about = meta(f"python -m benchmarks.convergence --steps {args.steps}", model.device, [0])
     result = {"meta": about} | {k: {how: c[i] for how, c in curves.items()} for i, k in enumerate(("norms", "values", "lower"))}
     figure(result["norms"], result["values"], save(args.output, "convergence", result))
 

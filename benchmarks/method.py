@@ -157,6 +157,10 @@ class Bench:
         self._measuring()
         return held_out_loss(self.model, self.subject(name).held_out, adapter)
 
+    def drift(self, stack: Adapter) -> float:
+        """How much worse it makes unrelated prompts, as a share of the bare model's loss on them"""
+        return held_out_loss(self.model, self.generic, stack) / self.generic_base - 1
+
     # --- one table -----------------------------------------------------------------------------------------------
 
     def table(self, names: list[str], planned: int, seed: int, rows: list[str], order: list[str]) -> Iterator[dict]:

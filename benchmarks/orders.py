@@ -32,7 +32,7 @@ def run(bench: Bench, names: list[str], rate: float, seed: int = 0) -> list[dict
         library = bench.chain("seqlora", rate, seed, order, len(order))
         stack = summed([c.adapter for c in library.concepts()])(list(range(len(order))))
         kept = [(base[n] - bench.loss(n, stack)) / (base[n] - best[n]) for n in order]
-        drift = held_out_loss(bench.model, bench.generic, stack) / bench.generic_base - 1
+        drift = bench.drift(stack)
         rows.append({"order": order, "kept": kept, "generic_drift": drift})
         print(", ".join(f"{n} {k:.2f}" for n, k in zip(order, kept)), f"drift {drift:+.1%}", flush=True)
     return rows

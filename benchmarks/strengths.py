@@ -44,8 +44,9 @@ def main() -> None:
     for strength in STRENGTHS:
         scaled = stack.scaled(strength)
         kept = [(b - bench.loss(n, scaled)) / (b - o) for n, b, o in zip(names, base, best)]
-        drift = held_out_loss(bench.model, bench.generic, scaled) / bench.generic_base - 1
-        rows.append({"strength": strength, "kept_mean": mean(kept), "kept_worst": min(kept), "generic_drift": drift})
+        rows.append(
+            {"strength": strength, "kept_mean": mean(kept), "kept_worst": min(kept), "generic_drift": bench.drift(scaled)}
+        )
         print(rows[-1], flush=True)
     about = meta("python -m benchmarks.strengths", bench.model.device, [args.seed]) | {"row": args.row, "concepts": names}
     with written_aside(args.output) as file:

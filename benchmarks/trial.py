@@ -60,7 +60,7 @@ def main() -> None:
         mean([(b - bench.loss(s.name, a)) / (b - o) for s, a, b, o in zip(subjects, some, base, best)])
         for some in (adapters, [stack] * len(subjects))
     )
-    drift = held_out_loss(model, bench.generic, stack) / bench.generic_base - 1
+    drift = bench.drift(stack)
     said = ", ".join(f"{k} {v}" for k, v in options.items()) or "as usual"
     print(f"{said}, planned for {args.planned}: alone {alone:.3f}, kept {kept:.3f}, drift {drift:+.2%}")
 

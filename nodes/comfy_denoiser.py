@@ -102,9 +102,11 @@ class ComfyDenoiser:
             *(self.token_tables() if tokens else ()),
             *(clip_sites(self.clip, self.about().name) if attention else ()),
         ]
+        while len(self._trainable) > 1:  # of an earlier choice: its hooks would stay on the encoder
+            self._trainable.pop().close()
         if self._live:
             encoder = self.clip.cond_stage_model
-            self._trainable = [*self._trainable[:1], Trainable(encoder, encoder)]
+            self._trainable.append(Trainable(encoder, encoder))
 
     def token_tables(self) -> list[Site]:
         return token_tables(self.clip)

@@ -10,12 +10,11 @@ from pathlib import Path
 comfy_root, pack, output = map(Path, sys.argv[1:4])
 sys.path.insert(0, str(pack / "benchmarks"))
 
-from comfy_process import start  # noqa: E402
+from comfy_process import patched_weights, start  # noqa: E402
 
 start(comfy_root, pack)
 
 import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from comfy_families import FAMILIES, SIZE, Fed, build  # noqa: E402
 from seqlora_pack.nodes.comfy_lora_files import fit  # noqa: E402
@@ -62,13 +61,6 @@ class Inputs:
             handle.remove()
 
 
-def weights_of(patched) -> dict:
-    patched.patch_model()
-    found = {k: comfy.utils.get_attr(patched.model, k).detach().clone() for k in patched.patches}
-    patched.unpatch_model()
-    return found
-
-
 files = [lora(), lora()]
 weights = Weights(model, None)
 adapters = [fit(dict(f), {}, weights, "lora").adapter for f in files]
@@ -95,11 +87,11 @@ with torch.inference_mode(False), torch.no_grad():
             wanted = x.mT @ x / len(x)
             wrong = max(wrong, float((moments[-1][names[path]].double() - wanted).norm() / wanted.norm()))
     stacks = {mode: concatenate(project(adapters, mode, 1.0, moments, general.moments)) for mode in ("sum", "data")}
-    patched = {m: weights_of(patch_model(model, None, [Part("s", 1.0, s)], weights)[0]) for m, s in stacks.items()}
+    patched = {m: patched_weights(patch_model(model, None, [Part("s", 1.0, s)], weights)[0]) for m, s in stacks.items()}
     stock = model
     for file in files:
         stock = comfy.sd.load_lora_for_models(stock, None, dict(file), 1.0, 0.0)[0]
-    stock = weights_of(stock)
+    stock = patched_weights(stock)
     plain = model.model.state_dict()
 
     def moved(mode: str) -> float:

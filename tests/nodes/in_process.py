@@ -9,7 +9,7 @@ from pathlib import Path
 comfy_root, pack, library, output = map(Path, sys.argv[1:5])
 sys.path.insert(0, str(pack / "benchmarks"))
 
-from comfy_process import start  # noqa: E402
+from comfy_process import patched_weights, start  # noqa: E402
 
 start(comfy_root, pack)
 
@@ -44,14 +44,6 @@ def predict(name, patched):
         out["fingerprint_" + d.fingerprint()] = torch.zeros(1)
 
 
-def weights(patched):
-    """Every patched weight as ComfyUI computes it"""
-    patched.patch_model()
-    found = {k: comfy.utils.get_attr(patched.model, k).detach().clone() for k in patched.patches}
-    patched.unpatch_model()
-    return found
-
-
 predict("plain", model)
 parts = [Part(str(i), 1.0, a) for i, a in enumerate(adapters)]
 stacked, _, missing = patch_model(model, None, parts, Weights(model, None))
@@ -62,7 +54,7 @@ for name in Library(library).names:
     file = comfy.utils.load_torch_file(str(library / f"{name}.safetensors"), safe_load=True)
     chained = comfy.sd.load_lora_for_models(chained, None, file, 1.0, 0.0)[0]
 for kind, patched in (("ours", stacked), ("stock", chained)):
-    for key, value in weights(patched).items():
+    for key, value in patched_weights(patched).items():
         out[f"{kind}.{key}"] = value.float().contiguous()
 with torch.inference_mode():  # as the executor loads models
     loaded = load_demo_model(DEMO_MODEL)[0]
