@@ -1,4 +1,4 @@
-"""How many pictures and noise levels does a calibration need?  docs/results/calibration.json, docs/images/calibration.png.
+"""How many pictures, drawn in how many steps, does a calibration need?  docs/results/calibration.json, docs/images/calibration.png.
 
     python -m benchmarks.calibration
 
@@ -17,22 +17,22 @@ import numpy as np
 import torch
 
 from benchmarks.plots import new_figure, save
-from seqlora_core.calibration import draw, record_moments
 from seqlora_core.demo_model import SIZE, DemoModel
+from seqlora_core.drawing import draw
 from seqlora_core.linalg import whitening
 from seqlora_core.prompts import generic_prompts
 from seqlora_core.subspace import EPS
 from seqlora_core.tables import meta
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES, PASSES = (12, 24, 48, 96, 192, 288), (1, 2, 4, 8)
+PICTURES, STEPS = (12, 24, 48, 96, 192, 288), (2, 4, 8, 16)
 
 
-def errors(model: DemoModel, reference, latents, prompts, passes: int) -> tuple[float, float, float]:
-    """Median and worst error over the layers, and seconds of recording"""
-    start = time.perf_counter()
-    moments = record_moments(model, latents, model.encode_prompts(prompts), passes=passes, seed=1)
-    seconds = time.perf_counter() - start
+def errors(model: DemoModel, reference, prompts: list[str], steps: int) -> tuple[float, float, float]:
+    """Median and worst error over the layers, and seconds of the processor"""
+    start = time.process_time()
+    _, moments = draw(model, prompts, 1, (SIZE, SIZE), steps=steps)
+    seconds = time.process_time() - start
     found = []
     for name, (white, many) in reference.items():
         difference = white @ (moments[name] - many).double() @ white
@@ -45,24 +45,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     model, count = DemoModel(), max(PICTURES)
-    prompts = generic_prompts(2 * count, seed=0)
-    start = time.perf_counter()
-    latents = draw(model, prompts, 0, (SIZE, SIZE))
-    seconds_each = (time.perf_counter() - start) / len(prompts)
-    many = record_moments(model, latents[count:], model.encode_prompts(prompts[count:]), passes=8)
-    reference = {}
-    for name in many.layers:
-        reference[name] = (whitening(many[name].double(), EPS)[0], many[name])
+    prompts = generic_prompts(3 * count, seed=0)
+    _, many = draw(model, prompts[count:], 0, (SIZE, SIZE), steps=max(STEPS))
+    reference = {name: (whitening(many[name].double(), EPS)[0], many[name]) for name in many.layers}
     rows = []
     for pictures in PICTURES:
-        for passes in PASSES:
-            median, worst, seconds = errors(model, reference, latents[:pictures], prompts[:pictures], passes)
+        for steps in STEPS:
+            median, worst, seconds = errors(model, reference, prompts[:pictures], steps)
             rows.append(
-                {
-                    "pictures": pictures, "passes": passes, "median_error": median, "worst_error": worst,
-                    "seconds": seconds + pictures * seconds_each,
-                }
-            )  # fmt: skip
+                {"pictures": pictures, "steps": steps, "median_error": median, "worst_error": worst, "seconds": seconds}
+            )
             print(rows[-1], flush=True)
     result = {"meta": meta("python -m benchmarks.calibration", model.device, [0]), "rows": rows}
     figure(rows, save(args.output, "calibration", result))
@@ -70,16 +62,16 @@ def main() -> None:
 
 def figure(rows: list[dict], path: Path) -> None:
     picture, (left, right) = new_figure(11, 4.2, 2)
-    for passes in PASSES:
-        own = [r for r in rows if r["passes"] == passes]
-        label = f"{passes} noise level{'s' if passes > 1 else ''} a picture"
+    for steps in STEPS:
+        own = [r for r in rows if r["steps"] == steps]
+        label = f"{steps} steps a picture"
         left.semilogx([r["pictures"] for r in own], [r["median_error"] for r in own], ".-", label=label)
         right.plot([r["pictures"] for r in own], [r["seconds"] for r in own], ".-", label=label)
     left.set(title="error of the moments, median over layers", xlabel="pictures", xticks=PICTURES)
     left.get_xaxis().set_major_formatter("{x:.0f}")
     left.minorticks_off()
     left.set_ylim(bottom=0)
-    right.set(title="seconds, drawing included", xlabel="pictures")
+    right.set(title="seconds", xlabel="pictures")
     left.legend()
     picture.savefig(path)
 

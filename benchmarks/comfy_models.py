@@ -25,9 +25,10 @@ import torch  # noqa: E402
 from comfy_families import FAMILIES, PROMPTS, SIZE, Family, Fed, build  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import save_adapter  # noqa: E402
 from seqlora_pack.seqlora_core.attach import Attachment, attached  # noqa: E402
-from seqlora_pack.seqlora_core.calibration import Calibration, record_moments  # noqa: E402
+from seqlora_pack.seqlora_core.calibration import Calibration  # noqa: E402
 from seqlora_pack.seqlora_core.concept import References  # noqa: E402
 from seqlora_pack.seqlora_core.config import TrainingConfig  # noqa: E402
+from seqlora_pack.seqlora_core.drawing import draw  # noqa: E402
 from seqlora_pack.seqlora_core.trainer import fit  # noqa: E402
 
 STEPS = 20
@@ -50,7 +51,8 @@ def prove(family: Family, model, folder: Path) -> dict:
         def error(predicted):
             return (predicted - denoiser.target(latents, noise, sigma)).square().mean().item()
 
-        calibration = Calibration(record_moments(denoiser, latents, prompts, passes=1), PROMPTS, latents)
+        pictures, moments = draw(denoiser, PROMPTS, 0, SIZE, steps=2)
+        calibration = Calibration(moments, PROMPTS, pictures)
         config = TrainingConfig(
             rank=2, steps=STEPS, learning_rate=3e-2, basis_rate=1e-3, batch=2, replay_batch=2, replay_weight=0.1, interference_weight=0.01,
             drift_budget=0.0, use_decoys=False, planned=4,

@@ -24,9 +24,10 @@ from torch import Tensor
 from benchmarks.concepts import rare_word
 from seqlora_core import evaluation
 from seqlora_core.adapter import Adapter, load_adapter, save_adapter
-from seqlora_core.calibration import calibrate, draw, record_moments
+from seqlora_core.calibration import calibrate, record_moments
 from seqlora_core.concept import References
 from seqlora_core.config import TrainingConfig
+from seqlora_core.drawing import draw
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import HeldOut, held_out_loss, measure, row, summed
 from seqlora_core.judge import MEAN as IMAGENET_MEAN
@@ -134,7 +135,7 @@ def run(args) -> list[dict]:
         HeldOut.of(model, model.encode_images(e.held_out), [e.caption] * len(e.held_out), levels=args.levels) for e in entries
     ]
     prompts = generic_prompts(args.generic, seed=args.seed + 1)
-    generic = HeldOut.of(model, draw(model, prompts, 1000 + args.seed, size), prompts, levels=args.levels)
+    generic = HeldOut.of(model, draw(model, prompts, 1000 + args.seed, size)[0], prompts, levels=args.levels)
 
     def ordinary(index: int, rate: float) -> Adapter:
         path = folder / f"ordinary-{rate:g}" / f"{entries[index].name}.safetensors"

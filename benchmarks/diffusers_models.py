@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from benchmarks.diffusers_families import FAMILIES, TOKENS, WIDTH, Family, build
 from seqlora_core.adapter import Adapter
 from seqlora_core.attach import Attachment, Site, attached
-from seqlora_core.calibration import Calibration, record_moments
+from seqlora_core.calibration import Calibration
 from seqlora_core.concept import References
 from seqlora_core.config import TrainingConfig
 from seqlora_core.denoiser import Conditioning, FlowMatching
+from seqlora_core.drawing import draw
 from seqlora_core.trainer import fit
 
 PROMPTS = ["a first prompt", "a second prompt"]
@@ -55,6 +56,9 @@ class Host(FlowMatching):
         context = torch.stack([numbers(p, TOKENS, WIDTH) for p in prompts])
         return Conditioning(context, torch.stack([numbers(p, WIDTH) for p in prompts]))
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return self.family.latent
+
     def draw_sigmas(self, count: int, generator: torch.Generator) -> torch.Tensor:
         return torch.rand(count, generator=generator)
 
@@ -79,7 +83,8 @@ def prove(family: Family, folder: Path) -> dict:
         with attached(host.sites() if adapter else [], attachment):
             return host.predict(host.noised(latents, noise, sigma), sigma, prompts)
 
-    calibration = Calibration(record_moments(host, latents, prompts, passes=1), PROMPTS, latents)
+    pictures, moments = draw(host, PROMPTS, 0, (64, 64), steps=2)
+    calibration = Calibration(moments, PROMPTS, pictures)
     config = TrainingConfig(
         rank=2, steps=20, learning_rate=3e-2, basis_rate=1e-3, batch=2, replay_batch=2, replay_weight=0.1,
         interference_weight=0.01, drift_budget=0.0, use_decoys=False, planned=4,

@@ -17,9 +17,9 @@ import torch
 
 from seqlora_core.adapter import Adapter, concatenate
 from seqlora_core.attach import Attachment, attached
-from seqlora_core.calibration import UNGUIDED, draw
 from seqlora_core.demo import load_generic
 from seqlora_core.demo_model import SIZE, DemoModel
+from seqlora_core.drawing import UNGUIDED, draw
 from seqlora_core.evaluation import HeldOut, mean
 from seqlora_core.library import Library
 from seqlora_core.lora_moments import GUIDANCE
@@ -59,7 +59,7 @@ def main() -> None:
     fresh = [p for p in generic_prompts(2 * COUNT, FRESH_SEED) if p not in calibration.prompts][:COUNT]
 
     def drawn(guidance: float) -> HeldOut:
-        return HeldOut.of(model, draw(model, fresh, FRESH_SEED, (SIZE, SIZE), guidance=guidance), fresh, levels=6)
+        return HeldOut.of(model, draw(model, fresh, FRESH_SEED, (SIZE, SIZE), guidance=guidance)[0], fresh, levels=6)
 
     kinds = {
         "the replay pool": HeldOut.of(model, calibration.latents[pool], calibration.prompts[pool], levels=6),

@@ -29,8 +29,8 @@ import time
 from pathlib import Path
 
 from benchmarks.training_steps import Memory
-from seqlora_core.calibration import picture_count, seen_count
-from seqlora_core.replay import DECOYS
+from seqlora_core.calibration import picture_count
+from seqlora_core.replay import decoy_count
 from seqlora_core.tables import meta
 from tests.nodes.comfy_server import Failed, Server, find_comfyui
 
@@ -133,10 +133,10 @@ def row(model: str, way: str, host: str, found: list[dict], settings: dict) -> d
     out = {"row": way, "model": model, "host": host, "seconds": best["seconds"], "bytes": min(f["peak"] for f in found)}
     out["spread"] = statistics.pstdev(f["seconds"] for f in found)
     if "once" in best:
-        size, drawn, recorded = (settings["size"],) * 2, *(best[k] / settings["calibration"] for k in ("drawn", "recorded"))
-        out["calibration"] = drawn * picture_count(size, STEPS) + recorded * seen_count(size)
+        size, drawn = (settings["size"],) * 2, best["drawn"] / settings["calibration"]
+        out["calibration"] = drawn * picture_count(size)
         out |= {k: best[k] for k in ("step_parts", "once_parts")}
-        out["once"] = best["once"] + (0 if settings["decoys"] else DECOYS * (drawn + recorded))
+        out["once"] = best["once"] + (0 if settings["decoys"] else drawn * decoy_count(size))
     return out
 
 

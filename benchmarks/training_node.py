@@ -12,6 +12,7 @@ from .training_steps import CAPTION, ours, random_latents
 
 PACK = next(name.removesuffix(".nodes.comfy_denoiser") for name in sys.modules if name.endswith(".nodes.comfy_denoiser"))
 hosts = importlib.import_module(f"{PACK}.nodes.comfy_denoiser")
+demo = importlib.import_module(f"{PACK}.nodes.comfy_demo")
 core = f"{PACK}.seqlora_core"
 
 
@@ -20,7 +21,7 @@ def open_model(settings: dict):
     count, side = settings["pictures"], settings["side"]
     if settings["model"] == "demo":
         path = importlib.import_module(f"{core}.demo_model").DEMO_MODEL
-        model, clip, _ = hosts.load_demo_model(path)
+        model, clip, _ = demo.load_demo_model(path)
         return model, clip, random_latents(count, 16, side)
     return comfy_sd15.build(torch.float32), None, random_latents(count, 4, side)
 

@@ -22,7 +22,7 @@ SD15_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 # part -> what is timed of it: module of the core, holder in it or "", function
 PARTS = {
     "decoys": [("replay", "", "draw")],
-    "statistics": [("replay", "", "record_moments"), ("trainer", "", "record_moments")],
+    "statistics": [("trainer", "", "record_moments")],
     "first bases": [("trainer", "", "starting_groups")],
     "replay's targets": [("replay", "Replay", "batch")],
     "projection": [("bilevel", "", "tangent")],
@@ -79,12 +79,9 @@ def ours(core: str, denoiser, latents: torch.Tensor, size: tuple[int, int], sett
         replay_weight=load("config").TrainingConfig.replay_weight if settings["replay"] else 0.0, use_decoys=settings["decoys"],
     )  # fmt: skip
     references = load("concept").References(latents, [CAPTION] * len(latents), size)
-    calibrating, prompts = load("calibration"), load("prompts").generic_prompts(settings["calibration"])
-    memory, begin = Memory(), time.process_time()
-    pictures = calibrating.draw(denoiser, prompts, 0, size)
-    drawn = time.process_time()
-    moments = calibrating.record_moments(denoiser, pictures, denoiser.encode_prompts(prompts))
-    calibration = calibrating.Calibration(moments, prompts, pictures)
+    prompts, memory, begin = load("prompts").generic_prompts(settings["calibration"]), Memory(), time.process_time()
+    pictures, moments = load("drawing").draw(denoiser, prompts, 0, size)
+    calibration = load("calibration").Calibration(moments, prompts, pictures)
     calibrated, ends = time.process_time(), []
     with timed(core) as spent:
         load("trainer").fit(denoiser, references, "ohwx", [], calibration, config, lambda _: ends.append(time.process_time()))
@@ -93,8 +90,7 @@ def ours(core: str, denoiser, latents: torch.Tensor, size: tuple[int, int], sett
     return {
         "seconds": (ends[-1] - ends[0]) / (len(ends) - 1),
         "peak": memory.peak(),
-        "drawn": drawn - begin,
-        "recorded": calibrated - drawn,
+        "drawn": calibrated - begin,
         "once": once,
         "step_parts": {part: spent[part] / len(ends) for part in inside},
         "once_parts": {part: spent[part] for part in PARTS if part not in inside},

@@ -7,19 +7,15 @@ samplers do.  Files called `comfy_*` alone touch ComfyUI's internals.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import comfy.lora
 import comfy.model_management as management
 import comfy.model_sampling
 import comfy.sample
-import comfy.sd
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ..seqlora_core.attach import Site
-from ..seqlora_core.demo_model import CLIP_SIZE, CONTEXT_LENGTH
 from ..seqlora_core.denoiser import Conditioning, fingerprint
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.live_prompts import LivePrompts
@@ -28,26 +24,7 @@ from .comfy_sites import attention_sites, clip_sites, named_sites, token_tables
 from .comfy_training import Trainable
 
 _FAMILIES = {"SDXL": "sdxl", "SD3": "sd3", "Flux": "flux", "Lumina2": "lumina2", "QwenImage": "qwen_image"}
-
-
-def load_demo_model(path: Path):
-    """(model, clip, vae) of the embedded demo model."""
-    config = {**CLIP_SIZE, "model_type": "clip_text_model"}
-    model, clip, vae = comfy.sd.load_checkpoint_guess_config(
-        str(path), te_model_options={"clip_l_model_config": _full_clip_config(config)}
-    )[:3]
-    # at 64 px, SD3's 77 text tokens would be most of the work: the demo model was trained with fewer
-    clip.tokenizer.clip_l.max_length = CONTEXT_LENGTH
-    return model, clip, vae
-
-
-def _full_clip_config(small: dict) -> dict:
-    import json
-
-    import comfy.sd1_clip
-
-    stock = Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json")
-    return {**json.loads(stock.read_text(encoding="utf-8")), **small}
+BACKWARD = 3  # memory of a step whose blocks are computed twice, over ComfyUI's estimate of drawing as many pictures
 
 
 class ComfyDenoiser:
@@ -55,13 +32,14 @@ class ComfyDenoiser:
 
     Use as a context manager, inside `torch.inference_mode(False)`.  Latents handed out are the model's own
     (after process_latent_in).  layers: of LoRA files, whose linear ones are then the sites; else all attention projections.
+    offloads: pictures that a training step is to have room for, beside which ComfyUI loads as many weights as fit; 0: all.
     """
 
-    def __init__(self, model, clip, vae, layers: Iterable[str] | None = None):
+    def __init__(self, model, clip, vae, layers: Iterable[str] | None = None, offloads: int = 0):
         dynamic = getattr(model, "is_dynamic", lambda: False)()
         # a dynamic patcher may evict weights between forward and backward: train on a plain one
         self.patcher = model.clone(disable_dynamic=True) if dynamic else model.clone()
-        self.clip, self.vae = clip, vae
+        self.clip, self.vae, self.offloads = clip, vae, offloads
         self.device = model.load_device
         self._trainable: list[Trainable] = []  # the model, and its text encoder if that is adapted
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -84,7 +62,12 @@ class ComfyDenoiser:
     def _load(self) -> None:
         models = [self.patcher, self.clip.patcher] if self._live else [self.patcher]
         with torch.inference_mode():
-            management.load_models_gpu(models, force_full_load=True)
+            management.load_models_gpu(models, self._room(), force_full_load=not self.offloads)
+
+    def _room(self) -> int:
+        """Bytes that a training step needs beside the weights: of its largest pictures"""
+        shapes = [(self.offloads, *shape) for shape in self._shapes.values()] if self.offloads else []
+        return int(BACKWARD * max(map(self.base.memory_required, shapes), default=0))
 
     def _prepare(self) -> None:
         """Ready for a backward pass, from here to `_restore`"""
@@ -176,6 +159,11 @@ class ComfyDenoiser:
         self._shapes[tuple(images.shape[1:3])] = tuple(latents.shape[1:])
         return self.base.process_latent_in(latents.float().clone()).to(self.device)
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        if size not in self._shapes:
+            self.encode_images(torch.zeros(1, *size, 3))
+        return self._shapes[size]
+
     def decode(self, latents: Tensor) -> Tensor:
         self._restore()
         with torch.inference_mode():
@@ -216,7 +204,10 @@ class ComfyDenoiser:
         return s.calculate_denoised(sigma, one, one * 0) - s.calculate_denoised(sigma, one * 0, one * 0)
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        self._prepare() if torch.is_grad_enabled() else self._load()
+        if torch.is_grad_enabled():
+            self._prepare()
+        elif not self._trainable[0].ready:  # else it is loaded, and weights must stay where they are
+            self._load()
         conditioning = self._live.encoded(conditioning, self.read_prompts)
         rows, parts = [], []
         for part, conditions in self._batches(noised, conditioning):
@@ -263,9 +254,7 @@ class ComfyDenoiser:
     ) -> Tensor:
         """Through ComfyUI's own sampler (Euler, simple), so that every family is sampled as its users do"""
         conditioning, empty = (self._live.encoded(c, self.read_prompts) for c in (conditioning, self.encode_prompts([""])))
-        if size not in self._shapes:
-            self.encode_images(torch.zeros(1, *size, 3))
-        shape, count = self._shapes[size], len(conditioning)
+        shape, count = self.latent_shape(size), len(conditioning)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
         # one condition serves a whole batch of the sampler's: prompts that differ in more than values go one by one
         alike = conditioning.more is None and len(set(conditioning.lengths)) == 1

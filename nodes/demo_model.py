@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from ..seqlora_core.demo_model import DEMO_MODEL
 from ..seqlora_core.errors import UserError
-from .comfy_denoiser import load_demo_model
+from .comfy_demo import load_demo_model
 from .types import CATEGORY
 
 

@@ -113,7 +113,8 @@ class SeqLoRATrainConcept(io.ComfyNode):
             **(options or {}),
         )
         config.validate()
-        with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae) as denoiser:
+        offloads = config.batch + config.replay_batch if config.gradient_checkpointing else 0
+        with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae, offloads=offloads) as denoiser:
             opened = Library(library_folder(library), denoiser.fingerprint(), planned_concepts, create=True)
             trained = name in opened.names
             notes = []

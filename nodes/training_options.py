@@ -20,7 +20,7 @@ class SeqLoRATrainingOptions(io.ComfyNode):
             inputs=[
                 io.Boolean.Input(
                     "gradient_checkpointing", default=default.gradient_checkpointing,
-                    tooltip="Takes much less memory and a third more time.",
+                    tooltip="Takes much less memory and a third more time; weights that do not fit wait in main memory.",
                 ),
                 io.Int.Input(
                     "accumulate", default=default.accumulate, min=1, max=64,

@@ -15,14 +15,12 @@ from torch import Tensor
 from .adapter import Adapter, is_token_table
 from .attach import Attachment, attached
 from .denoiser import Conditioning, Denoiser
+from .drawing import UNGUIDED, at_once, draw
 from .errors import UserError
 from .prompts import generic_decoys, generic_prompts
 from .statistics import Moments, Recorder, json_of, read_statistics
 from .tensor_file import read_metadata, write_safetensors
 
-# drawn without guidance the pictures are the model's own distribution: its loss on them, and how far a concept moves
-# them, are as on real pictures it knows; guided ones are not (docs/RESULTS.md).  Half as many steps do as well
-UNGUIDED, UNGUIDED_STEPS, GUIDED_STEPS = 1.0, 8, 16
 FILE = "calibration.safetensors"
 PASSES = 4  # noise levels at which each of them is seen
 
@@ -96,57 +94,22 @@ def record_text(denoiser: Denoiser, prompts: list[str]) -> Moments:
     return recorder.moments()
 
 
-def draw(
-    denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None,
-    guidance: float = UNGUIDED,
-) -> Tensor:  # fmt: skip
-    """Latents that the model draws for these prompts, in few steps; with the adapter on, or bare."""
-    attachment, parts, batch = Attachment(), [], at_once(size)
-    steps = UNGUIDED_STEPS if guidance == UNGUIDED else GUIDED_STEPS
-    attachment.set_frozen(adapter, denoiser.device)
-    with attached(denoiser.sites(), attachment):
-        for start in range(0, len(prompts), batch):
-            conditioning = denoiser.encode_prompts(prompts[start : start + batch])
-            parts.append(denoiser.sample(conditioning, seed + start, steps, guidance, size))
-    return torch.cat(parts).cpu()
-
-
-def at_once(size: tuple[int, int]) -> int:
-    """Pictures that go through the model together: few of large ones, so that a start takes no more memory than a step"""
-    return 16 if max(size) <= 128 else 4
-
-
-def seen_count(size: tuple[int, int]) -> int:
-    """Pictures that moments are recorded on; the others serve replay alone"""
-    return 288 if max(size) <= 128 else 48
-
-
-def picture_count(size: tuple[int, int], steps: int | None = None) -> int:
-    """Pictures to draw for fits of so many steps.
-
-    About as many as a fit takes of them: those that it meets often it learns by heart, and moves all others the more.
-    """
-    if max(size) > 128:
-        return 96
-    return 1152 if steps is None else min(1152, max(seen_count(size), 4 * steps))
+def picture_count(size: tuple[int, int]) -> int:
+    """Pictures that a calibration draws: enough that a fit does not learn them by heart (docs/RESULTS.md)"""
+    return 288 if max(size) <= 128 else 32
 
 
 def calibrate(
     denoiser: Denoiser, size: tuple[int, int], pictures: int | None = None, prompts: list[str] | None = None, seed: int = 0,
     guidance: float = UNGUIDED,
 ) -> Calibration:  # fmt: skip
-    """Draw `pictures` prompts, a quarter of them decoys, with the bare model and record what its layers see.
-
-    Moments are of `seen_count` pictures at most, of both kinds in their proportion.
-    """
+    """Draw `pictures` prompts, a quarter of them decoys, with the bare model and record what its layers see meanwhile."""
     made = ""
     if prompts is None:
         pictures = pictures or picture_count(size)
         made = recipe(denoiser, size, pictures, seed, guidance)
         prompts = generic_prompts(pictures - pictures // 4, seed) + generic_decoys(pictures // 4, seed)
-    latents = draw(denoiser, prompts, seed, size, guidance=guidance)
-    seen = slice(None, None, -(-len(prompts) // seen_count(size)))
-    moments = record_moments(denoiser, latents[seen], denoiser.encode_prompts(prompts[seen]), seed=seed)
+    latents, moments = draw(denoiser, prompts, seed, size, guidance=guidance)
     return Calibration(moments, prompts, latents, made)
 
 

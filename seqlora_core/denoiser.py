@@ -97,6 +97,9 @@ class Denoiser(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """latents -> [n, height, width, 3] in 0..1"""
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Of one picture's latents; size: height and width in pixels"""
+
     def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         """Noise levels for training, [count]"""
 

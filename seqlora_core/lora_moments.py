@@ -14,8 +14,9 @@ import re
 from pathlib import Path
 
 from .adapter import Adapter
-from .calibration import Calibration, calibrate, draw, record_moments, record_text, seen_count
+from .calibration import Calibration, calibrate, record_moments, record_text
 from .denoiser import Denoiser
+from .drawing import draw
 from .errors import UserError
 from .prompts import trigger_prompts
 from .statistics import Moments, read_statistics
@@ -86,8 +87,7 @@ def see_trigger(
     if not trigger.strip():
         raise UserError("no trigger: name the words that call the LoRA in a prompt; its file does not say")
     prompts = trigger_prompts(trigger.strip(), pictures or trigger_count(size), seed)
-    latents = draw(denoiser, prompts, seed, size, adapter, GUIDANCE)
-    moments = record_moments(denoiser, latents, denoiser.encode_prompts(prompts), adapter, seed=seed)
+    _, moments = draw(denoiser, prompts, seed, size, adapter, GUIDANCE)
     return Moments(moments.layers | record_text(denoiser, prompts).layers)
 
 
@@ -101,7 +101,7 @@ def general_calibration(
     base = denoiser.fingerprint()
     path = general_path(folder, base)
     if not path.exists():
-        calibration = calibrate(denoiser, size, pictures or seen_count(size), seed=seed, guidance=GUIDANCE)
+        calibration = calibrate(denoiser, size, pictures, seed=seed, guidance=GUIDANCE)
         calibration.moments.layers |= record_text(denoiser, calibration.prompts).layers
     else:
         calibration = Calibration.load(path)

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from .attach import Attachment
-from .calibration import Calibration, draw, record_moments
+from .calibration import Calibration
 from .concept import Concept, References
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser, loss
+from .drawing import draw
 from .parallel import Workers
 from .prompts import calls, decoys
 from .statistics import Moments
 
-DECOYS = 24  # pictures drawn of them
+
+def decoy_count(size: tuple[int, int]) -> int:
+    """Pictures drawn of them"""
+    return 24 if max(size) <= 128 else 8
 
 
 @dataclass
@@ -56,9 +60,8 @@ class Replay:
             rows = [i for i, p in enumerate(calibration.prompts) if not calls(trigger, p)] or range(len(calibration.prompts))
             self._add(calibration.latents[rows], [calibration.prompts[i] for i in rows], from_base)
         if config.use_decoys:
-            prompts = decoys(references.captions, trigger, DECOYS, config.seed)
-            latents = draw(denoiser, prompts, config.seed, references.size)
-            self.decoy_moments = record_moments(denoiser, latents, denoiser.encode_prompts(prompts), seed=config.seed)
+            prompts = decoys(references.captions, trigger, decoy_count(references.size), config.seed)
+            latents, self.decoy_moments = draw(denoiser, prompts, config.seed, references.size)
             if config.replay_weight:
                 self._add(latents, prompts, from_base)
         if not config.replay_weight:

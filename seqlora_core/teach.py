@@ -109,7 +109,7 @@ def _calibration(
     """The library's.  If it has none, that of a library beside it on the same base model, else made; read back in any case,
     so that every run sees the same."""
     if library.calibration() is None and workers.first:
-        count = picture_count(size, config.steps)
+        count = picture_count(size)
         found = made_beside(library.folder, denoiser.fingerprint(), recipe(denoiser, size, count))
         library.keep_calibration(found or calibrate(denoiser, size, count))
     workers.wait()

@@ -111,6 +111,10 @@ class UNetModel:
         x = torch.cat([self.vae.decode(part).sample for part in latents.split(4)])
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).float()
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        scale = self.pipeline.vae_scale_factor
+        return self.unet.config.in_channels, size[0] // scale, size[1] // scale
+
     def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(0, len(self.alphas), (count,), generator=generator).to(self.device)
 

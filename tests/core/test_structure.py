@@ -16,7 +16,7 @@ LAYERS = [
     {"adapter", "optimisers"},
     {"attach", "low_rank", "selection", "spectrum"},
     {"denoiser", "statistics", "subspace", "recompute"},
-    {"live_prompts"},
+    {"live_prompts", "drawing"},
     {"interference", "composition", "calibration", "demo_model", "unet_model", "evaluation", "judge"},
     {"bilevel", "hypergradient", "lora_moments", "report"},
     {"concept", "config", "plots"},

@@ -22,8 +22,9 @@ from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
 from seqlora_pack.nodes.comfy_sites import file_names  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import concatenate  # noqa: E402
-from seqlora_pack.seqlora_core.calibration import calibrate, draw, record_moments  # noqa: E402
+from seqlora_pack.seqlora_core.calibration import calibrate, record_moments  # noqa: E402
 from seqlora_pack.seqlora_core.composition import project  # noqa: E402
+from seqlora_pack.seqlora_core.drawing import draw  # noqa: E402
 
 family = FAMILIES[0]
 model = build(family)
@@ -77,7 +78,7 @@ with torch.inference_mode(False), torch.no_grad():
         patched, _, missing = patch_model(model, None, [Part("a", 1.0, adapter)], weights)
         assert not missing, missing
         with Fed(patched, family, layers) as denoiser:
-            latents = draw(denoiser, [prompt] * 4, 0, SIZE)
+            latents, _ = draw(denoiser, [prompt] * 4, 0, SIZE)
             with Inputs() as inputs:
                 moments.append(record_moments(denoiser, latents, denoiser.encode_prompts([prompt] * 4)))
         patched.detach()

@@ -19,7 +19,7 @@ import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
-from seqlora_pack.nodes.comfy_denoiser import load_demo_model  # noqa: E402
+from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_lora_files import fit, in_low_rank  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402

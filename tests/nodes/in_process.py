@@ -17,7 +17,8 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, load_demo_model  # noqa: E402
+from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
+from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
 from seqlora_pack.nodes.comfy_training import Trainable  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402

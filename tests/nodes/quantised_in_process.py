@@ -17,7 +17,8 @@ start(comfy_root, pack)
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
-from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser, load_demo_model  # noqa: E402
+from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
+from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import load_adapter  # noqa: E402
@@ -38,13 +39,30 @@ def model_of(dtype):
         return comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype} if dtype else {})
 
 
-def train(name, model):
+class Offloaded(ComfyDenoiser):
+    """As on a small card: on a processor ComfyUI would load all.  Remembers what was asked of ComfyUI"""
+
+    asked = []
+
+    def _load(self):
+        original = comfy.model_management.load_models_gpu
+        comfy.model_management.load_models_gpu = lambda models, room=0, **more: self.asked.append((room, more))
+        super()._load()
+        comfy.model_management.load_models_gpu = original
+        if not self.base.model_lowvram:
+            with torch.inference_mode():
+                self.patcher.patch_model(device_to=self.device, lowvram_model_memory=200_000)
+
+
+def train(name, model, host=ComfyDenoiser, **options):
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
-    with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae) as denoiser:
+    with torch.inference_mode(False), torch.enable_grad(), host(model, clip, vae, **options) as denoiser:
         opened = Library(folder / name, denoiser.fingerprint(), 4, create=True)
         opened.keep_calibration(calibrate(denoiser, (64, 64), 16))
         images = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
-        config = TrainingConfig(steps=30, batch=4, replay_batch=4, drift_budget=0.0, replay_weight=1.0)
+        config = TrainingConfig(
+            steps=30, batch=4, replay_batch=4, drift_budget=0.0, replay_weight=1.0, gradient_checkpointing=bool(options)
+        )
         concept, fit = train_concept(denoiser, opened, images, "toy", "octzu", "animal", config=config)
     after = model.model.state_dict()
     out[name] = {
@@ -52,6 +70,7 @@ def train(name, model):
         "last": sum(fit.losses[-6:]) / 6,
         "trained": all(bool(d.up.any()) and d.up.dtype == torch.float32 for d in concept.adapter.layers.values()),
         "untouched": all(same(before[k], after[k]) for k in before),
+        "offloaded": sum(hasattr(m, "prev_comfy_cast_weights") for m in model.model.modules()),
         "types": sorted({str(v.dtype) for k, v in after.items() if k.endswith("qkv.weight")}),
     }
 
@@ -92,6 +111,11 @@ def stack(name, dtype, memory):
 
 train("float32", model_of(None))
 train("fp8", model_of(torch.float8_e4m3fn))
+train("offloaded", model_of(None), Offloaded, offloads=8)
+out["asked"] = {
+    "rooms": [room for room, _ in Offloaded.asked], "full": [more["force_full_load"] for _, more in Offloaded.asked],
+    "drawing": model_of(None).model.memory_required((8, 16, 8, 8)),
+}  # fmt: skip
 stack("stack_whole", None, 0)
 stack("stack_offloaded", None, 200_000)
 stack("stack_fp8", torch.float8_e4m3fn, 0)

@@ -25,6 +25,16 @@ def test_adapters_in_float32_are_trained_on_fp8_weights_that_stay_as_they_are(fo
     assert quantised["last"] == pytest.approx(whole["last"], rel=0.15)
 
 
+def test_weights_that_stay_offloaded_are_trained_on_as_they_are(found):
+    """The same steps as with all of them loaded, blocks computed twice"""
+    whole, offloaded, asked = found["float32"], found["offloaded"], found["asked"]
+    assert offloaded["offloaded"] > 0 == whole["offloaded"]
+    assert offloaded["trained"] and offloaded["untouched"]
+    assert offloaded["first"] == pytest.approx(whole["first"], rel=1e-4)
+    assert offloaded["last"] == pytest.approx(whole["last"], rel=1e-2)
+    assert not any(asked["full"]) and max(asked["rooms"]) >= 2 * asked["drawing"] > 0
+
+
 @pytest.mark.parametrize("where", ["stack_whole", "stack_offloaded", "stack_fp8", "stack_fp8_offloaded"])
 def test_a_stack_does_what_chained_stock_loaders_do(found, where):
     """Rounding to fp8 is random in the last bit: its seed is the weight's name, so both round alike"""

@@ -50,6 +50,9 @@ class ToyDenoiser(FlowMatching):
                 row[i] = torch.randn(WIDTH, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
         return Conditioning(rows)
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        return CHANNELS, 2, 2
+
     def encode_images(self, images: Tensor) -> Tensor:
         small = nn.functional.adaptive_avg_pool2d(images.movedim(-1, 1), 2) * 4 - 2
         return torch.cat([small, small.mean(1, keepdim=True)], 1)

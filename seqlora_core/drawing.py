@@ -1,0 +1,76 @@
+"""Pictures that a model draws, and what its layers see meanwhile.
+
+A library's sampler would draw them as well, but not hand out what goes into the model at each step, the same way in every
+host; and a pass through the model that only records is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .attach import Attachment, attached
+from .denoiser import Denoiser
+from .statistics import Moments, Recorder
+
+# drawn without guidance the pictures are the model's own distribution: its loss on them, and how far a concept moves
+# them, are as on real pictures it knows; guided ones are not (docs/RESULTS.md)
+UNGUIDED = 1.0
+STEPS = 8
+
+
+@torch.no_grad()
+def draw(
+    denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None,
+    guidance: float = UNGUIDED, steps: int = STEPS,
+) -> tuple[Tensor, Moments]:  # fmt: skip
+    """Latents drawn for these prompts, with the adapter on or bare, and second moments of every site's inputs meanwhile.
+
+    Each picture is seen at one noise level of each of `steps` parts of the schedule, which are equally likely in training;
+    a first step from pure noise, which training never has, is not recorded, nor is what guidance asks about no prompt.
+    Deterministic DDIM (Song et al. 2021), which for flow models is Euler's method.
+    """
+    generator, count, shape = torch.Generator().manual_seed(seed), len(prompts), denoiser.latent_shape(size)
+    levels = denoiser.even_sigmas(count * steps).sort(descending=True).values.view(steps, count)
+    dealt = torch.stack([torch.randperm(count, generator=generator) for _ in range(steps)])
+    levels = levels.gather(1, dealt.to(levels.device))
+    pure = denoiser.sigma_at(torch.ones(1)).to(levels)
+    attachment, drawn = Attachment(), []
+    attachment.set_frozen(adapter, denoiser.device)
+    recorder = Recorder(attachment)
+    with attached(denoiser.sites(), attachment):
+        for rows in torch.arange(count).split(at_once(size)):
+            some = [prompts[i] for i in rows]
+            wanted = denoiser.encode_prompts(some)
+            unwanted = None if guidance == UNGUIDED else denoiser.encode_prompts([""] * len(some))
+            noise = torch.randn(len(some), *shape, generator=generator).to(denoiser.device)
+            latents = torch.zeros_like(noise)
+            for step in range(steps + 1):
+                sigma = levels[step - 1, rows] if step else pure.expand(len(some))
+                x = denoiser.noised(latents, noise, sigma)
+                with recorder if step else contextlib.nullcontext():
+                    prediction = denoiser.predict(x, sigma, wanted)
+                if unwanted is not None:
+                    other = denoiser.predict(x, sigma, unwanted)
+                    prediction = other + guidance * (prediction - other)
+                latents, noise = foreseen(denoiser, x.float(), prediction.float(), sigma)
+            drawn.append(latents.cpu())
+    return torch.cat(drawn), recorder.moments()
+
+
+def foreseen(denoiser: Denoiser, x: Tensor, prediction: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(latents, noise) that make x at this noise level and have this prediction as their target; both are linear in them"""
+    one = torch.ones(len(x), *[1] * (x.ndim - 1), device=x.device)
+    zero = torch.zeros_like(one)
+    a, b = denoiser.noised(one, zero, sigma).float(), denoiser.noised(zero, one, sigma).float()
+    c, d = denoiser.target(one, zero, sigma).float(), denoiser.target(zero, one, sigma).float()
+    scale = a * d - b * c
+    return (d * x - b * prediction) / scale, (a * prediction - c * x) / scale
+
+
+def at_once(size: tuple[int, int]) -> int:
+    """Pictures that go through the model together: few of large ones, so that a start takes no more memory than a step"""
+    return 16 if max(size) <= 128 else 4
