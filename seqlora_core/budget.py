@@ -11,7 +11,7 @@ import math
 
 RATE = 0.03  # of the ascent, in the logarithm of the weight, a step
 MEMORY = 0.95  # of the running mean of the measured drift
-SAFETY = 0.85  # share of the budget that is spent: real pictures may move by more than replayed ones (docs/RESULTS.md)
+SAFETY = 2 / 3  # share of the budget that is spent: other pictures move by more than the replayed ones (docs/RESULTS.md)
 LEAST, MOST = 0.05, 1000.0  # of the weight
 
 
