@@ -27,6 +27,7 @@ from seqlora_core.adapter import Adapter, load_adapter, save_adapter
 from seqlora_core.calibration import calibrate, record_moments
 from seqlora_core.concept import References
 from seqlora_core.config import TrainingConfig
+from seqlora_core.diffusers_folder import open_folder
 from seqlora_core.drawing import draw
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import HeldOut, held_out_loss, measure, row, summed
@@ -39,7 +40,6 @@ from seqlora_core.prompts import generic_prompts
 from seqlora_core.references import load_pictures
 from seqlora_core.tables import markdown, meta
 from seqlora_core.teach import train_concept
-from seqlora_core.unet_model import UNetModel
 
 ROWS = ("ordinary_sum", "ordinary_norm", "closed_form", "seqlora")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -125,7 +125,7 @@ class Scores:
 
 
 def run(args) -> list[dict]:
-    model = UNetModel.open(args.model, args.device, getattr(torch, args.dtype))
+    model = open_folder(args.model, args.device, getattr(torch, args.dtype))
     size = (model.size, model.size)
     entries, scores = load_entries(args.data, model.size, args.count), Scores(args.clip, args.dino, args.device)
     config = TrainingConfig(steps=args.steps, rank=args.rank, batch=args.batch, seed=args.seed, planned=len(entries))

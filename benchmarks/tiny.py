@@ -38,35 +38,68 @@ def tokenizer():
     )  # fmt: skip
 
 
-def make_pipeline(kind: str):
-    """Random StableDiffusionPipeline ("sd15") or StableDiffusionXLPipeline ("sdxl") of about 0.2 M parameters."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
+def autoencoder(channels: int = 4, **more):
+    from diffusers import AutoencoderKL
 
+    return AutoencoderKL(
+        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels, norm_num_groups=8, sample_size=32, **more,
+    )  # fmt: skip
+
+
+def make_pipeline(kind: str):
+    """Random pipeline of about 0.2 M parameters: "sd15", "sdxl", "sd3", "sd35" or "flux"."""
     torch.manual_seed(0)
-    xl = kind == "sdxl"
+    return _unet_pipeline(kind == "sdxl") if kind in ("sd15", "sdxl") else _transformer_pipeline(kind)
+
+
+def _unet_pipeline(xl: bool):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
     more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=64 if xl else 32, **(more if xl else {}),
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=8, sample_size=32,
-    )  # fmt: skip
     parts = {
-        "unet": unet, "vae": vae, "text_encoder": text_encoder(), "tokenizer": tokenizer(),
+        "unet": unet, "vae": autoencoder(), "text_encoder": text_encoder(), "tokenizer": tokenizer(),
         "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
     }  # fmt: skip
     if xl:
         return StableDiffusionXLPipeline(**parts, text_encoder_2=text_encoder(projection=True), tokenizer_2=tokenizer())
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def _transformer_pipeline(kind: str):
+    """SD3 without its T5, as many use it"""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import T5Config, T5EncoderModel
+
+    vae = autoencoder(16, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False)
+    if kind == "flux":
+        transformer = FluxTransformer2DModel(
+            in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+            pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        t5 = T5EncoderModel(T5Config(vocab_size=49408, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2))
+        return FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae, text_encoder(), tokenizer(), t5, tokenizer(),
+            transformer,
+        )  # fmt: skip
+    transformer = SD3Transformer2DModel(
+        sample_size=16, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=64, num_attention_heads=2, joint_attention_dim=64,
+        caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=16,
+        **({"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if kind == "sd35" else {}),
+    )  # fmt: skip
+    encoders = [text_encoder(projection=True), tokenizer(), text_encoder(projection=True), tokenizer(), None, None]
+    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *encoders)
 
 
 def make_judges(folder: Path) -> None:

@@ -27,6 +27,7 @@ class Site:
     modules: tuple[nn.Module, ...]
     in_features: int
     out_features: int
+    first: int = 0  # which of the modules a forward pass calls first
 
     def weight_energy(self, moment: Tensor) -> Tensor:
         """`tr(W S W^T)`: the energy of the layer's own output on inputs of second moment S [in, in]."""
@@ -84,7 +85,7 @@ def attached(sites: list[Site], attachment: Attachment):
             for index, module in enumerate(site.modules):
                 rows = slice(start, start + module.weight.shape[0])
                 start = rows.stop
-                handles.append(module.register_forward_hook(_hook(attachment, site.name, rows, first=index == 0)))
+                handles.append(module.register_forward_hook(_hook(attachment, site.name, rows, first=index == site.first)))
         yield attachment
     finally:
         for handle in handles:

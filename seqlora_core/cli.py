@@ -23,7 +23,7 @@ def _common(seed: int | str = 0) -> argparse.ArgumentParser:
     common.add_argument(
         "--model",
         type=Path,
-        help="base model: a diffusers folder of SD1.5, SD2 or SDXL, or a file of the demo model's layout (default: the demo model)",
+        help="base model: a diffusers folder of SD1.5, SD2, SDXL, SD3 or Flux.1, or a file of the demo model's layout (default: the demo model)",
     )
     common.add_argument("--library", type=Path, help="folder of the library")
     common.add_argument("--seed", type=int, default=seed, help="of all that is random (default: 0)")

@@ -16,6 +16,7 @@ from .errors import UserError
 from .live_prompts import LivePrompts, clip_sites, token_site
 from .metadata import Base
 from .tensor_file import read_safetensors
+from .transformer_sites import sd3_sites
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 DEMO_MODEL = DEMO_FOLDER / "model" / "seqlora_demo.safetensors"
@@ -118,7 +119,7 @@ class DemoModel(FlowMatching):
             parts[prefix] = {k.removeprefix(prefix): v.to(dtype) for k, v in tensors.items() if k.startswith(prefix)}
             if not parts[prefix]:
                 raise UserError(
-                    f"{path} has no '{prefix}*' tensors: the command line takes files of the demo model's layout, and diffusers folders of SD1.5, SD2 and SDXL; "
+                    f"{path} has no '{prefix}*' tensors: the command line takes files of the demo model's layout, and diffusers folders of SD1.5, SD2, SDXL, SD3, SD3.5 and Flux.1; "
                     "use the ComfyUI nodes for other models"
                 )
         mmdit, vae, text = parts.values()
@@ -142,23 +143,8 @@ class DemoModel(FlowMatching):
 
     def _own_sites(self) -> list[Site]:
         if self._sites is None:
-            self._sites = []
-            for index, block in enumerate(self.mmdit.transformer_blocks):
-                a = block.attn
-                streams = {
-                    "x_block": ((a.to_q, a.to_k, a.to_v), a.to_out[0]),
-                    "context_block": ((a.add_q_proj, a.add_k_proj, a.add_v_proj), getattr(a, "to_add_out", None)),
-                }
-                for stream, (qkv, out) in streams.items():
-                    stem = f"diffusion_model.joint_blocks.{index}.{stream}.attn"
-                    self._add_site(f"{stem}.qkv", qkv)
-                    if out is not None:
-                        self._add_site(f"{stem}.proj", (out,))
+            self._sites = sd3_sites(self.mmdit)
         return self._sites
-
-    def _add_site(self, name: str, modules: tuple) -> None:
-        out = sum(m.weight.shape[0] for m in modules)
-        self._sites.append(Site(name, modules, modules[0].weight.shape[1], out))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

@@ -18,10 +18,10 @@ def open_model(args):
     import torch
 
     from .demo_model import DEMO_MODEL, DemoModel
-    from .unet_model import UNetModel
+    from .diffusers_folder import open_folder
 
     path, dtype = args.model or DEMO_MODEL, getattr(torch, args.dtype)
-    return (UNetModel.open if path.is_dir() else DemoModel)(path, args.device, dtype)
+    return (open_folder if path.is_dir() else DemoModel)(path, args.device, dtype)
 
 
 @contextlib.contextmanager

@@ -50,23 +50,6 @@ class UNetModel:
         self.live = LivePrompts()
         pipeline.set_progress_bar_config(disable=True)
 
-    @classmethod
-    def open(cls, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNetModel:
-        """From a diffusers folder; nothing is downloaded.  UserError if it holds another kind of pipeline."""
-        from diffusers import DiffusionPipeline
-
-        if not (Path(folder) / "model_index.json").is_file():
-            raise UserError(f"{folder} is no diffusers folder (no model_index.json): save the model there with save_pretrained")
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder} cannot be opened as a diffusers pipeline: {error}") from error
-        if not hasattr(pipeline, "unet") or not hasattr(pipeline, "encode_prompt"):
-            raise UserError(
-                f"{folder} holds a {type(pipeline).__name__}: the command line takes SD1.5, SD2 and SDXL; use the ComfyUI nodes for other models"
-            )
-        return cls(pipeline.to(device))
-
     def sites(self) -> list[Site]:
         return [*self.live.sites, *self._own_sites()]
 

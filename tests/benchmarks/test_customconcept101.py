@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import customconcept101, tiny
 from seqlora_core.denoiser import Conditioning, loss
+from seqlora_core.diffusers_folder import open_folder
 from seqlora_core.errors import UserError
-from seqlora_core.unet_model import UNetModel
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_whole_way(folder, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_the_host_noises_as_its_scheduler_does_and_predicts_as_its_pipeline_does(folder, kind):
-    model = UNetModel.open(folder / kind)
+    model = open_folder(folder / kind)
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(3, 4, 16, 16, generator=generator), torch.randn(3, 4, 16, 16, generator=generator)
     t = torch.tensor([10, 500, 990])
@@ -60,13 +60,13 @@ def test_the_host_noises_as_its_scheduler_does_and_predicts_as_its_pipeline_does
 
 
 def test_names_are_those_that_kohyas_files_have(folder):
-    names = {s.name for s in UNetModel.open(folder / "sd15").sites()}
+    names = {s.name for s in open_folder(folder / "sd15").sites()}
     assert "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k" in names
     assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0" in names
 
 
 def test_velocity_is_the_schedulers(folder):
-    model = UNetModel.open(folder / "sd15")
+    model = open_folder(folder / "sd15")
     model.kind = "v_prediction"
     x, noise, t = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([100, 900])
     assert torch.allclose(model.target(x, noise, t), model.pipeline.scheduler.get_velocity(x, noise, t), atol=1e-6)
@@ -74,13 +74,13 @@ def test_velocity_is_the_schedulers(folder):
 
 def test_a_folder_that_is_no_pipeline_is_told(folder, tmp_path):
     with pytest.raises(UserError, match="no diffusers folder"):
-        UNetModel.open(tmp_path)
+        open_folder(tmp_path)
     with pytest.raises(UserError, match="no dataset.json"):
         customconcept101.load_entries(tmp_path, 32, None)
 
 
 def test_conditioning_of_both_encoders_is_batched(folder):
-    model = UNetModel.open(folder / "sdxl")
+    model = open_folder(folder / "sdxl")
     one, two = model.encode_prompts(["a fox"]), model.encode_prompts(["a castle"])
     both = Conditioning.cat([one, two])
     assert both.context.shape[0] == both.pooled.shape[0] == 2 and both.context.shape[2] == 64
