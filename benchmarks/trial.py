@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TrainingConfig.steps)
     parser.add_argument("--concepts", nargs="+", default=CONCEPTS)
     parser.add_argument("--option", type=option, action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--pictures", type=int, help="of the calibration, if not as many as usual")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
     args = parser.parse_args()
     options, bench = from_recipe(dict(args.option), {}, "--option"), Bench(args.cache, args.steps)
@@ -48,7 +49,8 @@ def main() -> None:
     if config.text_encoder:  # the bare model and the ordinary LoRAs are measured; from here on its attention is adapted too
         bench.text_encoder, bench.subjects = True, {}
         subjects = [bench.subject(n) for n in args.concepts]
-        calibration = calibrate(model, (model.size, model.size))
+    if config.text_encoder or args.pictures:
+        calibration = calibrate(model, (model.size, model.size), args.pictures)
     with tempfile.TemporaryDirectory() as folder:
         library = Library(folder, model.fingerprint(), args.planned, create=True)
         library.keep_calibration(calibration)
@@ -61,6 +63,8 @@ def main() -> None:
         for some in (adapters, [stack] * len(subjects))
     )
     drift = bench.drift(stack)
+    if args.pictures:
+        options |= {"pictures": args.pictures}
     said = ", ".join(f"{k} {v}" for k, v in options.items()) or "as usual"
     print(f"{said}, planned for {args.planned}: alone {alone:.3f}, kept {kept:.3f}, drift {drift:+.2%}")
 

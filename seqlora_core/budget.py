@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-RATE = 0.03  # of the ascent, in the logarithm of the weight, a step
-MEMORY = 0.95  # of the running mean of the measured drift
+RATE = 0.03  # of the ascent, in the logarithm of the weight, a step of training
+MEMORY = 0.95  # of the running mean of the measured drift, a step
 SAFETY = 2 / 3  # share of the budget that is spent: other pictures move by more than the replayed ones (docs/RESULTS.md)
 LEAST, MOST = 0.05, 1000.0  # of the weight
 
@@ -24,10 +24,12 @@ class Budget:
 
     total: mean squared change of the prediction that `planned` concepts may cause together.  A prediction that moves
     by d, unrelated to its error, raises the loss by E|d|^2; so total = budget * the base model's loss, less a margin.
+    every: steps from one update to the next.
     """
 
-    def __init__(self, budget: float, base_loss: float, planned: int):
+    def __init__(self, budget: float, base_loss: float, planned: int, every: int = 1):
         self.total, self.planned, self.weight = SAFETY * budget * base_loss, planned, 1.0
+        self.rate, self.memory = every * RATE, MEMORY**every
         self.ratio: float | None = None  # running mean of drift over what was allowed
 
     def allowed(self, concepts: int) -> float:
@@ -37,6 +39,6 @@ class Budget:
     def update(self, drift: float, concepts: int) -> None:
         """drift: as just measured with `concepts` of them on, the new one included."""
         ratio = drift / self.allowed(concepts)
-        self.ratio = ratio if self.ratio is None else MEMORY * self.ratio + (1 - MEMORY) * ratio
-        step = RATE * max(-1.0, min(1.0, math.log(max(self.ratio, 1e-9))))
+        self.ratio = ratio if self.ratio is None else self.memory * self.ratio + (1 - self.memory) * ratio
+        step = self.rate * max(-1.0, min(1.0, math.log(max(self.ratio, 1e-9))))
         self.weight = max(LEAST, min(MOST, self.weight * math.exp(step)))

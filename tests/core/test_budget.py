@@ -25,6 +25,19 @@ def test_dual_ascent_holds_the_constraint_on_a_problem_that_is_known(scale, conc
     assert math.isclose(c * a * a, SAFETY * 0.02 * scale * min(1, concepts / planned), rel_tol=0.02)
 
 
+def test_seldom_updates_move_the_weight_as_far():
+    """In as many steps of training; the running mean forgets as much"""
+    often, seldom = Budget(0.02, 1.0, 1), Budget(0.02, 1.0, 1, every=4)
+    for step in range(1, 41):
+        often.update(1.0, 1)
+        if step % 4 == 0:
+            seldom.update(1.0, 1)
+    assert math.isclose(often.weight, seldom.weight, rel_tol=1e-6) and often.weight > 3
+    often.update(0.0, 1)
+    seldom.update(0.0, 1)
+    assert math.isclose(seldom.ratio, often.ratio * 0.95**3, rel_tol=1e-6)
+
+
 def test_a_slack_budget_lets_the_weight_fall_to_its_floor():
     budget = Budget(0.02, 1.0, 1)
     for _ in range(3000):
