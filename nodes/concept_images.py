@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from comfy_api.latest import io
 
 from ..seqlora_core.config import PictureOptions
 from ..seqlora_core.errors import UserError
-from ..seqlora_core.pictures import Pictures, load
+from ..seqlora_core.pictures import Pictures, load, mirrored
 from ..seqlora_core.storage import stamp
 from .folders import pictures_folder
 from .types import CATEGORY, ConceptImages, ImagesType, advanced
@@ -73,10 +72,8 @@ class SeqLoRAConceptImages(io.ComfyNode):
         else:
             pictures = _square(images, resolution)
             counted = None if mask is None else _square(_masks(mask, len(images)), resolution)[..., 0]
-            if flip:
-                pictures = torch.stack([pictures, pictures.flip(2)], 1).flatten(0, 1)
-                counted = None if counted is None else torch.stack([counted, counted.flip(2)], 1).flatten(0, 1)
             sets = [Pictures(pictures, [None] * len(pictures), counted)]
+            sets = [mirrored(s) for s in sets] if flip else sets
         _name(sets, captions, 2 if flip else 1)
         return io.NodeOutput(ConceptImages(sets, notes))
 

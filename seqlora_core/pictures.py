@@ -58,10 +58,23 @@ def load(folder: Path | str, size: int, options: PictureOptions) -> tuple[list[P
         mask = _mask(path, picture, target, options.masks)
         ones = by_size.setdefault(target, [])
         ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats))
-        if options.flip:
-            ones.append(_One(ones[-1].image.flip(1), None if mask is None else mask.flip(1), ones[-1].caption, repeats))
-    sets = sorted(by_size.values(), key=len, reverse=True)
-    return [_together(ones) for ones in sets], notes
+    sets = [_together(ones) for ones in sorted(by_size.values(), key=len, reverse=True)]
+    return [mirrored(s) for s in sets] if options.flip else sets, notes
+
+
+def mirrored(pictures: Pictures) -> Pictures:
+    """Each picture followed by its mirror image"""
+
+    def both(given: Tensor) -> Tensor:
+        return torch.stack([given, given.flip(2)], 1).flatten(0, 1)
+
+    def twice(given: list) -> list:
+        return [one for one in given for _ in range(2)]
+
+    masks, repeats = pictures.masks, pictures.repeats
+    return Pictures(
+        both(pictures.images), twice(pictures.captions), None if masks is None else both(masks), repeats and twice(repeats)
+    )
 
 
 def _listed(folder: Path) -> list[tuple[Path, int]]:
