@@ -62,7 +62,7 @@ class PixelUNet(FlowMatching):
             unet = build_unet()
             unet.load_state_dict({k: v.float() for k, v in load_file(path).items()})
         self.unet, self.path = unet.eval().requires_grad_(False), path
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.device = torch.device("cpu")
         self.reader = DemoModel()
 
     def sites(self) -> list[Site]:

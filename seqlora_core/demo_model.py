@@ -112,20 +112,20 @@ class DemoModel(FlowMatching):
     size = SIZE
 
     def __init__(self, path: Path = DEMO_MODEL, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        self.path, self.device, self.dtype = Path(path), torch.device(device), dtype
+        self.path, self.device = Path(path), torch.device(device)
         tensors, _ = read_safetensors(self.path)
         parts: dict[str, dict[str, Tensor]] = {}
         for prefix in ("model.diffusion_model.", "first_stage_model.", "text_encoders.clip_l.transformer."):
-            parts[prefix] = {k.removeprefix(prefix): v.to(dtype) for k, v in tensors.items() if k.startswith(prefix)}
+            parts[prefix] = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
             if not parts[prefix]:
                 raise UserError(
                     f"{path} has no '{prefix}*' tensors: the command line takes files of the demo model's layout, and diffusers folders of SD1.5, SD2, SDXL, SD3, SD3.5 and Flux.1; "
                     "use the ComfyUI nodes for other models"
                 )
         mmdit, vae, text = parts.values()
-        self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device)
-        self.vae = _load_autoencoder(vae).eval().requires_grad_(False).to(self.device)
-        self.text = _load_text_encoder(text).eval().requires_grad_(False).to(self.device)
+        self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device, dtype)
+        self.vae = _load_autoencoder(vae).eval().requires_grad_(False).to(self.device, dtype)
+        self.text = _load_text_encoder(text).eval().requires_grad_(False).to(self.device, dtype)
         self.tokenize, self.live = tokenizer(), LivePrompts()
         self._sites: list[Site] | None = None
 
@@ -155,17 +155,17 @@ class DemoModel(FlowMatching):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        x = images.to(self.device, self.dtype).permute(0, 3, 1, 2) * 2 - 1
-        return torch.cat([self.vae.encoder(part) for part in x.split(16)])
+        x = images.to(self.device, self.vae.dtype).permute(0, 3, 1, 2) * 2 - 1
+        return torch.cat([self.vae.encoder(part) for part in x.split(16)]).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        x = torch.cat([self.vae.decoder(part) for part in latents.split(16)])
+        x = torch.cat([self.vae.decoder(part) for part in latents.to(self.vae.dtype).split(16)])
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).float()
 
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        c = self.live.encoded(conditioning, self.read_prompts)
-        return self.mmdit(noised, c.context, c.pooled, sigma * 1000, return_dict=False)[0]
+        c, dtype = self.live.encoded(conditioning, self.read_prompts), self.mmdit.dtype
+        return self.mmdit(noised.to(dtype), c.context, c.pooled, sigma * 1000, return_dict=False)[0].float()
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         return 16, size[0] // 8, size[1] // 8

@@ -136,6 +136,7 @@ class FlowMatching:
 
     size: int
     training_shift = 1.5
+    dtype = torch.float32  # of latents and noise levels, whatever the weights are
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         raise NotImplementedError

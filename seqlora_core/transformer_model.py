@@ -18,9 +18,7 @@ EMBEDDED_GUIDANCE = 3.5  # of Flux.1 dev, while it trains and unless a picture a
 
 
 class TransformerModel(FlowMatching):
-    """`denoiser.Denoiser` around a diffusers StableDiffusion3Pipeline or FluxPipeline.  Latents are float32."""
-
-    dtype = torch.float32
+    """`denoiser.Denoiser` around a diffusers StableDiffusion3Pipeline or FluxPipeline."""
 
     def __init__(self, pipeline):
         self.pipeline, self.transformer, self.vae = pipeline, pipeline.transformer, pipeline.vae

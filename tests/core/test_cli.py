@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from seqlora_core.adapter import load_adapter
@@ -41,6 +42,23 @@ def folder(tmp_path_factory):
             == 0
         )
     return library
+
+
+@pytest.mark.parametrize("kind", ["demo", "sd15", "sd3"])
+def test_half_precision_of_the_base_model_trains_and_draws(kind, tmp_path):
+    """Adapters and latents stay in float32"""
+    from benchmarks.tiny import make_pipeline
+    from seqlora_core.adapter import load_adapter
+
+    given = ["--library", str(tmp_path / "l"), "--dtype", "bfloat16"]
+    if kind != "demo":
+        make_pipeline(kind).save_pretrained(tmp_path / kind)
+        given += ["--model", str(tmp_path / kind)]
+    assert main(["calibrate", *given, "--pictures", "4"]) == 0
+    assert main(["train", *given, "--images", OCTOPUS, "--trigger", "octzu", "--name", "octopus", "--steps", "2"]) == 0
+    adapter = load_adapter(tmp_path / "l" / "octopus.safetensors")
+    assert adapter.layers and all(d.up.dtype == torch.float32 and d.up.any() for d in adapter.layers.values())
+    assert main(["sample", "an octzu", *given, "--output", str(tmp_path / "x.png")]) == 0
 
 
 def run(capsys, *arguments):
