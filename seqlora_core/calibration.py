@@ -61,9 +61,8 @@ class Calibration:
 
 @torch.no_grad()
 def record_moments(
-    denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, adapter: Adapter | None = None,
-    passes: int = PASSES, batch: int | None = None, seed: int = 0,
-) -> Moments:  # fmt: skip
+    denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, adapter: Adapter | None = None, seed: int = 0
+) -> Moments:
     """Second moments of every site's inputs while these latents are seen at noise levels spread over the schedule.
 
     latents [n, ...]; conditioning of n prompts.  adapter: on meanwhile.
@@ -71,10 +70,10 @@ def record_moments(
     attachment = Attachment()
     attachment.set_frozen(adapter, denoiser.device)
     generator = torch.Generator().manual_seed(seed)
-    count, batch = len(latents), batch or at_once((8 * latents.shape[-2], 8 * latents.shape[-1]))
-    sigmas = denoiser.even_sigmas(count * passes)[torch.randperm(count * passes, generator=generator)]
+    count, batch = len(latents), at_once((8 * latents.shape[-2], 8 * latents.shape[-1]))
+    sigmas = denoiser.even_sigmas(count * PASSES)[torch.randperm(count * PASSES, generator=generator)]
     with attached(denoiser.sites(), attachment), Recorder(attachment) as recorder:
-        for repeat in range(passes):
+        for repeat in range(PASSES):
             for index in torch.arange(count).split(batch):
                 x = latents[index].to(denoiser.device)
                 noise = torch.randn(x.shape, generator=generator).to(x)

@@ -42,10 +42,11 @@ def draw(
     attachment.set_frozen(adapter, denoiser.device)
     recorder = Recorder(attachment)
     with attached(denoiser.sites(), attachment):
+        empty = None if guidance == UNGUIDED else denoiser.encode_prompts([""])
         for rows in torch.arange(count).split(at_once(size)):
             some = [prompts[i] for i in rows]
             wanted = denoiser.encode_prompts(some)
-            unwanted = None if guidance == UNGUIDED else denoiser.encode_prompts([""] * len(some))
+            unwanted = None if empty is None else empty[torch.zeros_like(rows)]
             noise = torch.randn(len(some), *shape, generator=generator).to(denoiser.device)
             latents = torch.zeros_like(noise)
             for step in range(steps + 1):
