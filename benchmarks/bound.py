@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from benchmarks.plots import new_figure, save
@@ -70,19 +70,17 @@ def measure(model: DemoModel, library: Library) -> list[dict]:
 
 def figure(rows: list[dict], path: Path) -> None:
     picture, axes = new_figure(8, 6)
-    energy, quantile = (np.array([r[k] for r in rows]) for k in ("energy", "quantile"))
-    span, t = np.array([energy.min(), energy.max()]), math.log(1 / DELTA)
-    axes.loglog(
-        np.sqrt(energy), quantile, ".", color="#1f5fa8", alpha=0.5, markersize=5, label="measured, one (pair, layer) each"
-    )
-    most = np.sqrt(1 + 2 * math.sqrt(t) + 2 * t)
-    axes.loglog(np.sqrt(span), most * np.sqrt(span), color="#b5442e", label="the bound at rank 1, its largest for an energy")
-    axes.loglog(np.sqrt(span), np.sqrt(span), color="#999999", linestyle=":", label="root mean square")
+    bound, quantile = (np.array([r[k] for r in rows]) for k in ("bound", "quantile"))
+    span = np.array([bound.min(), bound.max()])
+    axes.loglog(bound, quantile, ".", color="#1f5fa8", alpha=0.5, markersize=5, label="one (pair, layer) each")
+    axes.loglog(span, span, color="#b5442e", label="the bound: no dot above it, if its assumption holds")
     axes.set(
-        xlabel="root of the residual interference energy, from the stored moments",
+        xlabel=f"bound on the change that {1 - DELTA:.0%} of inputs keep, from the stored moments",
         ylabel=f"{1 - DELTA:.0%} quantile of the change on held-out inputs",
         title="What one concept does to another's layers",
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     axes.legend()
     picture.savefig(path)
 
@@ -100,9 +98,10 @@ def main() -> None:
         "delta": DELTA, "dots": len(rows), "inputs_above": float(above.mean()), "worst_dot_above": float(above.max()),
         "dots_that_keep_the_promise": float((above <= DELTA).mean()),
         "bound_over_quantile": {"median": float(np.median(ratios)), "least": float(ratios.min()), "most": float(ratios.max())},
+        "rows": [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in r.items()} for r in rows],
     }  # fmt: skip
     figure(rows, save(args.output, "bound", result))
-    print(json.dumps(result, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
 
 
 if __name__ == "__main__":

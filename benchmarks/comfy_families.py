@@ -45,6 +45,11 @@ UNET = {
 }  # fmt: skip
 WIDER = UNET | {"model_channels": 64}  # one head of 64
 XL = WIDER | {"use_linear_in_transformer": True, "num_classes": "sequential"}
+SDXL = XL | {"context_dim": 64, "adm_in_channels": 1280 + 1536}
+FOUR = {
+    "num_res_blocks": [1, 1, 1, 1], "channel_mult": [1, 1, 1, 1], "transformer_depth": [0, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1, 1], "transformer_depth_middle": 1,
+}  # fmt: skip
 FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16, "context_in_dim": 32,
     "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6],
@@ -83,15 +88,27 @@ COSMOS = {
     "rope_w_extrapolation_ratio": 1.0, "rope_t_extrapolation_ratio": 1.0, "extra_h_extrapolation_ratio": 1.0,
     "extra_w_extrapolation_ratio": 1.0, "extra_t_extrapolation_ratio": 1.0,
 }  # fmt: skip
+WAN = {
+    "image_model": "wan2.1", "dim": 32, "out_dim": 16, "num_heads": 2, "ffn_dim": 32, "num_layers": 1, "patch_size": (1, 2, 2), "freq_dim": 16,
+    "text_dim": 32, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16, "model_type": "t2v",
+}  # fmt: skip
+PREDICT2 = COSMOS | {"image_model": "cosmos_predict2", "pos_emb_learnable": True, "min_fps": 1, "max_fps": 30, "rope_enable_fps_modulation": False}
 
 ALPHA = {"image_model": "pixart_alpha", "micro_condition": True, "hidden_size": 48}  # whose width divides by 3
 
 FAMILIES = [
     Family("SD1.5", "SD15", UNET, (4, 8, 8), (77, 154)),
     Family("SD2.1", "SD20", WIDER | {"use_linear_in_transformer": True}, (4, 8, 8), (77, 77)),
-    Family("SDXL", "SDXL", XL | {"context_dim": 64, "adm_in_channels": 1280 + 1536}, (4, 8, 8), (77, 154), 64, 1280),
+    Family("SDXL", "SDXL", SDXL, (4, 8, 8), (77, 154), 64, 1280),
     Family("SDXL refiner", "SDXLRefiner", XL | {"adm_in_channels": 1280 + 1280}, (4, 8, 8), (77, 77), 32, 1280),
-    Family("SSD-1B", "SSD1B", XL | {"context_dim": 64, "adm_in_channels": 1280 + 1536}, (4, 8, 8), (77, 77), 64, 1280),
+    Family("SSD-1B", "SSD1B", SDXL, (4, 8, 8), (77, 77), 64, 1280),
+    Family("Segmind Vega", "Segmind_Vega", SDXL, (4, 8, 8), (77, 77), 64, 1280),
+    Family("KOALA 700M", "KOALA_700M", SDXL, (4, 8, 8), (77, 77), 64, 1280),
+    Family("KOALA 1B", "KOALA_1B", SDXL, (4, 8, 8), (77, 77), 64, 1280),
+    Family("SD1.5 inpainting", "SD15", UNET | {"in_channels": 9}, (4, 8, 8), (77, 77)),
+    Family("SDXL inpainting", "SDXL", SDXL | {"in_channels": 9}, (4, 8, 8), (77, 77), 64, 1280),
+    Family("Lotus D", "LotusD", WIDER | {"use_linear_in_transformer": True, "adm_in_channels": 4, "num_heads": 2, "num_classes": "sequential"}, (4, 8, 8), (77, 77)),
+    Family("SD x4 upscaler", "SD_X4Upscaler", WIDER | FOUR | {"in_channels": 7, "use_linear_in_transformer": True}, (4, 16, 16), (77, 77)),
     Family(
         "Stable Cascade C", "Stable_Cascade_C",
         {"stable_cascade_stage": "c", "c_cond": 32, "c_hidden": [32, 32], "nhead": [2, 2], "blocks": [[1, 1], [1, 1]],
@@ -189,19 +206,16 @@ FAMILIES = [
         HUNYUAN | {"patch_size": [1, 1], "in_channels": 64, "out_channels": 64, "vec_in_dim": None, "axes_dim": [8, 8], "byt5": True},
         (64, 4, 4), (7, 9), more={"attention_mask": (), "conditioning_byt5small": (5, 1472)}, later=HUNYUAN_LATER,
     ),
-    Family("Cosmos Predict2", "CosmosT2IPredict2", COSMOS | {"image_model": "cosmos_predict2", "pos_emb_learnable": True, "min_fps": 1, "max_fps": 30, "rope_enable_fps_modulation": False}, (16, 1, 8, 8)),
+    Family("Cosmos Predict2", "CosmosT2IPredict2", PREDICT2, (16, 1, 8, 8)),
+    Family("Cosmos Predict2 I2V", "CosmosI2VPredict2", PREDICT2 | {"in_channels": 17}, (16, 1, 8, 8)),
     Family(
         "Cosmos", "CosmosT2V",
         COSMOS | {"image_model": "cosmos", "pos_emb_learnable": False, "block_config": "FA-CA-MLP", "block_x_format": "THWBD", "affline_emb_norm": True,
          "extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable"},
         (16, 1, 8, 8),
     ),
-    Family(
-        "Wan 2.1", "WAN21_T2V",
-        {"image_model": "wan2.1", "dim": 32, "out_dim": 16, "num_heads": 2, "ffn_dim": 32, "num_layers": 1, "patch_size": (1, 2, 2),
-         "freq_dim": 16, "text_dim": 32, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16, "model_type": "t2v"},
-        (16, 1, 8, 8),
-    ),
+    Family("Wan 2.1", "WAN21_T2V", WAN, (16, 1, 8, 8)),
+    Family("Wan 2.2 5B", "WAN22_T2V", WAN | {"in_dim": 48, "out_dim": 48}, (48, 1, 4, 4)),
     Family("HunyuanVideo", "HunyuanVideo", HUNYUAN, (16, 1, 8, 8), pooled=768, later=HUNYUAN_LATER),
     Family(
         "Mochi", "GenmoMochi",

@@ -85,6 +85,7 @@ def measure(every: int) -> dict:
     from seqlora_pack.nodes.comfy_lora_files import fit
     from seqlora_pack.nodes.comfy_patches import Part, patch_model
     from seqlora_pack.nodes.comfy_weights import Weights
+    from seqlora_pack.seqlora_core.report import interference_report
 
     from benchmarks import comfy_sd15
 
@@ -93,12 +94,13 @@ def measure(every: int) -> dict:
     loras = build_loras(weights, every)
     layers = len([k for k in loras[0] if k.endswith("lora_up.weight")])
     one = concatenated(loras)
-    found: dict[str, list[tuple[float, float]]] = {"one_file": [], "ours": [], "ours_new_strength": []}
+    halved = [{k: v / 2 if k.endswith("alpha") else v for k, v in lora.items()} for lora in loras]
+    found: dict[str, list[tuple[float, float]]] = {"one_file": [], "ours": [], "ours_half_alpha": [], "ours_new_strength": []}
     for _ in range(REPEATS):
         build, (model, _) = seconds(lambda: comfy.sd.load_lora_for_models(unet, None, one, 1.0, 0.0))
         found["one_file"].append((build, patched(model)[0]))
 
-    def read():
+    def read(loras=loras):
         known = Weights(unet, None)
         return known, [fit(lora, {}, known, str(i)) for i, lora in enumerate(loras)]
 
@@ -114,6 +116,11 @@ def measure(every: int) -> dict:
         found["ours"].append((reading + build, took))
         build, model = seconds(lambda: stack(known, fitted, 0.5))  # noqa: B023
         found["ours_new_strength"].append((build, patched(model)[0]))
+        reading, scaled = seconds(lambda: read(halved))
+        build, model = seconds(lambda: stack(*scaled))  # noqa: B023
+        found["ours_half_alpha"].append((reading + build, patched(model)[0]))
+    report, _ = seconds(lambda: interference_report({str(i): f.adapter for i, f in enumerate(fitted)}))
+    model = stack(known, fitted)
     composing, model = peak_above(lambda: stack(known, fitted))
     largest = max(weights.shapes[k][0] * weights.shapes[k][1] for k in model.patches) * 4
     key = max(model.patches, key=lambda k: weights.shapes[k][0] * weights.shapes[k][1])
@@ -134,7 +141,15 @@ def measure(every: int) -> dict:
         row["seconds"] = row["build"] + row["patch"]
     error = max(float((ours[k].float() - v.float()).abs().max() / v.float().abs().max()) for k, v in stock.items())
     memory = {"largest_layer": largest, "composing": composing, "one_weight": joining}
-    return {"rows": rows, "layers": layers, "loras": COUNT, "rank": RANK, "memory": memory, "difference": error}
+    return {
+        "rows": rows,
+        "layers": layers,
+        "loras": COUNT,
+        "rank": RANK,
+        "memory": memory,
+        "difference": error,
+        "report": report,
+    }
 
 
 def main() -> None:

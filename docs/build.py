@@ -31,6 +31,8 @@ TABLES = {
     "replay_pool": of_method.replay_table,
     "method": of_method.method_table,
     "strengths": of_method.strengths_table,
+    "editing": of_method.editing_table,
+    "ablations": lambda: of_method.method_table("ablations"),
     "method_large": lambda: of_method.method_table("method_large"),
     "method_unet": lambda: of_method.method_table("method_unet"),
     "demo": of_method.demo_table,

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..seqlora_core.errors import UserError
-from ..seqlora_core.lora_moments import general_calibration, keep_moments, kept_moments, see_trigger
+from ..seqlora_core.lora_moments import general_calibration, keep_moments, kept_moments, kept_trigger, see_trigger
 from ..seqlora_core.storage import stamp
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
@@ -67,8 +67,8 @@ class SeqLoRACalibrate(io.ComfyNode):
     def execute(cls, model, clip, vae, loras, triggers, resolution, pictures, seed, stack=None) -> io.NodeOutput:
         given = [Entry("", name, strength) for name, strength in parse_list(loras, STRENGTH["default"])]
         whole = (stack or Stack()).plus(*given)
-        # a LoRA that stands there for the model and for the text encoder apart is seen once, whole
-        once = Stack().plus(*(replace(e, part="") for e in whole.entries))
+        # a LoRA that stands there several times, for parts of the model or of the sampling, is seen once, whole
+        once = Stack().plus(*(replace(e, part="", layers="", start=0.0, end=1.0) for e in whole.entries))
         files = [e for e in once.entries if not e.library]
         if not files:
             raise UserError("no LoRA to calibrate: name files of models/loras, one a line; concepts of a library need none")
@@ -89,7 +89,7 @@ class SeqLoRACalibrate(io.ComfyNode):
                 path = lora_file(entry.name)
                 kept = kept_moments(path, base)
                 # what it sees in the other LoRAs' layers counts too
-                if kept is None or not seen <= set(kept[0].layers):
+                if kept is None or not seen <= set(kept[0].layers) or kept_trigger(path, base) != calls[entry.name]:
                     fitted = loras[entry.name]
                     part = Part(entry.name, 1.0, fitted.adapter, fitted.patches)
                     patched, text, missing = patch_model(model, clip, [part], weights)

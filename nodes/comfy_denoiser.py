@@ -7,6 +7,7 @@ samplers do.  Files called `comfy_*` alone touch ComfyUI's internals.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import comfy.lora
 import comfy.model_management as management
@@ -32,19 +33,19 @@ class ComfyDenoiser:
 
     Use as a context manager, inside `torch.inference_mode(False)`.  Latents handed out are the model's own
     (after process_latent_in).  layers: of LoRA files, whose linear ones are then the sites; else all attention projections.
-    offloads: pictures that a training step is to have room for, beside which ComfyUI loads as many weights as fit; 0: all.
+    file: what the model was loaded from, if that is known.  offloads: pictures that a training step is to have room for, beside which ComfyUI loads as many weights as fit; 0: all.
     """
 
-    def __init__(self, model, clip, vae, layers: Iterable[str] | None = None, offloads: int = 0):
+    def __init__(self, model, clip, vae, layers: Iterable[str] | None = None, offloads: int = 0, file: Path | None = None):
         dynamic = getattr(model, "is_dynamic", lambda: False)()
         # a dynamic patcher may evict weights between forward and backward: train on a plain one
         self.patcher = model.clone(disable_dynamic=True) if dynamic else model.clone()
-        self.clip, self.vae, self.offloads = clip, vae, offloads
+        self.clip, self.vae, self.offloads, self.file = clip, vae, offloads, file
         self.device = model.load_device
         self._trainable: list[Trainable] = []  # the model, and its text encoder if that is adapted
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._layers, self._sites, self._attention = None if layers is None else set(layers), None, None
-        self._live = LivePrompts()
+        self._live, self._begun = LivePrompts(), False
 
     def __enter__(self) -> ComfyDenoiser:
         self._load()
@@ -83,7 +84,7 @@ class ComfyDenoiser:
     def adapt_text(self, attention: bool, tokens: bool = False) -> None:
         self._live.sites = [
             *(self.token_tables() if tokens else ()),
-            *(clip_sites(self.clip, self.about().name) if attention else ()),
+            *(clip_sites(self.clip, self.about().family) if attention else ()),
         ]
         while len(self._trainable) > 1:  # of an earlier choice: its hooks would stay on the encoder
             self._trainable.pop().close()
@@ -128,14 +129,15 @@ class ComfyDenoiser:
         return self.base.diffusion_model
 
     def about(self) -> Base:
-        """Without a file: a MODEL link does not say where it was loaded from"""
         kind = type(self.base).__name__
-        velocity = isinstance(self._sampling, comfy.model_sampling.V_PREDICTION)
-        noise = isinstance(self._sampling, comfy.model_sampling.EPS) and not velocity
+        kinds = comfy.model_sampling  # some that predict other things are made from these two
+        velocity = isinstance(self._sampling, kinds.V_PREDICTION) and not isinstance(self._sampling, kinds.EDM)
+        noise = isinstance(self._sampling, kinds.EPS) and not isinstance(self._sampling, (kinds.V_PREDICTION, kinds.X0))
         if kind == "BaseModel":  # SD1 and SD2, told apart by their text encoders' widths
             wide = self.base.model_config.unet_config.get("context_dim") == 1024
             kind = ("sd2_v" if velocity else "sd2") if wide else "sd1"
-        return Base(kind, _FAMILIES.get(kind, kind), "v" if velocity else "epsilon" if noise else "")
+        prediction = "v" if velocity else "epsilon" if noise else ""
+        return Base(self.file.name if self.file else kind, _FAMILIES.get(kind, kind), prediction, self.file)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         if self._live:
@@ -206,7 +208,10 @@ class ComfyDenoiser:
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if torch.is_grad_enabled():
             self._prepare()
+            self._begun = True
         elif not self._trainable[0].ready:  # else it is loaded, and weights must stay where they are
+            if not self._begun:  # a cancel ends calibration; from the first step on the run itself looks for it
+                management.throw_exception_if_processing_interrupted()
             self._load()
         conditioning = self._live.encoded(conditioning, self.read_prompts)
         rows, parts = [], []
@@ -242,7 +247,7 @@ class ComfyDenoiser:
         height, width = noised.shape[-2] * 8, noised.shape[-1] * 8
         conditions = self.base.extra_conds(
             cross_attn=options.pop("context"), noise=noised, device=self.device, width=width, height=height,
-            prompt_type="positive", **options,
+            prompt_type="positive", latent_image=torch.zeros_like(noised), denoise_mask=None, seed=0, **options,
         )  # fmt: skip
         return {k: c.process_cond(batch_size=len(noised), device=self.device, area=None) for k, c in conditions.items()}
 

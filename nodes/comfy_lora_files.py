@@ -15,12 +15,15 @@ import torch
 from comfy.weight_adapter import BOFTAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
 from torch import Tensor
 
-from ..seqlora_core.adapter import Adapter, LayerDelta, joined, layer_delta
+from ..seqlora_core.adapter import FLOATS, LARGEST_SCALE, Adapter, LayerDelta, joined, layer_delta
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.live_prompts import is_text
 from ..seqlora_core.low_rank import factorised
 from ..seqlora_core.spelling import Factors, alpha_of, factors, other_kind
 from .comfy_weights import Target, Weights, parts
+
+DAMAGED = (KeyError, IndexError, RuntimeError, ValueError, AttributeError, TypeError)  # what a broken file may raise
+READ_PLAINLY = (".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm", ".alpha")  # keys that no weight adapter lists
 
 
 @dataclass
@@ -75,6 +78,9 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
     factors(tensors, source)  # tells of a missing half, which ComfyUI would leave out
     # of plain LoRAs `layer_delta` looks at every number
     for key, tensor in tensors.items() if other_kind(tensors) else ():
+        if tensor.dtype not in FLOATS and tensor.numel() > 1:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{source}: {key} is of {kind}: convert the LoRA to float16 or float32 first")
         if not tensor.float().isfinite().all():
             raise UserError(f"{source}: {key} holds values that are not finite; the file is damaged, get it again")
     keys, tensors = tuple(tensors), comfy.lora_convert.convert_lora(tensors)
@@ -89,11 +95,15 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
         )
     try:
         loaded = comfy.lora.load_lora(tensors, used, log_missing=False)
-    except (KeyError, IndexError, RuntimeError, ValueError, AttributeError) as error:
+    except DAMAGED as error:
         raise UserError(f"{source} is incomplete or damaged ({error}); get it again") from error
     if not loaded:
         kind = other_kind(tensors) or "a file of layers"
         raise UserError(f"{source} is {kind}, which ComfyUI cannot read: convert it to a LoRA, or have it trained as one")
+    consumed = {key for key in tensors if key.endswith(READ_PLAINLY)}.union(
+        *(p.loaded_keys for p in loaded.values() if hasattr(p, "loaded_keys"))
+    )
+    unknown += [key for key in tensors if key not in consumed and key not in unknown]
     fitted = Fitted(Adapter({}, metadata), unknown=unknown)
     places, key_of, stem_of = [], {id(t): k for k, t in tensors.items()}, {t: s for s, t in used.items()}
     for target, patch in loaded.items():
@@ -102,7 +112,10 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
         _check_shape(patch, _rows_shape(weights.shapes.get(key, ()), rows), f"{source}: {name or key}")
         plain = isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None and layout is None
         if not plain or name is None or (rows and rows[0] != 0):
-            fitted.patches[target] = patch
+            if isinstance(patch, LoKrAdapter) and patch.weights[7] is not None and not _changes(patch, weights.shapes[key]):
+                unknown.append(f"{stem_of[target]}.lokr_t2")  # ComfyUI reads it and then fails on it
+            else:
+                fitted.patches[target] = patch
             continue
         up, down, alpha, mid = patch.weights[:4]
         names = [None if part is None else key_of[id(part)] for part in (down, up, mid)]
@@ -147,9 +160,31 @@ def _rows_shape(shape: tuple[int, ...], rows) -> tuple[int, ...]:
 
 
 def _check_shape(patch, shape: tuple[int, ...], source: str) -> None:
-    found = _shape_of(patch, shape)
+    try:
+        found, whole = _shape_of(patch, shape), _is_whole(patch, shape)
+    except DAMAGED as error:
+        raise UserError(f"{source} is incomplete or damaged ({error}); get it again") from error
     if found is not None:
         _check_size(found, shape, source)
+    if not whole:
+        raise UserError(f"{source} has parts that do not fit one another; the file is damaged, get it again")
+
+
+def _is_whole(patch, shape: tuple[int, ...]) -> bool:
+    """Whether a patch's parts multiply and its alpha is one that training sets"""
+    if isinstance(patch, LoHaAdapter):
+        a, b, alpha, c, d, core = patch.weights[:6]
+        multiply = core is not None or (a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0])
+        if not multiply or (alpha is not None and not abs(alpha) <= LARGEST_SCALE * b.shape[0]):
+            return False
+    place = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}.get(type(patch))
+    magnitude = None if place is None else patch.weights[place]
+    return magnitude is None or magnitude.numel() in (shape[0], math.prod(shape[1:]), shape[1])
+
+
+def _changes(patch, shape: tuple[int, ...]) -> bool:
+    """Whether ComfyUI makes anything of a patch"""
+    return bool(comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], torch.zeros(shape), "").any())
 
 
 def _check_size(found: tuple[int, int], shape: tuple[int, ...], source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import comfy.hooks
@@ -35,14 +36,26 @@ class StackPatch(WeightAdapterBase):
         def joined(tensors: list[Tensor], dim: int) -> Tensor:
             return management.cast_to_device(torch.cat(tensors, dim), weight.device, intermediate_dtype)
 
-        down, up = joined([d.down for _, d in self.parts], 0), joined([d.up for _, d in self.parts], 1)
-        # once for all: many small products would take longer than all the rest
-        scale = torch.tensor([s * strength for s, d in self.parts for _ in range(d.rank)], dtype=up.dtype, device=up.device)
-        up = up * scale
-        if weight.dtype == intermediate_dtype and weight.is_contiguous():
-            weight.view(len(weight), -1).addmm_(up, down)
-            return weight
-        return weight.add_((up @ down).reshape(weight.shape).to(weight.dtype))
+        in_place = weight.dtype == intermediate_dtype and weight.is_contiguous()
+        total = weight.view(len(weight), -1) if in_place else None
+        for parts in self._pieces(min(len(weight), weight[0].numel())):
+            down, up = joined([d.down for _, d in parts], 0), joined([d.up for _, d in parts], 1)
+            # once for all: many small products would take longer than all the rest
+            scale = torch.tensor([s * strength for s, d in parts for _ in range(d.rank)], dtype=up.dtype, device=up.device)
+            up = up * scale
+            total = up @ down if total is None else total.addmm_(up, down)
+        return weight if in_place else weight.add_(total.reshape(weight.shape).to(weight.dtype))
+
+    def _pieces(self, most: int) -> Iterator[list[tuple[float, LayerDelta]]]:
+        """Parts whose ranks' sum passes `most` one group after another, so that factors never take more room than the weight:
+        from there on the sum is the dense change"""
+        piece, rank = [], 0
+        for part in self.parts:
+            if piece and rank + part[1].rank > most:
+                yield piece
+                piece, rank = [], 0
+            piece, rank = [*piece, part], rank + part[1].rank
+        yield piece
 
 
 @dataclass

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import comfy.lora
 import comfy.utils
 import torch
 from torch import Tensor
 
-from .comfy_sites import file_names
+from ..seqlora_core.denoiser import fingerprint, first_site
+from .comfy_sites import attention_sites, file_names
 
 # a weight's key, or with it the rows that are meant and how a change is laid out in them
 Target = str | tuple
@@ -47,9 +50,23 @@ class Weights:
 
     def original(self, key: str) -> Tensor:
         """The unpatched weight, in float64"""
-        patcher = self.model if key in self.model.model_state_dict() else self.clip.patcher
-        weight, convert = patcher.get_key_patches(key)[key][0]
+        weight, convert = self._kept(key)
         return convert(weight.to(torch.float32, copy=True), inplace=True).double()
+
+    def digest(self, key: str) -> str:
+        """Tells the unpatched weight from that of another model"""
+        return hashlib.sha256(self._kept(key)[0].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """`ComfyDenoiser.fingerprint`, whatever patches a clone of the model that is loaded has put into it"""
+        sites = attention_sites(self.model.model)
+        modules = first_site(sites).modules
+        keys = {m: f"{name}.weight" for name, m in self.model.model.named_modules() if any(m is one for one in modules)}
+        return fingerprint(sites, [self._kept(keys[m])[0] for m in modules])
+
+    def _kept(self, key: str):
+        patcher = self.model if key in self.model.model_state_dict() else self.clip.patcher
+        return patcher.get_key_patches(key)[key][0]
 
 
 def _more_names(base, targets: dict[str, Target]) -> dict[str, Target]:

@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..seqlora_core.config import PictureOptions
 from ..seqlora_core.errors import UserError
-from ..seqlora_core.pictures import Pictures, load, mirrored
-from ..seqlora_core.storage import stamp
+from ..seqlora_core.pictures import Pictures, became, load, mirrored
+from ..seqlora_core.storage import digest, stamp
 from .folders import pictures_folder
 from .types import CATEGORY, ConceptImages, ImagesType, advanced
 
@@ -74,8 +74,20 @@ class SeqLoRAConceptImages(io.ComfyNode):
             counted = None if mask is None else _square(_masks(mask, len(images)), resolution)[..., 0]
             sets = [Pictures(pictures, [None] * len(pictures), counted)]
             sets = [mirrored(s) for s in sets] if flip else sets
+            notes = _notes(images, resolution)
         _name(sets, captions, 2 if flip else 1)
         return io.NodeOutput(ConceptImages(sets, notes))
+
+
+def _notes(images, resolution: int) -> list[str]:
+    """What became of connected pictures, all of one size; which are there twice"""
+    (height, width), seen = images.shape[1:3], {}
+    notes = [became(f"{len(images)} connected images", (width, height), (resolution, resolution), resolution)]
+    for number, image in enumerate(images, 1):
+        first = seen.setdefault(digest(image.contiguous().cpu().numpy().tobytes()), number)
+        if first != number:
+            notes.append(f"connected image {number} is the same picture as {first}: one of them would do")
+    return notes
 
 
 def _name(sets: list[Pictures], captions: str, times: int) -> None:

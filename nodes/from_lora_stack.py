@@ -40,25 +40,33 @@ class SeqLoRAFromLoraStack(io.ComfyNode):
     def execute(cls, lora_stack=None, lora_model=None, name="trained", strength=1.0, stack=None) -> io.NodeOutput:
         if lora_stack is None and lora_model is None:
             raise UserError("nothing to take: connect lora_stack or lora_model")
-        entries = [entry for item in lora_stack or () for entry in _entries(item)]
+        entries = _entries(lora_stack or ())
         if lora_model is not None:
             entries.append(Entry("", _kept(lora_model, name).name, strength))
         return io.NodeOutput((stack or Stack()).plus(*entries))
 
 
-def _entries(item) -> list[Entry]:
-    """(file, model strength, clip strength) -> one entry, or one for each where the strengths differ"""
-    try:
-        name, strength, text = str(item[0]), float(item[1]), float(item[2])
-        if len(item) != 3 or not (math.isfinite(strength) and math.isfinite(text)):
-            raise ValueError
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise UserError(
-            f"the LoRA stack holds {item!r}: each of its items must be a file, a model strength and a clip strength"
-        ) from error
-    lora_file(name)
-    parts = {"": strength} if text == strength else {MODEL: strength, TEXT: text}
-    return [Entry("", name, value, part=part) for part, value in parts.items() if value]
+def _entries(items) -> list[Entry]:
+    """(file, model strength, clip strength) each -> one entry a file, or one for the model and one for the text encoder where
+    its strengths differ; those of a file that is there twice add up, as in chained loaders"""
+    strengths: dict[str, tuple[float, float]] = {}
+    for item in items:
+        try:
+            name, strength, text = str(item[0]), float(item[1]), float(item[2])
+            if len(item) != 3 or not (math.isfinite(strength) and math.isfinite(text)):
+                raise ValueError
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            raise UserError(
+                f"the LoRA stack holds {item!r}: each of its items must be a file, a model strength and a clip strength"
+            ) from error
+        lora_file(name)
+        before = strengths.get(name, (0.0, 0.0))
+        strengths[name] = before[0] + strength, before[1] + text
+    out = []
+    for name, (strength, text) in strengths.items():
+        parts = {"": strength} if text == strength else {MODEL: strength, TEXT: text}
+        out += [Entry("", name, value, part=part) for part, value in parts.items() if value]
+    return out
 
 
 def _kept(tensors: dict, name: str) -> Path:

@@ -9,20 +9,19 @@ from pathlib import Path
 import torch
 
 from ..seqlora_core.adapter import Adapter, load_adapter, read_safetensors
-from ..seqlora_core.composition import Wishes, energy_kept, project
+from ..seqlora_core.composition import Wishes, check_strength, energy_kept, project
 from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
-from ..seqlora_core.lora_moments import kept_general, kept_moments, moments_path
-from ..seqlora_core.selection import selected
+from ..seqlora_core.lora_moments import kept_general, kept_moments, kept_trigger, moments_path
+from ..seqlora_core.selection import acts, selected
 from ..seqlora_core.spectrum import spikes
 from ..seqlora_core.statistics import Moments
 from ..seqlora_core.storage import Kept, stamp
 from ..seqlora_core.triggers import trigger_of
-from .comfy_denoiser import ComfyDenoiser
 from .comfy_lora_files import Fitted, fit, in_low_rank
 from .comfy_patches import Part
-from .comfy_weights import Weights
+from .comfy_weights import Weights, parts
 from .folders import libraries_folder, library_folder, lora_file
 from .types import TEXT, Entry, Stack
 
@@ -40,7 +39,7 @@ class Member:
 
 @dataclass
 class Composed:
-    """A stack ready for a model.  kept: energy that the projection leaves each of `parts`, as shares."""
+    """A stack ready for a model.  members: those that act.  kept: energy that the projection leaves each of `parts`, as shares."""
 
     members: list[Member]
     parts: list[Part]
@@ -76,9 +75,10 @@ class Composed:
 _concepts, _files, _moments, _projected = Kept(KEPT), Kept(KEPT), Kept(KEPT), Kept(2)
 
 
-def _read_moments(path: Path, base: str) -> Moments | None:
+def _read_moments(path: Path, base: str) -> tuple[Moments | None, str]:
+    """A LoRA's moments, and the words that it was calibrated with"""
     kept = kept_moments(path, base or None)
-    return kept[0] if kept else None
+    return (kept[0], kept_trigger(path, kept[1])) if kept else (None, "")
 
 
 def entry_file(entry: Entry) -> Path:
@@ -100,6 +100,8 @@ def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
     """What the stack's entries are and do to a model's weights.  Without those only plain LoRAs can be read."""
     if not stack.entries:
         raise UserError("the stack is empty: add a concept")
+    for entry in stack.entries:
+        check_strength(entry.name, entry.strength)
     members = [_load(entry, weights) for entry in stack.entries]
     members = [m for m in members if m.fitted.acts or not m.entry.part]
     if not members:
@@ -116,18 +118,30 @@ def _load(entry: Entry, weights: Weights | None) -> Member:
     else:
         fitted = _files.get((path, weights and weights.signature), stamp(path), lambda: _read_file(path, weights))
         state = _changed(path, entry.base)
-        moments = _moments.get((path, entry.base), state, lambda: _read_moments(path, entry.base))
-        trigger = trigger_of(fitted.adapter.metadata)
+        moments, called = _moments.get((path, entry.base), state, lambda: _read_moments(path, entry.base))
+        metadata = fitted.adapter.metadata
+        if called and not metadata.get("seqlora.trigger"):
+            metadata = metadata | {"modelspec.trigger_phrase": called}  # what the user says it is called goes before its file
+            fitted = replace(fitted, adapter=Adapter(fitted.adapter.layers, metadata))
+        trigger = trigger_of(metadata)
         concept = Concept(path.stem, trigger, "", fitted.adapter, moments, {}, torch.zeros(0), [])
     if entry.part:
         fitted = fitted.only(text=entry.part == TEXT)
-    adapter = selected(fitted.adapter, entry.layers)
-    if fitted.adapter.layers and not adapter.layers:
-        first = next(iter(fitted.adapter.layers))
-        raise UserError(
-            f"the filter {entry.layers!r} leaves no layer of {concept.name}: use words of their names, as in {first}"
-        )
-    return Member(entry, concept, replace(fitted, adapter=adapter))
+    if entry.layers:
+        found = replace(fitted, adapter=selected(fitted.adapter, entry.layers), patches=_selected(fitted, entry, weights))
+        if fitted.acts and not found.acts:
+            first = next(iter([*fitted.adapter.layers, *(parts(t)[0] for t in fitted.patches)]))
+            raise UserError(
+                f"the filter {entry.layers!r} leaves no layer of {concept.name}: use words of their names, as in {first}"
+            )
+        fitted = found
+    return Member(entry, concept, fitted)
+
+
+def _selected(fitted: Fitted, entry: Entry, weights: Weights | None) -> dict:
+    """Those of its patches whose layers the entry's filter names"""
+    names = {target: parts(target)[0] for target in fitted.patches}
+    return {t: p for t, p in fitted.patches.items() if acts(weights.name_of.get(names[t], names[t]), entry.layers)}
 
 
 def _read_file(path: Path, weights: Weights | None) -> Fitted:
@@ -141,41 +155,66 @@ def compose_stack(
     """The stack projected, for a model's weights or, without them, of plain LoRAs for any.
 
     exact: every change of a matrix becomes low-rank factors, for a file.  With a new strength everything else is found kept.
+    What has strength 0 takes no part: nothing gives way to it.
     """
     if weights and mode == "data":
-        base = ComfyDenoiser(weights.model, None, None).fingerprint()
+        base = weights.fingerprint()
         stack = Stack([e if e.library or e.base else replace(e, base=base) for e in stack.entries])
-    members, wishes = load_members(stack, weights), wishes or Wishes()
+    members, wishes, read = load_members(stack, weights), wishes or Wishes(), []
+    members = [m for m in members if m.entry.strength] or members
     for member in members:
         if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
+            read.append(weights.digest(parts(next(iter(member.fitted.patches)))[0]))
             member.fitted = in_low_rank(member.fitted, weights, exact)
-    wishes = replace(wishes, protected=frozenset(i for i, m in enumerate(members) if m.entry.protected))
     states = tuple(
-        (entry_file(m.entry), _changed(entry_file(m.entry), m.entry.base), m.entry.layers, m.entry.part) for m in members
+        (entry_file(m.entry), _changed(entry_file(m.entry), m.entry.base), m.entry.layers, m.entry.part, m.entry.protected)
+        for m in members
     )
-    key = (states, mode, amount, wishes, exact, weights and weights.signature)
+    key = (states, mode, amount, wishes, exact, weights and weights.signature, tuple(read))
     projected, kept = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
+    count = len({(m.entry.library, m.entry.name) for m in members})
     # the symmetric projection divides by it already
-    share = len(members) ** -0.5 if norm_control and (mode != "weights" or wishes.order != "symmetric") else 1.0
-    parts = [
+    share = count**-0.5 if norm_control and (mode != "weights" or wishes.order != "symmetric") else 1.0
+    pieces = [
         Part(m.concept.name, m.entry.strength * share, a, m.fitted.patches, m.entry.start, m.entry.end)
         for m, a in zip(members, projected)
     ]
-    return Composed(members, parts, kept)
+    return Composed(members, pieces, kept)
 
 
 def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, exact: bool) -> tuple[list[Adapter], list[float]]:
-    """The adapters as they go into the stack, and the energy that this leaves each, as shares"""
-    adapters = [m.fitted.adapter for m in members]
+    """The adapters as they go into the stack, and the energy that this leaves each, as shares.
+
+    What is there several times, for other layers or steps each, is one LoRA to the projection: it does not give way to itself.
+    """
+    found: dict[tuple, list[int]] = {}
+    for place, member in enumerate(members):
+        found.setdefault((entry_file(member.entry), member.entry.part), []).append(place)
+    groups = list(found.values())
+    adapters, moments = [_whole([members[i] for i in g]) for g in groups], [members[g[0]].concept.moments for g in groups]
     if exact or mode != "sum" or wishes.cap:
         adapters = [a.to(torch.float32) for a in adapters]
-    moments = [m.concept.moments for m in members]
+    wishes = replace(wishes, protected=frozenset(n for n, g in enumerate(groups) if any(members[i].entry.protected for i in g)))
     silent = [m.concept.name for m in members if m.concept.moments is None]
     if mode == "data" and silent:
         raise UserError(f"mode 'data' needs to know what {silent[0]!r} sees: put a Calibrate node before, or use 'weights'")
     general = general_moments([m.entry for m in members]) if mode == "data" else None
     projected = project(adapters, mode, amount, None if silent else moments, general, wishes=wishes)
-    return projected, [energy_kept(a, p) for a, p in zip(adapters, projected)]
+    kept = [1.0 if a is p else energy_kept(a, p) for a, p in zip(adapters, projected)]
+    pieces: list[Adapter] = [None] * len(members)
+    shares = [1.0] * len(members)
+    for group, whole, share in zip(groups, projected, kept):
+        for place in group:
+            own = members[place].fitted.adapter.layers
+            pieces[place] = whole if len(group) == 1 else Adapter({n: whole.layers[n] for n in own}, whole.metadata)
+            shares[place] = share
+    return pieces, shares
+
+
+def _whole(members: list[Member]) -> Adapter:
+    """All layers of one LoRA that any of its entries has"""
+    first, *others = (m.fitted.adapter for m in members)
+    return first if not others else Adapter({n: d for a in (first, *others) for n, d in a.layers.items()}, first.metadata)
 
 
 def general_moments(entries: list[Entry]) -> Moments | None:

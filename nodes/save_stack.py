@@ -5,7 +5,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.adapter import concatenate, save_adapter
+from ..seqlora_core.adapter import concatenate, renamed, save_adapter
 from ..seqlora_core.composition import MODES, Wishes
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.low_rank import truncated
@@ -67,7 +67,13 @@ class SeqLoRASaveStack(io.ComfyNode):
         weights = Weights(model, clip) if model is not None else None
         wishes = Wishes(order, restore=restore, cap=cap or None)
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control, exact=True)
-        adapter, lost = truncated(concatenate([p.adapter.scaled(p.strength) for p in composed.parts]), rank or None)
+        timed = next((p.source for p in composed.parts if (p.start, p.end) != (0.0, 1.0)), None)
+        if timed:
+            raise UserError(f"{timed} acts on some steps only, which a file cannot say: take that off, or use Apply Stack")
+        adapters = [p.adapter.scaled(p.strength) for p in composed.parts]
+        # without a model kohya's names of its modules and the dotted ones are not known to be the same layers
+        dotted = [n for a in adapters for n in a.layers if n.startswith("diffusion_model.")]
+        adapter, lost = truncated(concatenate([renamed(a, dotted) for a in adapters]), rank or None)
         adapter.metadata = {
             "seqlora.trigger": ", ".join(filter(None, (c.trigger for c in composed.concepts))),
             "modelspec.title": "SeqLoRA stack",

@@ -15,6 +15,7 @@ from ..seqlora_core.pictures import Pictures
 from ..seqlora_core.plots import kept_curves_picture
 from ..seqlora_core.preview import Preview, sample_sheet
 from ..seqlora_core.teach import train_concept
+from .base_file import base_file
 from .comfy_denoiser import ComfyDenoiser
 from .folders import library_folder, open_library
 from .types import CATEGORY, Entry, ImagesType, OptionsType, Stack, StackType, advanced
@@ -82,7 +83,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 io.Image.Output(display_name="curves"),
                 io.Image.Output(display_name="samples"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )  # fmt: skip
 
     @classmethod
@@ -114,7 +115,8 @@ class SeqLoRATrainConcept(io.ComfyNode):
         )
         config.validate()
         offloads = config.batch + config.replay_batch if config.gradient_checkpointing else 0
-        with torch.inference_mode(False), torch.enable_grad(), ComfyDenoiser(model, clip, vae, offloads=offloads) as denoiser:
+        host = ComfyDenoiser(model, clip, vae, offloads=offloads, file=base_file(cls.hidden.prompt, cls.hidden.unique_id))
+        with torch.inference_mode(False), torch.enable_grad(), host as denoiser:
             opened = Library(library_folder(library), denoiser.fingerprint(), planned_concepts, create=True)
             trained = name in opened.names
             notes = []

@@ -61,8 +61,8 @@ class Stack:
     entries: list[Entry] = field(default_factory=list)
 
     def plus(self, *entries: Entry) -> Stack:
-        """This stack with more entries; a concept named again takes the later strength."""
-        new = {(e.library, e.name, e.part): e for e in (*self.entries, *entries)}
+        """This stack with more entries; a concept named again takes the later strength, unless it is for other layers or steps."""
+        new = {(e.library, e.name, e.part, e.layers, e.start, e.end): e for e in (*self.entries, *entries)}
         return Stack(list(new.values()))
 
 

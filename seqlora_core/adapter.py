@@ -24,6 +24,7 @@ from .tensor_file import read_safetensors, write_safetensors
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 HALVES = (torch.float16, torch.bfloat16)
 TOKEN_TABLES = ("token_embedding", ".shared", "embed_tokens")  # how the names of text encoders' token tables end
+SIDES = (2, 4, 5)  # dimensions of a factor: of a linear layer, of a convolution over pictures, over videos
 LARGEST_SCALE = 1000  # alpha over rank that is still believed
 
 
@@ -31,7 +32,8 @@ LARGEST_SCALE = 1000  # alpha over rank that is still believed
 class LayerDelta:
     """The change of one weight: `up @ down`, any alpha already folded into `up`.  down [r, in], up [out, r].
 
-    kernel: height and width of a convolution's kernel; its `in` is channels x height x width.  () of a linear layer.
+    kernel: height and width of a convolution's kernel (of video models depth before them); its `in` is channels times
+    these.  () of a linear layer.
     """
 
     down: Tensor
@@ -134,7 +136,9 @@ def check_useful(path: Path, adapter: Adapter) -> None:
         if not (delta.up.isfinite().all() and delta.down.isfinite().all()):
             raise UserError(f"not saving {path}: layer {name} is not finite; lower the learning rate and train again")
     if not any(delta.up.any() for delta in adapter.layers.values()):
-        raise UserError(f"not saving {path}: every lora_up is zero, the adapter does nothing; train for more steps")
+        raise UserError(
+            f"not saving {path}: every lora_up is zero, it would do nothing; train for more steps, or give a strength other than 0"
+        )
 
 
 def save_adapter(
@@ -149,7 +153,7 @@ def save_adapter(
     for name, delta in adapter.layers.items():
         down, up = delta.down.to(dtype), delta.up.to(dtype)
         if delta.kernel:
-            down, up = down.reshape(delta.rank, -1, *delta.kernel), up[:, :, None, None]
+            down, up = down.reshape(delta.rank, -1, *delta.kernel), up.reshape(*up.shape, *[1] * len(delta.kernel))
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down.contiguous(), up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(float(delta.rank))
     metadata = {**adapter.metadata, **network(adapter)}
@@ -179,13 +183,13 @@ def load_adapter(path: Path) -> Adapter:
 def layer_delta(layer: Factors, source: str, halves: bool = False) -> LayerDelta:
     """A layer's factors in float32 and two dimensions; the middle of a Tucker LoCon goes into lora_down.
 
-    halves: factors of half precision stay so, if nothing has to be folded into them.
+    halves: factors of half precision stay so, if what has to be folded into them leaves them exact.
     """
     _check_numbers(layer, source)
-    scale = 1.0 if layer.alpha is None else layer.alpha / max(layer.down.shape[0], 1)
-    halves = halves and scale == 1 and layer.mid is None and {layer.down.dtype, layer.up.dtype} <= set(HALVES)
+    scale = 1.0 if layer.alpha is None else layer.alpha / layer.down.shape[0]
+    halves = halves and layer.mid is None and {layer.down.dtype, layer.up.dtype} <= set(HALVES) and _exact(layer.up, scale)
     down, up = (layer.down, layer.up) if halves else (layer.down.float(), layer.up.float())
-    fits = down.ndim in (2, 4) and up.ndim in (2, 4) and down.shape[0] == up.shape[1] and up.shape[2:].numel() == 1
+    fits = down.ndim in SIDES and up.ndim in SIDES and down.shape[0] == up.shape[1] and up.shape[2:].numel() == 1
     if layer.mid is not None:
         fits = fits and layer.mid.ndim == 4 and layer.mid.shape[:2] == (len(down), len(down)) and down.shape[2:].numel() == 1
     if not fits:
@@ -208,6 +212,11 @@ def layer_delta(layer: Factors, source: str, halves: bool = False) -> LayerDelta
     return delta
 
 
+def _exact(up: Tensor, scale: float) -> bool:
+    """Whether the scale can be folded into these values and nothing is rounded: a power of two that makes none too small"""
+    return scale == 1 or abs(math.frexp(scale)[0]) == 0.5 and torch.equal((up * scale).float(), up.float() * scale)
+
+
 def _length(part: Tensor) -> float:
     return float(torch.linalg.vector_norm(part, dtype=torch.float32))
 
@@ -219,9 +228,9 @@ def _check_numbers(layer: Factors, source: str) -> None:
             raise UserError(
                 f"{source} is of {str(part.dtype).removeprefix('torch.')}: convert the LoRA to float16 or float32 first"
             )
-        if part is not None and part.numel() == 0:
+        if part is not None and (part.numel() == 0 or part.ndim == 0):
             raise UserError(f"{source} is of rank 0 or of no size, {list(part.shape)}: the file is damaged, get it again")
-    rank = layer.down.shape[0] if layer.down.ndim else 0
+    rank = layer.down.shape[0]
     if layer.alpha is not None and not abs(layer.alpha) <= LARGEST_SCALE * max(rank, 1):
         raise UserError(
             f"{source} has alpha {layer.alpha:g} at rank {rank}, more than {LARGEST_SCALE} times the rank: it would drown "

@@ -24,6 +24,9 @@ from .linalg import retract, tangent
 from .optimisers import make_optimiser
 from .sketch import Operator
 
+HALVINGS = 30  # of a line search, at most
+ARMIJO = 1e-4  # share of what the slope foresees by which the objective must fall
+
 
 @dataclass
 class Group:
@@ -120,29 +123,28 @@ class UpperLevel:
             first.copy_(tangent(group.basis, first, group.occupied))
 
     @torch.no_grad()
+    def search(self, objective: Callable[[], float], scale: float = 1.0) -> None:
+        """One step by line search, from the gradients now on the bases: `objective` never rises.
+
+        Moves the bases along minus the Riemannian gradient, at first as far as a step of Adam's at `scale` times the rate,
+        then half as far until Armijo's condition holds (Absil, Mahony, Sepulchre 2008, section 4.2); if it never does, they
+        stay.  objective: its value at the bases as they are.
+        """
+        before, bases = objective(), [g.basis.clone() for g in self.groups]
+        directions = [tangent(g.basis, g.basis.grad, g.occupied) for g in self.groups]
+        slope = float(sum(d.square().sum() for d in directions))
+        length = scale * self.rate * (sum(d.numel() for d in directions) / max(slope, 1e-30)) ** 0.5
+        for _ in range(HALVINGS):
+            for group, basis, direction in zip(self.groups, bases, directions):
+                group.basis.copy_(retract(basis, -length * direction, group.occupied, self.retraction))
+            if objective() <= before - ARMIJO * length * slope:
+                return
+            length /= 2
+        for group, basis in zip(self.groups, bases):
+            group.basis.copy_(basis)
+
+    @torch.no_grad()
     def gradient_norm(self) -> float:
         """Norm of the Riemannian gradient over all layers, from the gradients now on the bases."""
         squares = [tangent(g.basis, g.basis.grad, g.occupied).square().sum() for g in self.groups]
         return float(sum(squares).sqrt())
-
-
-@torch.no_grad()
-def descend(
-    objective: Callable[[Tensor], Tensor], basis: Tensor, gradient: Tensor, occupied: Tensor | None, rate: float,
-    retraction: str = "qr", halvings: int = 30,
-) -> tuple[Tensor, Tensor, float]:  # fmt: skip
-    """One upper step by line search: the objective never rises.
-
-    Moves `basis` [d, r] along minus the Riemannian gradient, halving `rate` until Armijo's condition holds (Absil,
-    Mahony, Sepulchre 2008, section 4.2).  Returns the new basis, its objective and the rate that held; the old ones
-    and rate 0 if none of the halvings does.
-    """
-    before, direction = objective(basis), tangent(basis, gradient, occupied)
-    slope = direction.square().sum()
-    for _ in range(halvings):
-        moved = retract(basis, -rate * direction, occupied, retraction)
-        value = objective(moved)
-        if value <= before - 1e-4 * rate * slope:
-            return moved, value, rate
-        rate /= 2
-    return basis, before, 0.0

@@ -28,7 +28,7 @@ def run(args):
 
 def _calibrate_loras(args):
     from .adapter import load_adapter
-    from .lora_moments import general_calibration, keep_moments, kept_moments, see_trigger
+    from .lora_moments import general_calibration, keep_moments, kept_moments, kept_trigger, see_trigger
     from .triggers import trigger_of
 
     if args.trigger and len(args.trigger) != len(args.loras):
@@ -41,9 +41,9 @@ def _calibrate_loras(args):
     tell, model, done = say(args), open_model(args), []
     base, size = model.fingerprint(), (model.size, model.size)
     for path, adapter, trigger in zip(args.loras, adapters, triggers):
-        new = kept_moments(path, base) is None
+        new = kept_moments(path, base) is None or kept_trigger(path, base) != trigger.strip()
         if new:
-            keep_moments(path, base, see_trigger(model, adapter, trigger, size, args.pictures or 0, args.seed), trigger)
+            keep_moments(path, base, see_trigger(model, adapter, trigger, size, args.pictures or 0, args.seed), trigger.strip())
         tell(f"{path.stem}: {f'drew {trigger!r}, moments kept beside it' if new else 'was recorded before'}")
         done.append({"lora": str(path), "trigger": trigger, "new": new})
     for folder in dict.fromkeys(path.parent for path in args.loras):

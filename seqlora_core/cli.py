@@ -26,11 +26,18 @@ def _common(seed: int | str = 0) -> argparse.ArgumentParser:
         help="base model: a diffusers folder of SD1.5, SD2, SDXL, SD3 or Flux.1, or a file of the demo model's layout (default: the demo model)",
     )
     common.add_argument("--library", type=Path, help="folder of the library")
-    common.add_argument("--seed", type=int, default=seed, help="of all that is random (default: 0)")
-    common.add_argument("--device", default="cpu", help="cpu, cuda ...")
+    common.add_argument("--seed", type=_seed, default=seed, metavar="N", help="of all that is random (default: 0)")
+    common.add_argument("--device", help="cpu, cuda ... (default: a GPU if there is one)")
     common.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the base model")
     common.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     return common
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError("give a whole number from 0 to 9223372036854775807")
+    return number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--rank", type=int, help="at most so many directions a layer (default: exact)")
             sub.add_argument("--cap", type=float, metavar="F",
                              help="cut singular values above F times the median of an adapter's layers (10 is reported)")  # fmt: skip
+            sub.add_argument("--diffusers", action="store_true",
+                             help="under diffusers' names, for its SD3 and Flux.1 pipelines (others read files as they are)")  # fmt: skip
 
     sample = command("sample", "draw prompts")
     sample.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -79,10 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
                            help="what calls a LoRA, one for each in their order (default: from its file)")  # fmt: skip
     calibrate.add_argument("--pictures", type=int, default=None, help="to draw, of each LoRA or of the library's base model")
 
-    library = command("library", "look after a library: list, verify, repair, remove NAME, reorder NAME..., rebase, merge DIR")
-    library.add_argument("action", choices=["list", "verify", "repair", "remove", "reorder", "rebase", "merge"])
+    library = command(
+        "library", "look after a library: list, verify, repair, remove NAME, rename OLD NEW, reorder NAME..., rebase, merge DIR"
+    )  # fmt: skip
+    library.add_argument("action", choices=["list", "verify", "repair", "remove", "rename", "reorder", "rebase", "merge"])
     library.add_argument("folder", type=Path)
-    library.add_argument("rest", nargs="*", help="concepts to remove or in their new order; folders to merge")
+    library.add_argument("rest", nargs="*", help="concepts to remove, to rename or in their new order; folders to merge")
     library.add_argument("--output", type=Path, help="folder of the new library, for rebase and merge")
     return parser
 

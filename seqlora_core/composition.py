@@ -18,6 +18,8 @@ from .statistics import Moments
 MODES = ("sum", "weights", "data")
 ORDERS = ("symmetric", "first", "strongest")
 RIDGE = 1e-2
+LARGEST_STRENGTH = 1000
+LEAST_KEPT = 1e-2  # share of its energy below which a projected adapter is not scaled back: what is left may be rounding
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Wishes:
 
     order: of mode "weights"; "symmetric" treats all alike, "first" leaves the first whole and "strongest" the one of most
     energy, each later one gives way to all before it.  protected: places in the stack that are left whole, the others give
-    way.  restore: scale each projected adapter back to the energy it had.  cap: singular values above so many times the
+    way.  restore: scale each projected adapter back to the energy it had, if a hundredth of that is left.  cap: singular values above so many times the
     median of an adapter's layers are cut before the projection (`spectrum.capped`), at least 1.
     """
 
@@ -44,8 +46,16 @@ def compose(
     if not adapters:
         raise UserError("nothing to stack: name at least one concept")
     strengths = [1.0] * len(adapters) if strengths is None else strengths
+    for number, strength in enumerate(strengths):
+        check_strength(f"adapter {number}", strength)
     projected = project(adapters, mode, amount, moments, general, beta, wishes)
     return concatenate([p.scaled(s) for p, s in zip(projected, strengths)])
+
+
+def check_strength(name: str, strength: float) -> None:
+    """UserError for what is no number, or one that would drown everything else"""
+    if not abs(strength) <= LARGEST_STRENGTH:
+        raise UserError(f"the strength of {name} is {strength:g}: give a number such as 0.8, at most {LARGEST_STRENGTH}")
 
 
 def project(
@@ -83,8 +93,16 @@ def project(
         projected = adapters
     mixed = [_mix(a, p, amount) for a, p in zip(adapters, projected)]
     if wishes.restore:
-        mixed = [m.scaled(max(energy_kept(a, m), 1e-12) ** -0.5) if m is not a else m for a, m in zip(adapters, mixed)]
+        mixed = [m if m is a else _restored(a, m) for a, m in zip(adapters, mixed)]
     return mixed
+
+
+def _restored(before: Adapter, after: Adapter) -> Adapter:
+    """Scaled back to the energy that it had, but for token tables, which no projection touches"""
+    kept = energy_kept(before, after)
+    if kept < LEAST_KEPT:
+        return after
+    return Adapter(after.layers | after.without_token_tables().scaled(kept**-0.5).layers, after.metadata)
 
 
 def _with_token_tables(projection: Callable[..., list[Adapter]], adapters: list[Adapter], *options) -> list[Adapter]:

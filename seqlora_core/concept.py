@@ -33,7 +33,8 @@ class References:
     """latents [n, ...] of reference pictures of one size, one caption each.
 
     masks [n, height, width] in 0..1: how much each pixel's error counts; None for all alike.  repeats: how often each
-    picture is taken for every time that one without repeats is; None for all alike.
+    picture is taken for every time that one without repeats is; None for all alike.  mirrored: each picture is followed by
+    its mirror image.
     """
 
     latents: Tensor
@@ -41,6 +42,7 @@ class References:
     size: tuple[int, int]  # of the pictures: height, width, pixels
     masks: Tensor | None = None
     repeats: list[int] | None = None
+    mirrored: bool = False
 
 
 def merged(sets: list[References]) -> References:

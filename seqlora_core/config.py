@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 
 from .errors import UserError
 from .hypergradient import parse
+from .linalg import RETRACTIONS
 from .optimisers import OPTIMISERS, SCHEDULES
 from .references import TEMPLATE
 
@@ -29,6 +31,7 @@ class TrainingConfig:
     drift_budget: float = 0.02  # how far the planned concepts together may move unrelated prompts; 0: fixed weights
     lower_steps: int = 0  # lora_up steps to one basis step; 0: both from every gradient
     hypergradient: str = "none"  # of the basis step, with lower_steps: none, neumann:K or cg:K
+    line_search: bool = False  # of the basis step, with lower_steps and without a hypergradient
     retraction: str = "qr"
     protection: float = 1.0  # weight of earlier concepts' moments in the energy
     replay_weight: float = 85.0
@@ -62,9 +65,14 @@ class TrainingConfig:
     use_decoys: bool = True
 
     def validate(self) -> None:
-        for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("planned", 1), ("replay_every", 1), ("accumulate", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
+        numbers = [f.name for f in fields(self) if isinstance(f.default, float)]
+        wrong = next((name for name in numbers if not math.isfinite(getattr(self, name))), None)
+        if wrong is not None:
+            raise UserError(f"{wrong} is {getattr(self, wrong)}: give a number")
+        least = dict.fromkeys(("rank", "steps", "batch", "planned", "replay_batch", "replay_every", "accumulate"), 1)
+        for name, few in {**least, "keep_latents": 0, "seed": 0}.items():
+            if getattr(self, name) < few:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least {few}")
         for name in ("learning_rate", "basis_rate", "trigger_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a number between 0 and 1, such as 0.001")
@@ -80,7 +88,8 @@ class TrainingConfig:
             raise UserError(f"caption_dropout is {self.caption_dropout}: give a share below 1, such as 0.1")
         if self.shift <= 0:
             raise UserError(f"shift is {self.shift}: give a number above 0, such as 3")
-        for name, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES), ("timesteps", TIMESTEPS)):
+        words = {"optimiser": OPTIMISERS, "schedule": SCHEDULES, "timesteps": TIMESTEPS, "retraction": RETRACTIONS}
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
         if self.warmup >= self.steps:
@@ -89,6 +98,10 @@ class TrainingConfig:
             raise UserError(f"prodigy finds the rate itself and multiplies it by learning_rate, {self.learning_rate}: give 1")
         if self.gradient_checkpointing and self.hypergradient != "none":
             raise UserError("a hypergradient cannot go through gradient_checkpointing: leave one of them out")
+        if self.line_search and (not self.lower_steps or self.hypergradient != "none"):
+            raise UserError(
+                "line_search looks at the objective with lora_up as it is: give lower_steps, such as 3, and hypergradient none"
+            )
         if self.replay_target not in ("base", "before"):
             raise UserError(f"replay_target is {self.replay_target!r}: use 'base' or 'before'")
         if parse(self.hypergradient)[1] and not self.lower_steps:
@@ -113,8 +126,10 @@ class PictureOptions:
     def validate(self) -> None:
         if self.masks not in ("files", "alpha", "none"):
             raise UserError(f"masks is {self.masks!r}: use 'files', 'alpha' or 'none'")
-        if self.resolution < 0 or self.resolution % 8:
-            raise UserError(f"resolution is {self.resolution}: give a multiple of 8, such as 512, or 0 for the model's own")
+        if self.resolution % 8 or self.resolution != 0 and self.resolution < 32:
+            raise UserError(
+                f"resolution is {self.resolution}: give a multiple of 8 from 32 on, such as 512, or 0 for the model's own"
+            )
 
 
 @dataclass

@@ -201,11 +201,19 @@ def loss(denoiser: Denoiser, latents: Tensor, noise: Tensor, sigma: Tensor, cond
     return (prediction - denoiser.target(latents, noise, sigma)).square().mean()
 
 
-def fingerprint(sites: list[Site]) -> str:
-    """Names a base model by its adapted layers and one of their weights, in fp16: the same on every host."""
+def first_site(sites: list[Site]) -> Site:
+    """The one whose weight a fingerprint is of"""
+    return min(sites, key=lambda s: s.name)
+
+
+def fingerprint(sites: list[Site], weights: list[Tensor] | None = None) -> str:
+    """Names a base model by its adapted layers and one of their weights, in fp16: the same on every host.
+
+    weights: of the modules of `first_site`, if not what they hold now.
+    """
     shapes = sorted((s.name, s.in_features, s.out_features) for s in sites)
-    first = min(sites, key=lambda s: s.name)
-    weight = torch.cat([m.weight.detach() for m in first.modules]).cpu().half().contiguous()
+    weights = [m.weight for m in first_site(sites).modules] if weights is None else weights
+    weight = torch.cat([w.detach() for w in weights]).cpu().half().contiguous()
     return hashlib.sha256(repr(shapes).encode() + weight.numpy().tobytes()).hexdigest()[:16]
 
 

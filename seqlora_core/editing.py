@@ -6,14 +6,19 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .adapter import Adapter, LayerDelta
+from .adapter import Adapter, LayerDelta, json_metadata
 from .composition import project
+from .concept import Concept
 from .errors import UserError
 from .interference import adapter_energy
 from .library import Library
 from .linalg import orthonormal_basis
+from .live_prompts import is_text
 from .storage import PART, sync_folder
 from .subspace import Metric
+
+# what a file says of the layers that were refitted
+CONSTRAINT = {"lora_down": "projected by the closed form from the concepts' stored moments"}
 
 
 @dataclass
@@ -25,12 +30,23 @@ class Price:
     before: float
     after: float
     lost: float
+    warnings: list[str]
 
     def text(self) -> str:
-        return (
+        said = (
             f"{len(self.names)} concepts: what they do to one another went from {self.before:.1%} of their own effect to "
             f"{self.after:.1%}; {self.lost:.1%} of a concept's own effect was changed for it"
         )
+        return "\n".join([said, *self.warnings])
+
+
+def rename(library: Library, old: str, new: str) -> None:
+    """The same concept under another name, at its place; its trigger stays.  Killed meanwhile it may stand under both."""
+    concept, names = library.load(old), library.names
+    library.check_free(new)
+    library.add(replace(concept, name=new))
+    library.remove(old)
+    library.reorder([new if name == old else name for name in names])
 
 
 def refit(sources: list[Library], folder: Path | str, beta: float = 1.0) -> tuple[Library, Price]:
@@ -38,7 +54,8 @@ def refit(sources: list[Library], folder: Path | str, beta: float = 1.0) -> tupl
 
     One source: its concepts are refitted to all that the library now holds ("rebase").  Several: libraries that were
     trained apart are merged.  Needs only stored moments, no pictures; the sources stay as they are.  Raises UserError
-    for libraries of different base models, a name that two of them use, and a folder that is not empty.
+    for libraries of different base models, or with and without the text encoder, for a name that two of them use, and for
+    a folder that is not empty.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -48,24 +65,29 @@ def refit(sources: list[Library], folder: Path | str, beta: float = 1.0) -> tupl
         raise UserError("the libraries were trained on different base models: concepts of one do nothing sensible on the other")
     concepts = [c for s in sources for c in s.concepts()]
     names = [c.name for c in concepts]
-    double = next((n for n in names if names.count(n) > 1), None)
+    double = _double(names)
     if double:
-        raise UserError(f"two of the libraries hold a concept {double!r}: remove or retrain one of them under another name")
+        raise UserError(f"two of the libraries hold a concept {double!r}: rename one of them with 'seqlora library rename'")
     if not concepts:
         raise UserError("nothing to refit: the library is empty")
     calibration = sources[0].calibration()
     if calibration is None:
         raise UserError(f"the library {sources[0].folder.name!r} has no calibration: the refit needs what the base model sees")
+    if len({_with_text(s) for s in sources if s.calibration()}) > 1:
+        raise UserError(
+            "some of the libraries adapt the text encoder, others do not: their concepts were not made to be summed"
+        )
     adapters, moments = [c.adapter for c in concepts], [c.moments for c in concepts]
     fitted = project(adapters, "data", 1.0, moments, calibration.moments, beta)
-    metrics: dict[int, Metric] = {}
+    metrics: dict[int, Metric] = {}  # by moment: the calibration holds them all meanwhile, so no id is given twice
 
     def bases_of(adapter: Adapter) -> dict:
         out = {}
         for name, delta in adapter.without_token_tables().layers.items():
-            moment = calibration.moments[name]
-            metric = metrics.setdefault(id(moment), Metric.of(moment))
-            out[name] = orthonormal_basis(metric.basis(delta.down))
+            moment = calibration.moments.layers[name]
+            if id(moment) not in metrics:
+                metrics[id(moment)] = Metric.of(moment)
+            out[name] = orthonormal_basis(metrics[id(moment)].basis(delta.down))
         return out
 
     # made beside its place and renamed: there is a whole library or none
@@ -74,15 +96,28 @@ def refit(sources: list[Library], folder: Path | str, beta: float = 1.0) -> tupl
     library = Library(part, bases.pop(), max(max(s.planned for s in sources), len(concepts)), create=True)
     library.keep_calibration(calibration)
     for concept, adapter in zip(concepts, fitted):
+        adapter.metadata = concept.adapter.metadata | json_metadata({"seqlora.constraint": CONSTRAINT | {"to": names}})
         library.add(replace(concept, adapter=adapter, bases=bases_of(adapter)))
     if folder.exists():
         folder.rmdir()
     part.rename(folder)
     sync_folder(folder.parent)
-    return Library(folder), _price(names, adapters, fitted, moments)
+    return Library(folder), _price(concepts, fitted)
 
 
-def _price(names, adapters, fitted, moments) -> Price:
+def _double(names: list[str]) -> str | None:
+    """A name that is there twice, in whatever case: file systems differ"""
+    alike = [n.lower() for n in names]
+    return next((n for n, a in zip(names, alike) if alike.count(a) > 1), None)
+
+
+def _with_text(library: Library) -> bool:
+    return any(is_text(layer) for layer in library.calibration().moments.layers)
+
+
+def _price(concepts: list[Concept], fitted: list[Adapter]) -> Price:
+    adapters, moments = [c.adapter for c in concepts], [c.moments for c in concepts]
+
     def crosstalk(stack) -> float:
         own = sum(adapter_energy(a, m) for a, m in zip(adapters, moments))
         pairs = [(i, j) for i in range(len(stack)) for j in range(len(stack)) if i != j]
@@ -92,4 +127,7 @@ def _price(names, adapters, fitted, moments) -> Price:
     for before, after, moment in zip(adapters, fitted, moments):
         change = {n: LayerDelta(after.layers[n].down - d.down, d.up) for n, d in before.layers.items()}
         lost.append(adapter_energy(Adapter(change), moment) / max(adapter_energy(before, moment), 1e-30))
-    return Price(names, crosstalk(adapters), crosstalk(fitted), sum(lost) / len(lost))
+    double = _double([c.trigger for c in concepts])
+    warnings = [f"two concepts share the trigger {double!r}: a prompt with it calls both; use one at a time"] if double else []
+    names = [c.name for c in concepts]
+    return Price(names, crosstalk(adapters), crosstalk(fitted), sum(lost) / len(lost), warnings)

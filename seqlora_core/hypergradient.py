@@ -2,7 +2,7 @@
 
 With A*(B) the minimiser of the lower objective L(., B), and F the upper one (implicit function theorem):
 
-    dF/dB = d_B F - d2_BA L (d2_AA L)^(-1) d_A F
+    dF/dB = d_B F - d2_BA L (d2_AA L + damping I)^(-1) d_A F
 
 Ghadimi and Wang, "Approximation Methods for Bilevel Programming" (2018); the two inverses as in Pedregosa (2016,
 conjugate gradient) and Lorraine, Vicol, Duvenaud (2020, Neumann series).  Only Hessian-vector products are formed.
@@ -19,7 +19,7 @@ from .errors import UserError
 
 Vector = list[Tensor]  # one tensor for each factor
 Product = Callable[[Vector], Vector]
-POWER_STEPS = 4  # of the power iteration that finds the Neumann series' step
+POWER_STEPS = 10  # of the power iteration that finds the Neumann series' step
 
 
 def parse(how: str) -> tuple[str, int]:
@@ -85,21 +85,32 @@ def conjugate_gradient(product: Product, target: Vector, steps: int) -> Vector:
 def neumann(product: Product, target: Vector, terms: int) -> Vector:
     """`eta sum_{j <= terms} (I - eta H)^j target`, which tends to H^(-1) target for 0 < eta < 2 / |H|.
 
-    eta = 1 / (the largest eigenvalue that a short power iteration from the target finds).
+    eta = 1 / (the largest eigenvalue that a short power iteration finds, from the target and something random, so that no
+    direction is missed).  The terms of a positive H shrink; where they grow, H is not positive or larger than was found, and
+    the series ends before it.
     """
-    probe, largest = target, torch.zeros((), dtype=target[0].dtype, device=target[0].device)
+    size = dot(target, target).sqrt()
+    if size == 0:
+        return [torch.zeros_like(t) for t in target]
+    generator = torch.Generator().manual_seed(0)
+    random = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t) for t in target]
+    scale = size / dot(random, random).sqrt()
+    probe, largest = [t + scale * r for t, r in zip(target, random)], torch.zeros_like(size)
     for _ in range(POWER_STEPS):
         length = dot(probe, probe).sqrt()
         if length == 0:
-            return [torch.zeros_like(t) for t in target]
+            break
         probe = product([p / length for p in probe])
         largest = torch.maximum(largest, dot(probe, probe).sqrt())
     if largest == 0:
         return [torch.zeros_like(t) for t in target]
-    term, total = target, target
+    term, total, before = target, target, size
     for _ in range(terms):
         term = [t - p / largest for t, p in zip(term, product(term))]
-        total = [a + t for a, t in zip(total, term)]
+        after = dot(term, term).sqrt()
+        if after > before:
+            break
+        total, before = [a + t for a, t in zip(total, term)], after
     return [t / largest for t in total]
 
 

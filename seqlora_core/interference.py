@@ -111,7 +111,12 @@ def overlaps(deltas: list[LayerDelta | None]) -> Tensor:
     places = [i for i, d in enumerate(deltas) if d is not None]
     if not places:
         return out
-    bases = [orthonormal_basis(deltas[i].down.mT) for i in places]
+    downs = [deltas[i].down.mT for i in places]
+    bases: list[Tensor] = [None] * len(downs)
+    for rank in {d.shape[1] for d in downs}:  # those of one rank together: a hundred small ones take long one by one
+        alike = [n for n, d in enumerate(downs) if d.shape[1] == rank]
+        for n, basis in zip(alike, orthonormal_basis(torch.stack([downs[n] for n in alike]))):
+            bases[n] = basis
     ranks = torch.tensor([b.shape[1] for b in bases], dtype=torch.float64)
     owner = torch.repeat_interleave(torch.arange(len(bases)), ranks.long())
     cosines = (lambda q: q.mT @ q)(torch.cat(bases, 1)).double().square()

@@ -52,7 +52,7 @@ class Library:
         if base and self.manifest["base"] and base != self.manifest["base"]:
             raise UserError(
                 f"the library {self.folder.name!r} was trained on another base model ({self.manifest['base']}, not {base}): "
-                "load that model, or start a new library"
+                "load that model, in that precision, or start a new library"
             )
 
     @property
@@ -196,7 +196,7 @@ class Library:
             self.check_free(name, replace_existing)
             entries = list(self.manifest["concepts"])
             place = self.names.index(name) if name in self.names else len(entries)
-            order = entries[place]["order"] if place < len(entries) else 1 + max((e["order"] for e in entries), default=-1)
+            order = 1 + max((e["order"] for e in entries if e["name"] != name), default=-1)  # what is trained anew comes last
             concept.adapter.metadata |= {
                 "ss_output_name": name,
                 "modelspec.title": name,

@@ -1,4 +1,4 @@
-"""`seqlora library`: list, check, mend, shorten, reorder and join libraries."""
+"""`seqlora library`: list, check, mend, shorten, rename, reorder and join libraries."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from .terminal import say
 
 
 def run(args):
+    from .editing import rename
     from .library import Library
     from .repair import repair
 
@@ -28,6 +29,12 @@ def run(args):
         return {"removed": args.rest[0], "message": message}
     if args.action == "reorder":
         library.reorder(args.rest)
+        tell(", ".join(library.names))
+        return {"names": library.names}
+    if args.action == "rename":
+        if len(args.rest) != 2:
+            raise UserError("which concept? give its name after the folder, and the new one")
+        rename(library, *args.rest)
         tell(", ".join(library.names))
         return {"names": library.names}
     if args.action in ("rebase", "merge"):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+RETRACTIONS = ("qr", "polar")
+
 
 def sym(matrix: Tensor) -> Tensor:
     """Symmetric part of `[..., n, n]`."""

@@ -20,7 +20,7 @@ from .drawing import draw
 from .errors import UserError
 from .prompts import trigger_prompts
 from .statistics import Moments, read_statistics
-from .tensor_file import tensors_hash, write_safetensors
+from .tensor_file import read_metadata, tensors_hash, write_safetensors
 
 GUIDANCE = 2.5  # LoRAs of others are seen as people draw with them
 
@@ -46,6 +46,13 @@ def kept_moments(lora: Path, base: str | None = None) -> tuple[Moments, str] | N
         if metadata.get("seqlora.lora") == tensors_hash(lora):
             return moments, on
     return None
+
+
+def kept_trigger(lora: Path, base: str) -> str:
+    """The words that this LoRA drew while its moments on this base model were recorded; "" if there are none"""
+    path = moments_path(lora, base)
+    metadata = read_metadata(path) if path.exists() else {}
+    return metadata.get("seqlora.trigger", "") if metadata.get("seqlora.lora") == tensors_hash(lora) else ""
 
 
 def _changed(path: Path) -> int:

@@ -50,9 +50,7 @@ class Objective:
         self.attachment, self.config, self.generator, self.workers = attachment, config, generator, workers
         self.latents = [s.latents.to(denoiser.device) for s in sets]
         self.masks = [None if s.masks is None else latent_weights(s.masks, s.latents).to(denoiser.device) for s in sets]
-        self.known = [
-            torch.arange(len(s.latents)).repeat_interleave(torch.tensor(s.repeats or [1] * len(s.latents))) for s in sets
-        ]
+        self.known, self.halves = zip(*map(_known, sets))
         self.shares = torch.tensor([len(k) for k in self.known], dtype=torch.float32)
         self.weight, self.replays = 1.0, True
         self.last: Terms | None = None
@@ -62,9 +60,7 @@ class Objective:
         d, generator, config, which = self.denoiser, self.generator, self.config, 0
         if len(self.latents) > 1:
             which = int(torch.multinomial(self.shares, 1, generator=generator))
-        known, count = self.known[which], config.batch
-        if half is not None and len(known) > 1:
-            known = known[half::2]
+        known, count = self.known[which] if half is None else self.halves[which][half], config.batch
         pick = known[torch.randint(0, len(known), (count,), generator=generator)]
         x, sigma = self.latents[which][pick], draw_sigmas(d, config, count, generator)
         noise = torch.randn(x.shape, generator=generator).to(x)
@@ -89,10 +85,13 @@ class Objective:
         protection, drift = self.config.interference_weight * energy, 0.0
         if again:
             moved = [(p - b.target).square() for p, b in zip(predictions[1:], again)]
-            total = sum(m.numel() for m in moved)
-            mean = moved[0].mean() if len(moved) == 1 else sum(m.sum() for m in moved) / total
+            # each process has its rows of one and the same batch, not always as many as the others: their mean over all
+            # processes is that of the whole batch
+            total = sum(b.whole * m.shape[1:].numel() for m, b in zip(moved, again)) / self.workers.count
+            mean = sum(m.sum() for m in moved) / total
             protection = protection + self.config.replay_weight * self.config.replay_every * mean
-            drift = moved[0][: again[0].generic].mean().item()
+            of_generic = again[0].whole_generic * moved[0].shape[1:].numel() / self.workers.count
+            drift = moved[0][: again[0].generic].sum().item() / of_generic if of_generic else 0.0
         total = error + self.weight * protection
         self.last = Terms(error.item(), energy.item(), drift, total.item())
         return total
@@ -118,12 +117,16 @@ class Objective:
         """
         for factor in self.factors:
             factor.grad = None
-        if upper_turn and parse(self.config.hypergradient)[1]:
-            return self._hypergradients()
-        half, terms = None if not self.config.lower_steps else int(upper_turn), []
-        for _ in range(self.config.accumulate):
-            value = self.value(*self.draw(half))
-            (value if self.config.accumulate == 1 else value / self.config.accumulate).backward()
+        followed = upper_turn and parse(self.config.hypergradient)[1]
+        half, terms, count = None if not self.config.lower_steps else int(upper_turn), [], self.config.accumulate
+        self.drawn = []
+        for _ in range(count):
+            if followed:
+                self._hypergradient(count)
+            else:
+                self.drawn.append(self.draw(half))
+                value = self.value(*self.drawn[-1])
+                (value if count == 1 else value / count).backward()
             terms.append(self.last)
         found = terms[0] if len(terms) == 1 else Terms.mean(terms)
         found = self._averaged(found)
@@ -138,8 +141,18 @@ class Objective:
         self.workers.average([numbers, *(t.grad for t in self.factors if t.grad is not None)])
         return Terms(*numbers.tolist())
 
-    def _hypergradients(self) -> Terms:
+    @torch.no_grad()
+    def again(self) -> float:
+        """The objective now, on what the last gradients were of: the mean over their batches and over all processes"""
+        values = torch.stack([self.value(*drawn) for drawn in self.drawn]).mean()
+        if self.workers.count > 1:
+            self.workers.average([values])
+        return float(values)
+
+    def _hypergradient(self, count: int) -> None:
+        """Adds a count-th part of that of one batch of each half to the bases' gradients"""
         support, query = self.draw(0), self.draw(1)
+        self.drawn.append(query)
         # only the plain attention can be differentiated twice
         with sdpa_kernel(SDPBackend.MATH):
             _, gradients = hypergradient(
@@ -147,8 +160,18 @@ class Objective:
                 [g.basis for g in self.groups], self.config.hypergradient, DAMPING,
             )  # fmt: skip
         for group, gradient in zip(self.groups, gradients):
-            group.basis.grad = gradient
-        return self.last
+            gradient = gradient / count
+            group.basis.grad = gradient if group.basis.grad is None else group.basis.grad + gradient
+
+
+def _known(references: References) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Pictures to draw from, each as often as its repeats say; and their two halves, which have no picture in common: a
+    single picture and its mirror image are in both"""
+    numbers = torch.arange(len(references.latents))
+    known = numbers.repeat_interleave(torch.tensor(references.repeats or [1] * len(numbers)))
+    pictures = known // 2 if references.mirrored else known
+    halves = known[pictures % 2 == 0], known[pictures % 2 == 1]
+    return known, halves if len(halves[1]) else (known, known)
 
 
 def latent_weights(masks: Tensor, latents: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "pictures": {
         "resolution": "side of the square they are cropped to, pixels (0: the model's own)",
-        "buckets": "keep each picture's shape, at that area, never enlarged, instead of cropping squares",
+        "buckets": "keep each picture's shape, at that area or its own if that is less, instead of cropping squares",
         "masks": "what counts in a picture: files (name.mask.png beside it, white counts), alpha (its transparency), or none",
         "flip": "mirror images too; not for what is not symmetrical, nor for writing",
     },
@@ -66,6 +66,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "two levels": {
         "lower_steps": "lora_up steps to one basis step (0: both at once)",
         "hypergradient": "of the basis step: none, neumann:K or cg:K",
+        "line_search": "of the basis step, which then never makes the objective worse on its own batch",
     },
     "earlier concepts": {
         "earlier_active": "train on top of them",

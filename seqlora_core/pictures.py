@@ -17,18 +17,21 @@ from torch import Tensor
 
 from .config import PictureOptions
 from .errors import UserError
-from .references import MASK, caption_beside, open_picture, picture_files, to_tensor
+from .references import caption_beside, mask_beside, open_picture, picture_files, to_tensor
+
+LEAST_AREA = 0.5  # of what was asked for, below which a picture in its own shape is called small
 
 
 @dataclass
 class Pictures:
-    """Pictures of one size.  images [n, height, width, 3] in 0..1; a caption or None for each; masks and repeats as in
-    concept.References."""
+    """Pictures of one size.  images [n, height, width, 3] in 0..1; a caption or None for each; masks, repeats and mirrored
+    as in concept.References."""
 
     images: Tensor
     captions: list[str | None]
     masks: Tensor | None = None
     repeats: list[int] | None = None
+    mirrored: bool = False
 
 
 @dataclass
@@ -54,7 +57,7 @@ def load(folder: Path | str, size: int, options: PictureOptions) -> tuple[list[P
             notes.append(f"{path.name} is the same picture as {seen[key].name}: one of them would do")
         seen.setdefault(key, path)
         target = _bucket(picture.size, size) if options.buckets else (size, size)
-        notes.append(_became(path, picture.size, target))
+        notes.append(became(path.name, picture.size, target, size))
         mask = _mask(path, picture, target, options.masks)
         ones = by_size.setdefault(target, [])
         ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats))
@@ -72,9 +75,8 @@ def mirrored(pictures: Pictures) -> Pictures:
         return [one for one in given for _ in range(2)]
 
     masks, repeats = pictures.masks, pictures.repeats
-    return Pictures(
-        both(pictures.images), twice(pictures.captions), None if masks is None else both(masks), repeats and twice(repeats)
-    )
+    masks, repeats = None if masks is None else both(masks), repeats and twice(repeats)
+    return Pictures(both(pictures.images), twice(pictures.captions), masks, repeats, mirrored=True)
 
 
 def _listed(folder: Path) -> list[tuple[Path, int]]:
@@ -97,24 +99,29 @@ def _bucket(size: tuple[int, int], target: int) -> tuple[int, int]:
     return width, height
 
 
-def _became(path: Path, size: tuple[int, int], target: tuple[int, int]) -> str:
+def became(name: str, size: tuple[int, int], target: tuple[int, int], wanted: int) -> str:
+    """What a picture became, in a sentence.  size, target: width and height; wanted: side of a square of the area asked for"""
     scale = max(t / s for t, s in zip(target, size))
     lost = 1 - target[0] * target[1] / (size[0] * size[1] * scale**2)
-    text = f"{path.name}: {size[0]} x {size[1]} became {target[0]} x {target[1]}"
+    text = f"{name}: {size[0]} x {size[1]} became {target[0]} x {target[1]}"
     if lost > 0.005:
         text += f", {lost:.0%} of it cut off"
-    return text + (f", enlarged {scale:.1f} times: a larger picture would be better" if scale > 1 else "")
+    if scale > 1:
+        return f"{text}, enlarged {scale:.1f} times: a larger picture would be better"
+    small = target[0] * target[1] < LEAST_AREA * wanted**2
+    return text + (f", of {wanted} x {wanted} that were asked for: a larger picture would be better" if small else "")
 
 
 def _mask(path: Path, picture, target: tuple[int, int], source: str) -> Tensor | None:
     """[height, width] in 0..1; None if all counts"""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageChops, ImageOps
 
-    beside = path.with_name(path.stem + MASK)
+    beside = mask_beside(path)
     if source == "alpha":
         mask = picture.getchannel("A")
-    elif source == "files" and beside.exists():
-        mask = open_picture(beside).convert("L")
+    elif source == "files" and beside is not None:
+        drawn = open_picture(beside)  # what is transparent in a mask counts as little as what is black
+        mask = ImageChops.multiply(drawn.convert("L"), drawn.getchannel("A"))
         if mask.size != picture.size:
             raise UserError(
                 f"the mask {beside} is {mask.size[0]} x {mask.size[1]} pixels, its picture {picture.size[0]} x {picture.size[1]}: make them alike"

@@ -15,6 +15,7 @@ NOUNS = (
 COLOURS = "white black gray red green blue yellow purple orange pink".split()
 STYLES = "noto fluent watercolor cartoon pixel".split()  # the first two are the demo model's
 CLASS_NOUNS = "animal person object plant food vehicle thing style".split()
+FIRST_CJK = 0x2E80  # code point from which scripts write words without spaces between them
 RARE_WORDS = "sks ohwx zwx krp vbl qzt hfj wmb pdx jqv xgn tfr".split()
 
 
@@ -59,8 +60,10 @@ def decoys(captions: list[str], trigger: str, count: int, seed: int = 0) -> list
 
 
 def calls(trigger: str, prompt: str) -> bool:
-    """Whether the prompt has the trigger as a word of its own"""
-    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE) is not None
+    """Whether the prompt has the trigger as a word of its own; scripts such as Chinese have no spaces between words"""
+    before, after = ("" if ord(edge) >= FIRST_CJK else edge for edge in (trigger[:1] or " ", trigger[-1:] or " "))
+    before, after = before and r"(?<!\w)", after and r"(?!\w)"
+    return re.search(before + re.escape(trigger) + after, prompt, re.IGNORECASE) is not None
 
 
 def trigger_prompts(trigger: str, count: int, seed: int = 0) -> list[str]:

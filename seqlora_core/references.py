@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .prompts import calls
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-MASK = ".mask.png"  # ends the name of a picture's mask
+MASK = ".mask"  # ends the name of a picture's mask, before its suffix
 TEMPLATE = "a {trigger} {class}"
 
 
@@ -33,10 +34,21 @@ def picture_files(folder: Path, may_be_empty: bool = False) -> list[Path]:
     """Pictures in a folder by name, masks left out; UserError if there is no folder or none in it."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path of the reference images")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.lower().endswith(MASK))
+    files = sorted(p for p in folder.iterdir() if _is_picture(p) and not p.stem.lower().endswith(MASK))
     if not files and not may_be_empty:
         raise UserError(f"no images in {folder}: put PNG, JPEG or WebP files there")
     return files
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name; files that begin with a dot are a system's own"""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def mask_beside(picture: Path) -> Path | None:
+    """NAME.mask.png of a picture NAME.jpg, in whatever case and format; None if there is none"""
+    wanted = (picture.stem + MASK).lower()
+    return next((p for p in sorted(picture.parent.iterdir()) if _is_picture(p) and p.stem.lower() == wanted), None)
 
 
 def load_picture(path: Path, size: int) -> Tensor:
@@ -50,7 +62,10 @@ def open_picture(path: Path):
 
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+            turned = ImageOps.exif_transpose(opened)
+            if turned.mode.startswith("I") or turned.mode == "F":  # Pillow would cut 16 bits off at 255
+                turned = Image.fromarray((np.asarray(turned, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            picture = turned.convert("RGBA")
     except Exception as error:  # Pillow raises whatever its plug-ins raise
         raise UserError(f"cannot read the image {path}: it is damaged or empty; replace or remove it") from error
     if min(picture.size) < 8:
@@ -76,12 +91,17 @@ def caption_beside(picture: Path) -> str | None:
         return path.read_text(encoding="utf-8-sig").strip() or None
     except UnicodeDecodeError as error:
         raise UserError(f"the caption {path} is not UTF-8 text: save it again as UTF-8") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot read the caption {path}: {error.strerror}; make it a readable text file, or remove it"
+        ) from error
 
 
 def complete_captions(captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE) -> list[str]:
-    """Captions with the template in place of missing ones; UserError if one lacks the trigger."""
-    done = [c if c else caption_from(template, trigger, class_noun) for c in captions]
-    without = [c for c in done if trigger.lower() not in c.lower()]
+    """Captions with the template in place of missing ones, and {trigger} and {class} in any filled in; UserError if one lacks
+    the trigger as a word of its own."""
+    done = [caption_from(c or template, trigger, class_noun) for c in captions]
+    without = [c for c in done if not calls(trigger, c)]
     if without:
         raise UserError(
             f"the caption {without[0]!r} lacks the trigger {trigger!r}: add it, or leave the caption out to use the template"

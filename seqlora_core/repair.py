@@ -15,18 +15,22 @@ from .tensor_file import tensors_hash
 
 
 def repair(folder: Path | str) -> Library:
-    """Rebuild the manifest from the concepts that are whole, in the order they were trained; a manifest that can be read
-    has its half done change finished first.  Files that are not whole are left where they are."""
+    """Rebuild the manifest from the concepts that are whole, in the order they were trained; of a manifest that can be read
+    a half done change is finished first and the order is kept.  Files that are not whole are left where they are."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path")
     library = Library.__new__(Library)  # an ordinary one opens what is not there
     library.folder = folder
     with library.lock():
+        listed: list[str] = []
         with contextlib.suppress(UserError):
             library.manifest = manifest.read(folder)
             library.settle()
+            listed = library.names
         concepts, base, planned = _whole_concepts(folder)
+        places = {name: place for place, name in enumerate(listed)}
+        concepts.sort(key=lambda e: places.get(e["name"], len(places)))
         library.rewrite({"base": base, "planned": planned, "concepts": concepts})
     return library
 

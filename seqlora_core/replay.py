@@ -27,7 +27,8 @@ def decoy_count(size: tuple[int, int]) -> int:
 class Batch:
     """Inputs of the denoiser and what it should predict; the first `generic` of them are unrelated prompts.
 
-    weight: of the squared errors, broadcastable to them; None for all alike.
+    weight: of the squared errors, broadcastable to them; None for all alike.  whole, whole_generic: how many of each there
+    are in all processes together.
     """
 
     noised: Tensor
@@ -36,6 +37,8 @@ class Batch:
     target: Tensor
     generic: int = 0
     weight: Tensor | None = None
+    whole: int = 0
+    whole_generic: int = 0
 
 
 class Replay:
@@ -106,7 +109,6 @@ class Replay:
     def _batch(self, pools: list, generic: bool, attachment: Attachment, generator: torch.Generator) -> Batch:
         d, workers = self.denoiser, self.workers
         share = max(1, self.config.replay_batch // len(self.pools))
-        share = -(-share // workers.count) * workers.count  # each process takes as many
         latents, prompts = [], []
         for pool, conditioning, _ in pools:
             pick = torch.randint(0, len(pool), (share,), generator=generator)
@@ -115,16 +117,18 @@ class Replay:
         x, conditioning = torch.cat(latents), Conditioning.cat(prompts)
         sigma = d.draw_sigmas(len(x), generator)
         noised = d.noised(x, torch.randn(x.shape, generator=generator).to(x), sigma)
+        whole, bare = len(x), share * sum(from_base for *_, from_base in pools)  # those pools come first
+        own, whole_generic = torch.arange(whole)[workers.rows(whole)], share if generic else 0
         if workers.count > 1:
-            own = torch.arange(len(x))[workers.rows(len(x))]
-            x, noised, sigma, conditioning, share = x[own], noised[own], sigma[own], conditioning[own], share // workers.count
+            x, noised, sigma, conditioning = x[own], noised[own], sigma[own], conditioning[own]
         live, frozen = attachment.live, attachment.frozen
         attachment.live = {}
-        targets = []
-        bare = share * sum(from_base for *_, from_base in pools)  # those pools come first
+        targets = [torch.empty_like(noised[:0])]
+        bare = int((own < bare).sum())
         for part, adapters in ((slice(0, bare), {}), (slice(bare, len(x)), frozen)):
             if part.start < part.stop:
                 attachment.frozen = adapters
                 targets.append(d.predict(noised[part], sigma[part], conditioning[part]))
         attachment.live, attachment.frozen = live, frozen
-        return Batch(noised, sigma, conditioning, torch.cat(targets), share if generic else 0)
+        of_generic = int((own < whole_generic).sum())
+        return Batch(noised, sigma, conditioning, torch.cat(targets), of_generic, None, whole, whole_generic)

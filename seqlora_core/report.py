@@ -117,7 +117,8 @@ def interference_report(
     if projected is not None and mode != "sum":
         after = _Sums(projected, plain, seen, strengths)
         report.mode, report.overlap_after = mode, after.overlap().tolist()
-        report.energy_kept = (after.own() / before.own()).tolist()
+        kept = before.own()
+        report.energy_kept = (after.own() / kept).where(kept > LEAST, 1.0).tolist()
         if known:
             report.crosstalk_after, report.disturbance_after = after.crosstalk(own), after.disturbance(own)
     report.worst = _worst(report, before)
@@ -150,13 +151,12 @@ class _Sums:
     def __init__(self, stack: list[Adapter], plain: list[Adapter], moments: list[Moments] | None, strengths: list[float]):
         self.layers = list(dict.fromkeys(n for a in plain for n in a.without_token_tables().layers))
         self.square = torch.tensor(strengths, dtype=torch.float64).square()[:, None]
-        self.energies, self.alike = [], []  # of each layer, [N, N]
-        self.weights = torch.zeros(len(stack), dtype=torch.float64)
+        self.stack, self.energies, self.alike = stack, [], []  # of each layer, [N, N]
         self.moved = torch.zeros(len(stack), dtype=torch.float64)
         for name in self.layers:
-            deltas, own = ([a.layers[name].float() if name in a.layers else None for a in s] for s in (stack, plain))
+            own = [a.layers[name].float() if name in a.layers else None for a in plain]
+            deltas = own if stack is plain else [a.layers[name].float() if name in a.layers else None for a in stack]
             self.alike.append(overlaps(deltas))
-            self.weights += torch.tensor([0.0 if d is None else float(d.energy()) for d in deltas], dtype=torch.float64)
             if moments is not None:
                 seen = [m.layers.get(name) for m in moments]
                 width = next((len(s.vectors) if isinstance(s, Sketch) else len(s) for s in seen if s is not None), None)
@@ -170,15 +170,22 @@ class _Sums:
 
     def own(self) -> Tensor:
         """Energy of each on its own inputs; of its weights, where no moments are known"""
-        return (sum(self.energies).diagonal() if self.energies else self.weights).clamp_min(LEAST)
+        if self.energies:
+            return sum(self.energies).diagonal()
+        layers = [[d.float().energy() for n, d in a.layers.items() if n in self.layers] for a in self.stack]
+        return torch.tensor([float(sum(some)) for some in layers], dtype=torch.float64)
 
     def crosstalk(self, own: Tensor) -> list[list[float]]:
-        return (self.square * sum(self.energies) / own).tolist()
+        """0 for those that have no low-rank effect to be moved"""
+        return (self.square * sum(self.energies, torch.zeros(len(own), len(own))) / own.where(own > LEAST, torch.inf)).tolist()
 
     def disturbance(self, own: Tensor) -> list[float]:
-        return (self.moved / own.mean()).tolist()
+        some = own[own > LEAST]
+        return (self.moved / (some.mean() if len(some) else 1.0)).tolist()
 
     def overlap(self) -> Tensor:
+        if not self.alike:
+            return torch.zeros(len(self.stack), len(self.stack), dtype=torch.float64)
         return torch.stack(self.alike).nanmean(0).nan_to_num(0.0)
 
     def causes(self, source: int, target: int) -> list[str]:

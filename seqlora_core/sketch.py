@@ -94,13 +94,14 @@ class Sketch:
         return float(self.rest / (self.rest + self.values.sum()).clamp_min(1e-30))
 
     def error_bound(self, up: Tensor, down: Tensor) -> float:
-        """Most by which `tr(A D S D^T A^T)` and that of the sketch can differ.
+        """Most by which `tr(A D S D^T A^T)` and that of a sketch made of S itself, or of a stream of its rows, can differ.
 
-        Outside V both S and the sketch lie between 0 and the next eigenvalue, which is at most the last kept one and at
-        most the rest; so their difference, as an operator, is at most that.
+        `S - V diag(values) V^T` is positive (of a Nystrom approximation as of eigenpairs: Tropp et al. 2017) and has trace
+        `rest`, so it lies between 0 and `rest I`; what the sketch has instead, `floor (I - V V^T)`, does so too.  Hence
+        the difference of the two, as an operator, is at most `rest`.
         """
         change = ((up.mT @ up) * (down @ down.mT)).sum()
-        return float(torch.minimum(self.values[-1], self.rest) * change)
+        return float(self.rest * change)
 
 
 def sketch(moment: Tensor, energy: float = ENERGY, most: int = MOST) -> Sketch:

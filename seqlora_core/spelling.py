@@ -26,7 +26,7 @@ _ENDINGS = tuple(ending for pair in PAIRS for ending in pair)
 # part of a key -> what kind of file it gives away
 _OTHER_KINDS = {
     "hada_w": "a LoHa", "lokr_w": "a LoKr", "oft_blocks": "an OFT or BOFT", "boft_R": "a BOFT of peft", "oft_R": "an OFT of peft", "dora_scale": "a DoRA",
-    "lora_magnitude_vector": "a DoRA", r"\.a1\.weight$": "a GLoRA", r"\.diff(_b)?$": "a full-difference file", "w_norm": "a file of norms",
+    "lora_magnitude_vector": "a DoRA", r"\.a1\.weight$": "a GLoRA", r"\.diff(_b)?$": "a full-difference file", r"\.set_weight$": "a file of whole weights", "w_norm": "a file of norms",
 }  # fmt: skip
 
 
@@ -53,6 +53,8 @@ def factors(tensors: dict[str, Tensor], source: str) -> dict[str, Factors]:
             raise UserError(
                 f"{source}: {stem} has {here.strip('._')} but no {absent.strip('._')}; the file is incomplete, get it again"
             )
+        if any(side.ndim == 0 for side in sides.values()):
+            raise UserError(f"{source}: {stem} is of rank 0 or of no size, []: the file is damaged, get it again")
         alpha = tensors.get(f"{stem}.alpha")
         alpha = None if alpha is None else alpha_of(alpha, f"{source}: {stem}")
         found[stem] = Factors(sides[0], sides[1], tensors.get(f"{stem}.lora_mid.weight"), alpha)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -39,20 +40,24 @@ def _adapters(items: list[str], library: Path | None):
 
 def _with_strength(item: str) -> tuple[Path, float]:
     """FILE or FILE:0.8 (a Windows drive's colon is not a strength)"""
+    from .composition import check_strength
+
     head, colon, tail = item.rpartition(":")
-    if colon and not Path(item).exists():
-        try:
-            return Path(head), float(tail)
-        except ValueError:
-            pass
-    return Path(item), 1.0
+    path, strength = Path(item), 1.0
+    if colon and not path.exists():
+        with contextlib.suppress(ValueError):
+            path, strength = Path(head), float(tail)
+    check_strength(path.stem, strength)
+    return path, strength
 
 
 def stack(args):
-    from .adapter import concatenate, save_adapter
+    from .adapter import check_useful, concatenate, save_adapter
     from .composition import Wishes, energy_kept, norm_controlled, project
+    from .diffusers_names import as_diffusers
     from .low_rank import truncated
     from .selection import selected
+    from .tensor_file import write_safetensors
 
     parts, general = _adapters(args.adapters, args.library)
     names, adapters, moments = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts], [m for *_, m in parts]
@@ -75,7 +80,11 @@ def stack(args):
     )
     together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
     written, lost = truncated(together, args.rank)
-    save_adapter(args.output, written)
+    if args.diffusers:
+        check_useful(args.output, written)
+        write_safetensors(args.output, as_diffusers(written), written.metadata)
+    else:
+        save_adapter(args.output, written)
     tell = say(args)
     if args.mode != "sum":
         tell("energy kept: " + ", ".join(f"{n} {k:.0%}" for n, k in zip(names, kept)))

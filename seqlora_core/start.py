@@ -17,6 +17,8 @@ from .selection import acts
 from .sketch import Operator, Sketch
 from .statistics import Moments, average
 
+TOUCHED = 0.1  # cosine from which a direction counts as a concept's
+
 
 def others_moments(general: Moments, decoy: Moments | None, earlier: list[Concept], config: TrainingConfig) -> Moments:
     """What the concept must leave alone: generic inputs, decoys, and earlier concepts' own inputs."""
@@ -32,7 +34,7 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
 
     No square matrix is made of a layer whose moments are sketches.
     """
-    device, parts, notes, metrics = denoiser.device, {}, [], {}
+    device, parts, notes, metrics, ranks = denoiser.device, {}, [], {}, {}
     sites = [s for s in denoiser.sites() if acts(s.name, config.layers)]
     if not sites:
         raise UserError(
@@ -47,13 +49,19 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
         if id(moment) not in metrics:  # with the moment, so that its id is not given again
             metrics[id(moment)] = moment, (subspace.Metric.of if config.whitened else subspace.Metric.plain)(moment)
         metric = metrics[id(moment)][1]
-        rank, taken, shared = min(config.rank, site.in_features), None, 0
+        rank, taken = min(config.rank, site.in_features), None
         if config.orthogonal:
             rank = subspace.rank_limit(site.in_features, config.planned, rank)
-            held = [c.bases[site.name] for c in earlier if site.name in c.bases]
-            taken, shared = subspace.occupied_basis(held, rank)
-        if shared:
-            notes.append(f"{site.name} is full: the {shared} least used directions of earlier concepts are shared")
+            held = [c for c in earlier if site.name in c.bases and site.name in c.adapter.layers]
+            bases = [c.bases[site.name] for c in held]
+            taken, shared = subspace.occupied_basis(bases, [c.adapter.layers[site.name].up for c in held], rank)
+            ranks[site.in_features] = rank
+            if shared is not None:
+                losers = [c.name for c, b in zip(held, bases) if (b.mT @ shared).norm() > TOUCHED]
+                notes.append(
+                    f"{site.name} is full: the {shared.shape[1]} least used directions of earlier concepts are shared, of "
+                    + ", ".join(losers)
+                )
         if config.data_start:
             own = seen.layers[site.name] if isinstance(moment, Sketch) else seen[site.name]
             basis = subspace.data_driven_basis(own, metric, rank, taken)
@@ -67,6 +75,7 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
         columns = 0 if taken is None else taken.shape[1]
         key = (site.in_features, site.out_features, rank, columns, isinstance(moment, Sketch))
         parts.setdefault(key, []).append((site.name, basis, metric.white, other, scale, taken))
+    notes = [*_plan(config, len(earlier), ranks), *notes]
     groups = []
     for (_, out, rank, columns, sketched), layers in parts.items():
         for some in _by_readers(layers) if sketched else [layers]:
@@ -83,6 +92,20 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
                 moment = torch.stack([w @ m @ w for w, m in zip(whites, moments)]).to(device)
             groups.append(Group(list(names), up, basis.requires_grad_(config.learn_basis), white, moment, scale, taken))
     return groups, notes
+
+
+def _plan(config: TrainingConfig, earlier: int, ranks: dict[int, int]) -> list[str]:
+    """What planning for so many concepts gives this one.  ranks: by the number of a layer's inputs"""
+    small = [f"rank {rank} in layers of {inputs} inputs" for inputs, rank in sorted(ranks.items()) if rank < config.rank]
+    notes = []
+    if small:
+        notes.append(f"planned for {config.planned} concepts, each gets {' and '.join(small)}, of {config.rank} asked for")
+    if earlier >= config.planned:
+        notes.append(
+            f"this is concept {earlier + 1} of a library planned for {config.planned}: it takes what room and drift earlier ones "
+            "left, and the library may move unrelated prompts by more than its budget"
+        )
+    return notes
 
 
 def _examples(denoiser) -> str:

@@ -49,22 +49,26 @@ class Metric:
         return self.unwhite @ down.mT
 
 
-def occupied_basis(bases: list[Tensor], room_for: int) -> tuple[Tensor | None, int]:
-    """Orthonormal basis of what earlier concepts hold, leaving at least `room_for` dimensions free.
+def occupied_basis(bases: list[Tensor], ups: list[Tensor], room_for: int) -> tuple[Tensor | None, Tensor | None]:
+    """Orthonormal basis of what earlier concepts hold, and of what they must share so that `room_for` dimensions are free.
 
-    bases: each [d, r_i].  A full layer shares: the directions of the least singular values are given up, the
-    second value says how many.
+    bases: each [d, r_i]; ups: lora_up of each, [out, r_i].  Shared are the least used directions, by the energy that all
+    concepts together send through them while the base model sees its own inputs: the last eigenvectors of
+    `sum_i B_i A_i^T A_i B_i^T`, which of disjoint bases are directions of one concept each.
     """
     if not bases:
-        return None, 0
+        return None, None
     stacked = torch.cat(bases, dim=1)
     d = stacked.shape[0]
     if stacked.shape[1] + room_for <= d:
-        return orthonormal_basis(stacked), 0
-    u, s, _ = torch.linalg.svd(stacked.double(), full_matrices=False)
-    keep = max(0, min(d - room_for, int((s > 1e-6 * s[0]).sum())))
-    shared = int((s > 1e-6 * s[0]).sum()) - keep
-    return (u[:, :keep].to(stacked.dtype) if keep else None), shared
+        return orthonormal_basis(stacked), None
+    held = span(stacked.double(), 1.0)
+    keep = max(0, min(d - room_for, held.shape[1]))
+    seen = [(held.mT @ b.double(), u.double()) for b, u in zip(bases, ups)]
+    used = sum(b @ (u.mT @ u) @ b.mT for b, u in seen)
+    directions = (held @ torch.linalg.eigh(used)[1].flip(1)).to(stacked.dtype)
+    kept, shared = directions[:, :keep], directions[:, keep:]
+    return (kept if keep else None), (shared if shared.shape[1] else None)
 
 
 def data_driven_basis(concept: Tensor | Sketch, metric: Metric, rank: int, occupied: Tensor | None) -> Tensor:

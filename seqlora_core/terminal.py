@@ -6,6 +6,8 @@ import contextlib
 import signal
 import sys
 
+from .errors import UserError
+
 
 def say(args):
     """Progress goes to stderr when stdout is for a machine; a process that only helps another says nothing"""
@@ -21,7 +23,20 @@ def open_model(args):
     from .diffusers_folder import open_folder
 
     path, dtype = args.model or DEMO_MODEL, getattr(torch, args.dtype)
-    return (open_folder if path.is_dir() else DemoModel)(path, args.device, dtype)
+    return (open_folder if path.is_dir() else DemoModel)(path, usable_device(args.device), dtype)
+
+
+def usable_device(named: str | None) -> str:
+    """The device of that name, or without one a GPU if there is one; UserError if it cannot be used"""
+    import torch
+
+    if named is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=named)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {named!r} cannot be used here: give cpu, or one that torch.cuda lists") from error
+    return named
 
 
 @contextlib.contextmanager

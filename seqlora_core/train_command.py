@@ -10,13 +10,13 @@ from .config import Checkpointing, PictureOptions, TrainingConfig
 from .errors import UserError
 from .options import DEFAULTS, add_options, build
 from .recipe import EXAMPLE, Job, read_recipe
-from .terminal import bar, open_model, say
+from .terminal import bar, open_model, say, usable_device
 
 EXAMPLES = f"""\
 examples:
   seqlora train --library my_library --images photos/cat --trigger ohwx --class-noun cat
   seqlora train --recipe library.toml
-  accelerate launch -m seqlora_core train --recipe library.toml
+  accelerate launch --multi_gpu -m seqlora_core train --recipe library.toml
 
 a recipe (TOML; the same options, with '_' for '-'; concepts already trained are skipped, a run that was killed goes on):
 {indent(EXAMPLE, "  ")}"""
@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="pictures of the class on which the model must stay as it is, beside those it draws itself")  # fmt: skip
     what.add_argument("--name", help="name in the library (default: the folder's)")
     what.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file that names many concepts, instead of the above")
+    what.add_argument("--again", action="store_true",
+                      help="train a concept that the library has anew, beside all others; it is replaced only then")  # fmt: skip
     what.add_argument("--planned", type=int, metavar="N", help="concepts a new library is planned for (default: 32)")
     add_options(parser)
 
@@ -55,7 +57,7 @@ def run(args) -> dict:
             setattr(args, word, value)
     for job in recipe.jobs:
         job.options |= given  # what is said on the command line goes before what is written
-    return {"library": str(args.library), "concepts": _train(args, recipe.jobs, skip=True)}
+    return {"library": str(args.library), "concepts": _train(args, recipe.jobs, skip=not args.again)}
 
 
 def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
@@ -63,13 +65,16 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     from .library import Library
     from .parallel import launched
     from .pictures import load
+    from .references import complete_captions
     from .teach import train_concept
 
     configs = [[build(kind, job.options) for kind in (TrainingConfig, PictureOptions, Checkpointing)] for job in jobs]
     if args.library is None:
         raise UserError("no library: name its folder with --library")
-    workers = launched(args.device)
+    workers = launched(usable_device(args.device))
     args.device, args.quiet = workers.device or args.device, not workers.first
+    if workers.count > 1:
+        say(args)(f"{workers.count} processes share each batch")
     model = open_model(args)
     # all, before any work: a mistake shows at once
     pictures = [load(job.images, model.size, options) for job, (_, options, _) in zip(jobs, configs)]
@@ -77,6 +82,9 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
         load(job.regularisation, model.size, options)[0] if job.regularisation else []
         for job, (_, options, _) in zip(jobs, configs)
     ]
+    for job, (_, options, _), (sets, _) in zip(jobs, configs, pictures):
+        for some in sets:
+            complete_captions(some.captions, job.trigger, job.class_noun, options.caption)
     library = Library(args.library, model.fingerprint(), args.planned or max(TrainingConfig.planned, len(jobs)), create=True)
     done = []
     for job, (config, options, checkpointing), (sets, notes), regularisation in zip(jobs, configs, pictures, classes):
@@ -88,7 +96,7 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
                 say(args)(note)
             with bar(job.name, config.steps, args.quiet) as on_step:
                 concept, fit = train_concept(
-                    model, library, sets, job.name, job.trigger, job.class_noun, None, config, on_step,
+                    model, library, sets, job.name, job.trigger, job.class_noun, None, config, on_step, args.again,
                     checkpointing=checkpointing, template=options.caption, regularisation=regularisation, workers=workers,
                 )  # fmt: skip
             done.append(_told(args, library, concept, fit, config.steps) | {"pictures": notes})

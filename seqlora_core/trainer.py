@@ -123,7 +123,10 @@ def fit(
                 if learnt is not None:
                     learnt.step(pace[number - 1])
             if config.learn_basis and (upper_turn or not config.lower_steps):
-                upper.step(pace[number - 1])
+                if config.line_search:
+                    upper.search(objective.again, pace[number - 1])
+                else:
+                    upper.step(pace[number - 1])
             if budget is not None and objective.replays:
                 budget.update(terms.drift, on + 1 if config.replay_target == "base" else 1)
                 objective.weight = budget.weight

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+EVERYDAY = frozenset("a an the of in on at by with and or to from for as is photo picture image portrait drawing style".split())
+
 
 def trigger_of(metadata: dict[str, str]) -> str:
     """The words that call a LoRA; "" if its file names none.
@@ -38,16 +40,22 @@ def json_object(text: str | None) -> dict:
 def shared_triggers(metadata: dict[str, dict[str, str]]) -> list[tuple[str, list[str]]]:
     """Triggers that call more than one of the named LoRAs: (the words, their names).
 
-    A trigger of ours is its rare word; of others' LoRAs the whole phrase, which also calls those whose phrase holds it.
+    A trigger of ours is its rare word; of others' LoRAs the whole phrase, which also calls those whose phrase holds it, and
+    each of its words but the last, which says what it is, and those of everyday English.
     """
-    words: dict[str, frozenset[str]] = {}
+    words: dict[str, list[str]] = {}
     for name, values in metadata.items():
-        phrase = values.get("seqlora.trigger") or trigger_of(values)
+        phrase = re.findall(r"\w+", (values.get("seqlora.trigger") or trigger_of(values)).lower())
         if phrase:
-            words[name] = frozenset(re.findall(r"\w+", phrase.lower()))
-    out = []
-    for phrase in dict.fromkeys(words.values()):
-        called = [name for name, own in words.items() if phrase and phrase <= own]
+            words[name] = phrase
+    rare = {name: {w for w in (own[:-1] or own) if w not in EVERYDAY} for name, own in words.items()}
+    out: dict[tuple[str, ...], str] = {}
+    for phrase in dict.fromkeys(frozenset(own) for own in words.values()):
+        called = [name for name, own in words.items() if phrase <= set(own)]
         if len(called) > 1:
-            out.append((" ".join(sorted(phrase)), called))
-    return out
+            out[tuple(called)] = " ".join(sorted(phrase))
+    for word in dict.fromkeys(w for own in words.values() for w in own):
+        called = [name for name, own in rare.items() if word in own]
+        if len(called) > 1:
+            out.setdefault(tuple(called), word)
+    return [(said, list(called)) for called, said in out.items()]

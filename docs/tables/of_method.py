@@ -134,6 +134,16 @@ def strengths_table() -> str:
     return "\n".join(["| strength of all | kept | worst | generic drift |", "|---|---|---|---|", *lines])
 
 
+def editing_table() -> str:
+    data = load("editing")
+    lines = [
+        f"| {r['row']} | {r['concepts']} | {r['alone']:.2f} | {r['kept']:.2f} | {r['worst']:.2f} | {r['generic_drift']:+.1%} |"
+        for r in data["rows"]
+    ]
+    head = ["| library | concepts | gain alone | kept | worst | generic drift |", "|---|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) + f"\n\nFrom `{data['meta']['command']}`, one seed, {data['meta']['steps']} steps."
+
+
 def method_table(name: str = "method") -> str:
     """A table for each number of concepts"""
     data, parts = load(name), []

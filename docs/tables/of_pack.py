@@ -11,7 +11,8 @@ def patching_table() -> str:
     r = load("patching")
     names = {
         "chained": f"{r['loras']} stock LoRA loaders, chained", "one_file": f"one file of rank {r['loras'] * r['rank']}, stock loader",
-        "ours": "our stack", "ours_new_strength": "our stack again, one strength changed",
+        "ours": "our stack", "ours_half_alpha": "our stack, of files whose alpha is half their rank",
+        "ours_new_strength": "our stack again, one strength changed",
     }  # fmt: skip
     lines = ["| way | preparing, s | patching, s | both, s | over one file |", "|---|---|---|---|---|"]
     one = next(row["seconds"] for row in r["rows"] if row["row"] == "one_file")
@@ -24,7 +25,7 @@ def patching_table() -> str:
         "",
         f"Chained over ours: {chained / ours:.0f}. Memory above the adapters themselves: {memory['composing'] / largest:.2f} of the "
         f"largest layer ({largest / 2**20:.0f} MiB in float32) while composing, {memory['one_weight'] / largest:.2f} while one weight "
-        f"is patched. Largest difference from the chain, over a weight's largest value: {r['difference']:.1e}. From "
+        f"is patched. {'The report, which Apply Stack writes too, takes ' + format(r['report'], '.1f') + ' s more. ' if 'report' in r else ''}Largest difference from the chain, over a weight's largest value: {r['difference']:.1e}. From "
         f"`{r['meta']['command']}`, {r['meta']['device']}, torch {r['meta']['versions']['torch']}, {r['layers']} layers in float16.",
     ]
     return "\n".join(lines)

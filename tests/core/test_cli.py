@@ -176,6 +176,30 @@ def test_demo_leaves_a_library_that_is_not_its_own(capsys, folder, tmp_path):
             ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--name", "../x"],
             "cannot be a file name",
         ),
+        (
+            ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--retraction", "foo"],
+            "retraction is 'foo'",
+        ),
+        (
+            ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--lambda", "nan"],
+            "interference_weight is nan",
+        ),
+        (["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--resolution", "8"], "resolution is 8"),
+        (
+            ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--replay-batch", "-3"],
+            "replay_batch is -3",
+        ),
+        (
+            ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--keep-latents", "-1"],
+            "keep_latents is -1",
+        ),
+        (
+            ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--device", "foo"],
+            "device 'foo' cannot be used",
+        ),
+        (["train", "--images", OCTOPUS, "--trigger", "octopus", "--library", "{folder}"], "lacks the trigger"),
+        (["stack", "/absent.safetensors:nan", "--output", "x"], "the strength of absent is nan"),
+        (["library", "rename", "{folder}", "octopus"], "give its name after the folder, and the new one"),
         (["stack", "--output", "x"], "one of the two"),
         (["stack", "/absent.safetensors", "--output", "x"], "no file"),
         (["stack", "--library", "{folder}", "--amount", "2", "--output", "x"], "amount is 2"),

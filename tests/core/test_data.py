@@ -7,7 +7,8 @@ from PIL import Image
 
 from seqlora_core.config import PictureOptions, TrainingConfig
 from seqlora_core.errors import UserError
-from seqlora_core.pictures import load
+from seqlora_core.pictures import Pictures, load, mirrored
+from seqlora_core.references import complete_captions
 from seqlora_core.teach import train_concept
 
 QUICK = {"use_decoys": False, "replay_batch": 4, "batch": 2}
@@ -42,6 +43,55 @@ def test_buckets_keep_shapes_and_never_enlarge(tmp_path):
     shapes = [tuple(s.images.shape) for s in sets]
     assert shapes[0] == (2, 384, 640, 3) and sorted(shapes[1:]) == [(1, 256, 192, 3), (1, 512, 512, 3), (1, 640, 384, 3)]
     assert all(h * w <= 512 * 512 for _, h, w, _ in shapes) and not any("enlarged" in n for n in notes)
+
+
+def test_pictures_of_sixteen_bits_keep_their_tones(tmp_path):
+    grey = np.full((64, 64), 65535 // 4, dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(np.full((64, 64), 65535 * 3 // 10, dtype=np.uint16)).save(tmp_path / "a.mask.png")
+    (sets,), _ = load(tmp_path, 64, PictureOptions())
+    assert sets.images.mean() == pytest.approx(0.25, abs=0.003) and sets.masks.mean() == pytest.approx(0.3, abs=0.003)
+
+
+def test_a_mask_may_be_transparent_and_of_any_case_and_format(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}.png", 64, 64)
+    clear = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    clear.save(tmp_path / "a.MASK.PNG")
+    Image.new("L", (64, 64), 128).save(tmp_path / "b.mask.webp")
+    (tmp_path / "._a.png").write_bytes(b"what a Mac leaves beside a file")
+    (sets,), _ = load(tmp_path, 64, PictureOptions())
+    assert len(sets.images) == 2 and sets.masks[0, :, :32].eq(1).all() and sets.masks[0, :, 32:].eq(0).all()
+    assert sets.masks[1].mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_small_picture_in_its_own_shape_is_told(tmp_path):
+    picture(tmp_path / "a.png", 100, 100)
+    _, notes = load(tmp_path, 512, PictureOptions(buckets=True))
+    assert notes[0].startswith("a.png: 100 x 100 became 64 x 64") and "of 512 x 512 that were asked for" in notes[0]
+
+
+def test_a_caption_that_cannot_be_read_is_told(tmp_path):
+    picture(tmp_path / "a.png", 64, 64)
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(UserError, match="cannot read the caption .*a.txt"):
+        load(tmp_path, 64, PictureOptions())
+
+
+def test_captions_are_templates_and_hold_the_trigger_as_a_word():
+    assert complete_captions(["a {trigger} {class}, red", None], "zqx", "cat") == ["a zqx cat, red", "a zqx cat"]
+    assert complete_captions(["一只猫娘在笑"], "猫娘", "") == ["一只猫娘在笑"]
+    with pytest.raises(UserError, match="lacks the trigger 'cat'"):
+        complete_captions(["a catalogue"], "cat", "")
+
+
+def test_mirror_images_are_counted_once(model, subjects, new_library, tmp_path):
+    s = subjects["octopus"]
+    pictures = mirrored(Pictures(s.images[:2], s.references.captions[:2]))
+    library = new_library(tmp_path / "l")
+    concept, _ = train_concept(model, library, [pictures], "o", s.trigger, config=TrainingConfig(steps=1, **QUICK))
+    assert concept.adapter.metadata["ss_num_train_images"] == "2"
 
 
 def test_masks_flips_and_repeats(tmp_path):

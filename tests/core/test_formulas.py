@@ -105,15 +105,33 @@ def test_rank_limit():
 @pytest.mark.parametrize("count", [1, 3, 5, 6, 8])
 def test_occupied_basis_always_leaves_room(count):
     bases = [orthonormal_basis(randn(i, IN, R)) for i in range(count)]
-    taken, shared = subspace.occupied_basis(bases, R)
+    taken, shared = subspace.occupied_basis(bases, [randn(100 + i, OUT, R) for i in range(count)], R)
     assert taken.shape[1] + R <= IN
     assert torch.allclose(taken.mT @ taken, torch.eye(taken.shape[1], dtype=torch.float64), atol=1e-10)
     if count * R + R <= IN:
-        assert shared == 0
+        assert shared is None
         for basis in bases:
             assert torch.allclose(taken @ (taken.mT @ basis), basis, atol=1e-10)
     else:
-        assert shared > 0
+        assert shared.shape[1] == min(IN, count * R) + R - IN
+        assert torch.allclose(taken.mT @ shared, torch.zeros(1, dtype=torch.float64), atol=1e-10)
+
+
+def test_a_full_layer_shares_what_is_used_least():
+    """Of 64 disjoint concepts of rank 1 the weakest gives up its direction, whole, and no other is touched."""
+    frame = orthonormal_basis(randn(1, 64, 64))
+    bases, ups = list(frame.split(1, dim=1)), [randn(2 + i, OUT, 1) for i in range(64)]
+    weakest = min(range(64), key=lambda i: ups[i].norm())
+    taken, shared = subspace.occupied_basis(bases, ups, 1)
+    assert (bases[weakest].mT @ shared).abs() > 1 - 1e-9
+    assert (taken.mT @ bases[weakest]).abs().max() < 1e-9
+
+
+def test_of_a_concept_the_least_used_of_its_directions_is_shared():
+    first, second = orthonormal_basis(randn(1, IN, IN)).split([IN - R, R], dim=1)
+    weak = torch.linalg.svd(randn(3, OUT, R) * 0.1, full_matrices=False)
+    taken, shared = subspace.occupied_basis([first, second], [randn(2, 2 * IN, IN - R), weak.U * weak.S @ weak.Vh], 1)
+    assert (shared.mT @ (second @ weak.Vh[-1])).abs() > 1 - 1e-9
 
 
 def test_sum_is_concatenation():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqlora_core.bilevel import descend
+from seqlora_core.bilevel import Group, UpperLevel
 from seqlora_core.errors import UserError
 from seqlora_core.hypergradient import conjugate_gradient, hypergradient, neumann, parse
 from seqlora_core.linalg import orthonormal_basis, retract, tangent
@@ -104,6 +104,19 @@ def test_conjugate_gradient_stops_at_negative_curvature():
     assert x.isfinite().all()
 
 
+def test_neumann_finds_an_eigenvalue_that_the_target_hides():
+    matrix = torch.diag(torch.tensor([100.0, 1.0, 0.5], dtype=torch.float64))
+    target = torch.tensor([1e-9, 1.0, 1.0], dtype=torch.float64)
+    x = neumann(lambda v: [matrix @ v[0]], [target], 2000)[0]
+    assert (matrix @ x - target).abs().max() < 1e-4
+
+
+def test_neumann_ends_where_its_terms_grow():
+    matrix = torch.diag(torch.tensor([1.0, 0.5, -0.5], dtype=torch.float64))
+    target = torch.ones(3, dtype=torch.float64)
+    assert neumann(lambda v: [matrix @ v[0]], [target], 30)[0].norm() < 10 * target.norm()
+
+
 @pytest.mark.parametrize("solve", [conjugate_gradient, neumann])
 def test_zero_is_solved_by_zero(solve):
     assert torch.equal(solve(lambda v: v, [torch.zeros(3)], 4)[0], torch.zeros(3))
@@ -119,11 +132,13 @@ def test_nonsense_is_refused(how):
 def test_line_search_never_raises_the_upper_objective_and_reaches_a_stationary_point(problem, how):
     taken = orthonormal_basis(randn(8, IN, 3))
     basis = retract(orthonormal_basis(randn(9, IN, R)), torch.zeros(IN, R, dtype=torch.float64), taken)
-    values, rate = [problem.value(basis).item()], 1.0
+    group = Group(["layer"], problem.best_up(basis)[None], basis[None].clone(), *[None] * 3, taken[None])
+    upper, values = UpperLevel([group], 1.0, how), [problem.value(basis).item()]
     for _ in range(150):
-        _, gradient = problem.gradient(basis, "cg:10")
-        basis, value, rate = descend(problem.value, basis, gradient, taken, 2 * rate, how)
-        values.append(value.item())
+        group.basis.grad = problem.gradient(group.basis[0], "cg:10")[1][None]
+        upper.search(lambda: problem.value(group.basis[0]).item())
+        values.append(problem.value(group.basis[0]).item())
+    basis = group.basis[0]
     assert all(b <= a for a, b in zip(values, values[1:]))
     assert values[-1] < values[0] - 1e-3
     _, gradient = problem.gradient(basis, "cg:10")

@@ -70,6 +70,16 @@ def test_retraction_stays_on_the_manifold_and_is_first_order(rng, how):
     assert errors[1] < errors[0] / 50
 
 
+@pytest.mark.parametrize("how, power", [("qr", 2), ("polar", 3)])
+def test_polar_is_a_retraction_of_second_order_and_qr_of_first(rng, how, power):
+    """Of second order: its acceleration is normal to the manifold, so the tangent part of its error falls with the cube"""
+    basis = linalg.orthonormal_basis(randn(rng, D, R))
+    t = linalg.tangent(basis, randn(rng, D, R))
+    sizes = (1e-2, 1e-3)
+    errors = [linalg.tangent(basis, linalg.retract(basis, s * t, None, how) - basis - s * t).norm().item() for s in sizes]
+    assert errors[0] / errors[1] == pytest.approx(10**power, rel=0.1)
+
+
 def test_unknown_retraction_is_refused(rng):
     basis = linalg.orthonormal_basis(randn(rng, D, R))
     with pytest.raises(ValueError, match="unknown retraction"):

@@ -72,43 +72,6 @@ def test_each_option_trains_and_resumes_exactly(model, subjects, new_library, tm
     assert files[0] == files[1] and len(fit.losses) == 4
 
 
-def test_accumulated_batches_are_one_large_batch(model, subjects, calibration):
-    """Mean of two batches' gradients = gradient of both together, the energy term being the same."""
-    from seqlora_core.calibration import record_moments
-    from seqlora_core.objective import Objective
-    from seqlora_core.parallel import Workers
-    from seqlora_core.replay import Replay
-    from seqlora_core.start import starting_groups
-
-    s, grads = subjects["octopus"], []
-    for batch, accumulate in ((2, 2), (4, 1)):
-        config = TrainingConfig(batch=batch, accumulate=accumulate, use_decoys=False, replay_weight=0.0)
-        generator = torch.Generator().manual_seed(0)
-        prompts = Prompts(model, s.references.captions, s.trigger, config)
-        seen = record_moments(model, s.references.latents, prompts.plain)
-        replay = Replay(model, s.references, s.trigger, [], calibration, config)
-        groups, _ = starting_groups(model, seen, calibration.moments, [], calibration, config, generator)
-        objective = Objective(
-            model, [s.references], [prompts], replay, groups, None, Attachment(), config, generator, Workers()
-        )
-        drawn = torch.Generator().manual_seed(1)
-        x, noise, sigma = s.references.latents[:4], torch.randn(4, 16, 8, 8, generator=drawn), torch.rand(4, generator=drawn)
-        parts = iter(
-            [(objective_batch(model, x[i], noise[i], sigma[i], prompts.plain[i]), []) for i in torch.arange(4).split(batch)]
-        )
-        objective.draw = lambda half, parts=parts: next(parts)
-        with attached(model.sites(), objective.attachment):
-            objective.gradients(False)
-        grads.append(torch.cat([g.up.grad.flatten() for g in groups]))
-    assert torch.allclose(*grads, rtol=1e-3, atol=1e-7) and grads[0].abs().max() > 0
-
-
-def objective_batch(model, x, noise, sigma, conditioning):
-    from seqlora_core.replay import Batch
-
-    return Batch(model.noised(x, noise, sigma), sigma, conditioning, model.target(x, noise, sigma))
-
-
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(model, subjects):
     """Bytes that autograd saves, counted by its own hooks."""
     s = subjects["octopus"]
@@ -217,6 +180,8 @@ def test_masks_weight_the_latents_they_cover():
         ({"clip": -1.0}, "clip is -1"), ({"caption_dropout": 1.0}, "caption_dropout is 1"), ({"min_snr": -1.0}, "min_snr is -1"),
         ({"optimiser": "prodigy"}, "prodigy finds the rate itself"), ({"shift": 0.0}, "shift is 0"),
         ({"gradient_checkpointing": True, "hypergradient": "cg:2", "lower_steps": 1}, "leave one of them out"),
+        ({"line_search": True}, "give lower_steps"),
+        ({"line_search": True, "lower_steps": 3, "hypergradient": "cg:2"}, "hypergradient none"),
     ],
 )  # fmt: skip
 def test_wrong_options_get_one_sentence(options, message):

@@ -133,6 +133,22 @@ def test_from_weights_alone_it_says_so_and_counts_in_multiples_of_chance():
     assert "no moments of c1, c2" in report.text()
 
 
+def test_one_without_a_low_rank_effect_is_in_nobodys_way():
+    """A LoRA whose changes are all of other kinds, or zero: no share of nothing is told"""
+    moments = {"plain": Moments({"l": torch.eye(IN)}), "dora": Moments({"l": torch.eye(IN)})}
+    for known in (moments, None):
+        report = interference_report({"plain": Adapter({"l": delta(1)}), "dora": Adapter({})}, known)
+        assert "times of its own effect" not in report.text() and "nan" not in report.text()
+    alone = interference_report({"dora": Adapter({})}, None, None, [Adapter({})], "weights")
+    assert alone.overlap == [[0.0]] and alone.energy_kept == [1.0]
+
+
+def test_rare_words_of_two_phrases_are_shared_triggers():
+    phrases = {"a": "ohwx man", "b": "ohwx woman", "c": "a photo of sks dog", "d": "a photo of a hat"}
+    found = shared_triggers({n: {"modelspec.trigger_phrase": p} for n, p in phrases.items()})
+    assert found == [("ohwx", ["a", "b"])]
+
+
 def test_shared_triggers():
     ours = {n: {"seqlora.trigger": "ohwx", "seqlora.class_noun": "cat"} for n in "ab"}
     assert shared_triggers(ours) == [("ohwx", ["a", "b"])]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,12 @@ from seqlora_core.teach import train_concept
 
 STEPS = 6
 QUICK = {"use_decoys": False, "replay_batch": 4, "batch": 2}
+
+
+def newly(subject):
+    """With a trigger that no concept of the library has"""
+    captions = [c.replace(subject.trigger, "newzu") for c in subject.references.captions]
+    return replace(subject, trigger="newzu", references=replace(subject.references, captions=captions))
 
 
 @pytest.fixture
@@ -50,14 +57,14 @@ def contents(library):
 def test_a_resumed_run_ends_in_the_same_bytes(model, subjects, begin, options):
     config = TrainingConfig(steps=STEPS, **options)
     whole, stopped = begin("whole"), begin("stopped")
-    _, straight = train(model, whole, subjects["octopus"], config)
-    _, first = train(model, stopped, subjects["octopus"], config, stop_at=3)
+    _, straight = train(model, whole, newly(subjects["octopus"]), config)
+    _, first = train(model, stopped, newly(subjects["octopus"]), config, stop_at=3)
     assert isinstance(first.stopped, KeyboardInterrupt) and len(first.losses) == 3
     kept = load_adapter(stopped.paths("new")[0])
     assert kept.metadata["seqlora.steps_done"] == "3" and contents(stopped) != contents(whole)
     again = Library(stopped.folder)
-    _, second = train(model, again, subjects["octopus"], config, stop_at=5)
-    _, third = train(model, Library(stopped.folder), subjects["octopus"], config)
+    _, second = train(model, again, newly(subjects["octopus"]), config, stop_at=5)
+    _, third = train(model, Library(stopped.folder), newly(subjects["octopus"]), config)
     assert third.losses == straight.losses and third.weights == straight.weights and third.energies == straight.energies
     assert contents(stopped) == contents(whole)
     assert Library(stopped.folder).names == ["octopus", "penguin", "fox", "new"]
@@ -70,7 +77,7 @@ def test_the_last_checkpoints_are_kept_until_the_concept_is_whole(model, subject
     def on_step(step):
         seen.append(sorted(p.name for p in library.checkpoints("new").glob("*")))
 
-    s = subjects["octopus"]
+    s = newly(subjects["octopus"])
     train_concept(
         model, library, s.images, "new", s.trigger, s.class_noun, s.references.captions, TrainingConfig(steps=7, **QUICK), on_step,
         checkpointing=Checkpointing(every=2, keep=2),
@@ -82,18 +89,18 @@ def test_the_last_checkpoints_are_kept_until_the_concept_is_whole(model, subject
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(model, subjects, begin):
     library, whole = begin("l"), begin("whole")
-    train(model, whole, subjects["octopus"])
-    train(model, library, subjects["octopus"], stop_at=5, every=2)
+    train(model, whole, newly(subjects["octopus"]))
+    train(model, library, newly(subjects["octopus"]), stop_at=5, every=2)
     newest = max(library.checkpoints("new").glob("*"))
     assert "000005" in newest.name
     newest.write_bytes(newest.read_bytes()[:2000])
-    train(model, library, subjects["octopus"])
+    train(model, library, newly(subjects["octopus"]))
     assert contents(library) == contents(whole)
 
 
 @pytest.mark.parametrize("change", ["learning_rate", "steps", "pictures", "library"])
 def test_a_run_begun_otherwise_is_not_gone_on_with(model, subjects, begin, change):
-    library, s = begin("l"), subjects["octopus"]
+    library, s = begin("l"), newly(subjects["octopus"])
     train(model, library, s, stop_at=3)
     options, images = {"steps": STEPS, **QUICK}, s.images
     if change == "library":
@@ -115,18 +122,18 @@ def test_a_run_begun_otherwise_is_not_gone_on_with(model, subjects, begin, chang
 
 
 def test_a_full_disk_stops_the_run_with_one_sentence_and_leaves_the_last_checkpoint(model, subjects, begin, monkeypatch):
-    library, replace, writes = begin("l"), os.replace, []
+    library, move, writes = begin("l"), os.replace, []
 
     def full(source, target):
         writes.append(str(target))
         if str(target).endswith(SUFFIX) and len([w for w in writes if w.endswith(SUFFIX)]) > 1:
             raise OSError(28, "No space left on device")
-        return replace(source, target)
+        return move(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    _, fit = train(model, library, subjects["octopus"], every=2)
+    _, fit = train(model, library, newly(subjects["octopus"]), every=2)
     monkeypatch.undo()
     assert isinstance(fit.stopped, UserError) and "No space left on device" in str(fit.stopped) and len(fit.losses) == 4
     assert [p.name for p in library.checkpoints("new").glob("*")] == [f"step-000002{SUFFIX}"]
-    _, fit = train(model, library, subjects["octopus"])
+    _, fit = train(model, library, newly(subjects["octopus"]))
     assert len(fit.losses) == STEPS and not library.checkpoints("new").exists()

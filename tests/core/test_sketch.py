@@ -40,6 +40,20 @@ def test_energies_differ_by_at_most_the_bound(monkeypatch, decay, exact):
         assert abs(difference) <= made.error_bound(up.float(), down.float()) * 1.01
 
 
+@pytest.mark.parametrize("decay", [0.25, 0.5, 1.0, 1.5])
+def test_energies_of_a_stream_differ_by_at_most_the_bound(decay):
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(1500, 300, generator=generator) * torch.arange(1, 301) ** (-decay / 2)
+    moment, stream = (rows.double().mT @ rows.double()) / len(rows), Stream(300)
+    stream.add(rows)
+    made = stream.sketch(len(rows))
+    widest = torch.linalg.eigh(moment - made.dense().double())[1].mT  # directions in which the two differ, most at the ends
+    for row in (widest[:1], widest[-1:], *torch.randn(20, 3, 300, generator=generator, dtype=torch.float64)):
+        up = torch.randn(7, len(row), generator=generator, dtype=torch.float64)
+        difference = residual_energy(up, row, moment) - residual_energy(up, row, made.dense().double())
+        assert abs(difference) <= made.error_bound(up.float(), row.float()) * 1.01
+
+
 def test_the_fewest_pairs_that_hold_the_energy():
     moment = torch.diag(torch.tensor([90.0, 8.0, 1.5, 0.5]))
     made = sketch(moment, 0.95, 4)

@@ -2,17 +2,28 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from seqlora_core.adapter import Adapter, LayerDelta, channel_rows, concatenate, kernel_rows, load_adapter, save_adapter
+from seqlora_core.adapter import (
+    Adapter,
+    LayerDelta,
+    channel_rows,
+    concatenate,
+    kernel_rows,
+    layer_delta,
+    load_adapter,
+    save_adapter,
+)
 from seqlora_core.composition import Wishes, closed_form, compose, energy_kept, gram_schmidt, project, symmetric, without_data
 from seqlora_core.errors import UserError
 from seqlora_core.interference import residual_energy
 from seqlora_core.linalg import orthonormal_basis
 from seqlora_core.low_rank import factorised, truncated
 from seqlora_core.selection import selected
-from seqlora_core.spelling import canonical
+from seqlora_core.spelling import Factors, canonical
 from seqlora_core.statistics import Moments
+
+from .test_formulas import delta
 
 IN, OUT, R = 24, 20, 3
 
@@ -131,6 +142,36 @@ def test_the_strongest_comes_first():
     assert torch.equal(dense(out[1]), dense(adapters[1])) and energy_kept(adapters[0], out[0]) < 1
     with pytest.raises(UserError, match="unknown order"):
         project(adapters, "weights", wishes=Wishes("random"))
+
+
+def test_a_convolution_over_videos_is_read_and_written(tmp_path):
+    down, up = torch.randn(2, 3, 1, 3, 3), torch.randn(5, 2, 1, 1, 1)
+    save_file({"l.lora_down.weight": down, "l.lora_up.weight": up}, tmp_path / "a.safetensors")
+    delta = load_adapter(tmp_path / "a.safetensors").layers["l"]
+    assert delta.kernel == (1, 3, 3) and torch.equal(delta.dense(), up.flatten(1) @ down.flatten(1))
+    save_adapter(tmp_path / "b.safetensors", Adapter({"l": delta}))
+    written = load_file(tmp_path / "b.safetensors")
+    assert torch.equal(written["l.lora_down.weight"], down) and torch.equal(written["l.lora_up.weight"], up)
+
+
+def test_an_alpha_that_rounds_nothing_leaves_half_precision(tmp_path):
+    up = torch.randn(5, 4).half()
+    for alpha, kind in ((2.0, torch.float16), (1e-4, torch.float32), (3.0, torch.float32)):
+        found = layer_delta(Factors(torch.randn(4, 6).half(), up, None, alpha), "file", halves=True)
+        assert found.up.dtype == kind and torch.equal(found.up.float(), up.float() * (alpha / 4))
+
+
+def test_what_is_left_of_a_twin_is_not_blown_up():
+    """Of two equal LoRAs the second has nothing of its own: rounding is not scaled back to its energy"""
+    twins = [Adapter({"l": delta(1)}), Adapter({"l": delta(1)})]
+    _, second = project(twins, "weights", wishes=Wishes("first", restore=True))
+    assert second.layers["l"].energy() < 1e-6 * twins[0].layers["l"].energy()
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e39])
+def test_strengths_that_are_no_numbers_are_refused(strength):
+    with pytest.raises(UserError, match="the strength of adapter 1"):
+        compose([Adapter({"l": delta(1)}), Adapter({"l": delta(2)})], [1.0, strength])
 
 
 def test_magnitude_is_restored_on_request():

@@ -14,7 +14,7 @@ LAYERS = [
     {"spelling", "strict_json", "names", "references", "storage"},
     {"tensor_file", "manifest"},
     {"adapter", "optimisers"},
-    {"attach", "low_rank", "selection", "spectrum"},
+    {"attach", "diffusers_names", "low_rank", "selection", "spectrum"},
     {"denoiser", "statistics", "subspace", "recompute"},
     {"live_prompts", "drawing", "transformer_sites"},
     {"interference", "composition", "calibration", "demo_model", "unet_model", "transformer_model", "evaluation", "judge"},

@@ -102,15 +102,16 @@ def test_a_preview_shows_the_concept_once(model, library, subjects, tmp_path):
 
     shutil.copytree(library.folder, tmp_path / "l")
     previews, s = [], subjects["octopus"]
+    captions = [c.replace("octzu", "newzu") for c in s.references.captions]
 
     def on_step(step):
-        previews.append(draw_with(model, step.snapshot(), ["an octzu animal"], (64, 64)))
+        previews.append(draw_with(model, step.snapshot(), ["a newzu animal"], (64, 64)))
 
     config = TrainingConfig(steps=3, concept_dropout=False)
     concept, _ = train_concept(
-        model, Library(tmp_path / "l"), s.images, "again", s.trigger, s.class_noun, s.references.captions, config, on_step
+        model, Library(tmp_path / "l"), s.images, "again", "newzu", s.class_noun, captions, config, on_step
     )
-    assert torch.allclose(previews[-1], draw_with(model, concept.adapter, ["an octzu animal"], (64, 64)), atol=1e-5)
+    assert torch.allclose(previews[-1], draw_with(model, concept.adapter, ["a newzu animal"], (64, 64)), atol=1e-5)
 
 
 def test_one_seed_gives_one_file(model, subjects, new_library, tmp_path):
@@ -154,14 +155,15 @@ def test_ablation_switches_all_train(model, subjects, new_library, tmp_path):
     switches = (
         {"lower_steps": 1, "hypergradient": "cg:2"}, {"lower_steps": 1, "hypergradient": "neumann:2"}, {"drift_budget": 0.0},
         {"replay_target": "base"}, {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
-        {"replay_weight": 0.0}, {"lower_steps": 2}, {"earlier_active": False}, {"concept_dropout": False}, {"retraction": "polar"},
+        {"replay_weight": 0.0}, {"lower_steps": 2}, {"lower_steps": 1, "line_search": True}, {"earlier_active": False}, {"concept_dropout": False}, {"retraction": "polar"},
     )  # fmt: skip
     library = new_library(tmp_path / "l")
     teach(model, library, subjects["penguin"], steps=2)
     for number, switch in enumerate(switches):
         config = TrainingConfig(steps=3, **switch)
-        s = subjects["octopus"]
-        _, fit = train_concept(model, library, s.images, f"c{number}", s.trigger, s.class_noun, s.references.captions, config)
+        s, trigger = subjects["octopus"], f"octzu{number}"
+        captions = [c.replace("octzu", trigger) for c in s.references.captions]
+        _, fit = train_concept(model, library, s.images, f"c{number}", trigger, s.class_noun, captions, config)
         assert np.isfinite(fit.losses).all(), switch
 
 
@@ -170,7 +172,13 @@ def test_a_full_layer_shares_and_says_so(model, subjects, new_library, tmp_path)
     library = new_library(tmp_path / "l", planned=1)
     teach(model, library, subjects["octopus"], steps=2, rank=180)
     _, fit = teach(model, library, subjects["penguin"], steps=2, rank=180)
-    assert any("is full" in note and "shared" in note for note in fit.notes)
+    assert any("is full" in note and "are shared, of octopus" in note for note in fit.notes)
+    assert any("concept 2 of a library planned for 1" in note for note in fit.notes)
+
+
+def test_what_planning_for_many_leaves_to_each_is_told(model, subjects, new_library, tmp_path):
+    _, fit = teach(model, new_library(tmp_path / "l", planned=101), subjects["octopus"], steps=1)
+    assert fit.notes == ["planned for 101 concepts, each gets rank 1 in layers of 192 inputs, of 4 asked for"]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +190,7 @@ def test_a_full_layer_shares_and_says_so(model, subjects, new_library, tmp_path)
         ({"name": "OCTOPUS"}, "already"),
         ({"trigger": " "}, "trigger is empty"),
         ({"trigger": "absent"}, "lacks the trigger"),
+        ({}, "'octzu' calls 'octopus' of this library already"),
         ({"images": torch.zeros(0, 64, 64, 3)}, "no reference images"),
         ({"config": TrainingConfig(rank=0)}, "rank is 0"),
         ({"config": TrainingConfig(learning_rate=-1.0)}, "learning_rate is -1"),

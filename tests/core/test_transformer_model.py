@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.tiny import make_pipeline
-from seqlora_core.adapter import load_adapter
+from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
+from seqlora_core.attach import Attachment, attached
 from seqlora_core.calibration import calibrate
 from seqlora_core.cli import main
 from seqlora_core.config import TrainingConfig
@@ -70,6 +71,37 @@ def test_it_is_trained_and_every_layer_moves(folder, kind, tmp_path):
     saved = load_adapter(library.paths("thing")[0])
     architecture = {"flux": "flux-1-dev/lora"}.get(kind, "stable-diffusion-3/lora")
     assert saved.metadata["modelspec.architecture"] == architecture
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_concept_is_written_for_diffusers_own_loader(folder, kind, tmp_path):
+    """The pipeline with the file loaded predicts what the model with the adapter attached does"""
+    model, generator = open_folder(folder / kind), torch.Generator().manual_seed(1)
+    layers = {
+        s.name: LayerDelta(
+            torch.randn(2, s.in_features, generator=generator), torch.randn(s.out_features, 2, generator=generator)
+        )
+        for s in model.sites()
+    }
+    save_adapter(tmp_path / "concept.safetensors", Adapter(layers))
+    given = [f"{tmp_path / 'concept.safetensors'}:0.5", "--output", str(tmp_path / "theirs.safetensors")]
+    assert main(["stack", *given, "--diffusers"]) == 0
+    x, sigma = torch.randn(1, *model.latent_shape(SIZE), generator=generator), torch.full((1,), 0.7)
+    prompt, attachment = model.encode_prompts(["a fox"]), Attachment()
+    attachment.set_frozen(Adapter(layers).scaled(0.5), model.device)
+    with torch.no_grad():
+        plain = model.predict(x, sigma, prompt)
+        with attached(model.sites(), attachment):
+            ours = model.predict(x, sigma, prompt)
+        model.pipeline.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
+        theirs = model.predict(x, sigma, prompt)
+    assert torch.allclose(ours, theirs, atol=1e-4 * ours.abs().max()) and (ours - plain).abs().max() > 0.1 * plain.abs().max()
+
+
+def test_what_is_no_layer_of_these_models_is_told(tmp_path, capsys):
+    save_adapter(tmp_path / "c.safetensors", Adapter({"lora_unet_x": LayerDelta(torch.ones(1, 4), torch.ones(4, 1))}))
+    assert main(["stack", str(tmp_path / "c.safetensors"), "--diffusers", "--output", str(tmp_path / "o.safetensors")]) == 2
+    assert "lora_unet_x is no attention layer of SD3 or Flux.1" in capsys.readouterr().err
 
 
 def test_the_command_line_teaches_on_such_a_folder(folder, tmp_path, capsys):

@@ -112,7 +112,7 @@ with torch.inference_mode():
     unet = small_unet()
     for path in sorted((folder / "good").glob("*.safetensors")):
         stock = None
-        if path.stem in ("diffusers", "peft"):
+        if path.stem == "diffusers" or path.stem.startswith("peft"):
             # the stock loader leaves these names of attention layers out: it is given them as it knows them
             prefix = "unet." if path.stem == "diffusers" else "base_model.model."
             stock = {f"unet.{k.removeprefix(prefix)}".replace(".to_", ".processor.to_").replace(".to_out.0", ".to_out"): v

@@ -70,6 +70,19 @@ def unet_files(folder: Path) -> None:
     (folder / "peft" / "adapter_model.safetensors").rename(folder / "peft.safetensors")
     for name, options in lycoris_kinds():
         lycoris_file(folder / f"{name}.safetensors", **options)
+    peft_kinds(folder)
+
+
+def peft_kinds(folder: Path) -> None:
+    """LoHa and LoKr as peft writes them"""
+    from peft import LoHaConfig, LoKrConfig, get_peft_model
+
+    for name, config in (("peft_loha", LoHaConfig), ("peft_lokr", LoKrConfig)):
+        torch.manual_seed(5)
+        model = get_peft_model(unet(), config(r=RANK, alpha=RANK, target_modules=["to_q", "net.2"]))
+        shaken(model)
+        model.save_pretrained(folder / name)
+        (folder / name / "adapter_model.safetensors").rename(folder / f"{name}.safetensors")
 
 
 def lycoris_kinds() -> Iterator[tuple[str, dict]]:
@@ -85,6 +98,9 @@ def lycoris_kinds() -> Iterator[tuple[str, dict]]:
     yield "boft", dict(algo="boft", constraint=1e-3)
     yield "full", dict(algo="full")
     yield "glora", dict(algo="glora")
+    yield "loha_dora", dict(algo="loha", dora_wd=True)
+    yield "lokr_dora", dict(algo="lokr", factor=4, dora_wd=True)
+    yield "lokr_both", dict(algo="lokr", factor=4, decompose_both=True)
 
 
 def lycoris_file(path: Path, algo: str, **options) -> None:
@@ -168,6 +184,15 @@ def broken_files(folder: Path) -> None:
     kron = {f"{stem}.lokr_w1": torch.ones(4, 4), f"{stem}.lokr_w2": torch.ones(10, 10)}
     save_file(kron, folder / "lokr_other_size.safetensors")
     save_file({f"{stem}.diff": torch.ones(48, 48)}, folder / "full_other_size.safetensors")
+    sides = {f"{stem}.hada_w{i}_{s}": torch.ones(*shape) for i in (1, 2) for s, shape in (("a", (32, 3)), ("b", (5, 32)))}
+    save_file(sides, folder / "loha_ranks.safetensors")
+    loha = {f"{stem}.hada_w{i}_{s}": torch.ones(*shape) for i in (1, 2) for s, shape in (("a", (32, 4)), ("b", (4, 32)))}
+    save_file(loha | {f"{stem}.alpha": torch.tensor(1e30)}, folder / "loha_alpha.safetensors")
+    save_file({k: v.to(torch.int8) for k, v in loha.items()}, folder / "loha_int8.safetensors")
+    save_file({f"{stem}.set_weight": torch.full((32, 32), torch.nan)}, folder / "set_nan.safetensors")
+    save_file(good | {f"{stem}.dora_scale": torch.ones(5, 1)}, folder / "dora_short.safetensors")
+    save_file(good | {first: torch.tensor(1.0)}, folder / "number.safetensors")
+    save_file({f"{stem}.lokr_w1": torch.ones(4), f"{stem}.lokr_w2": torch.ones(8, 8)}, folder / "lokr_line.safetensors")
     peft_rotations(folder)
 
 

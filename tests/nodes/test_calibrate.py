@@ -68,6 +68,28 @@ def test_calibrate_then_stack_by_data_then_draw(server, model, loras):
     assert "lora key not loaded" not in server.log_path.read_text()
 
 
+def test_moments_are_found_while_a_patched_model_is_loaded(server, loras):
+    """Files named by Concept nodes, no Calibrate in the graph: the second prompt finds the first one's patches in the weights"""
+    server.run(calibrate())
+
+    def stacked(strength):
+        two = {"library": "", "name": "", "strength": 1.0, "lora": "theirs/two.safetensors"}
+        one = {"library": "", "name": "", "strength": strength, "lora": "theirs/one.safetensors", "stack": ["2", 0]}
+        graph = {n: {"class_type": "SeqLoRAConcept", "inputs": i} for n, i in (("2", two), ("3", one))}
+        return pixels(server, server.run(draw({**BASE, **graph} | apply("data"), ["5", 0], ["5", 1], "an octzu animal")))
+
+    assert np.abs(stacked(0.8).astype(int) - stacked(0.7)).max() > 0
+
+
+def test_a_trigger_that_was_wrong_is_given_anew_and_told(server, loras):
+    words = "one: pengvo thing\ntwo: pengvo animal"
+    assert "theirs/one: drew 'pengvo thing'" in server.run(calibrate(triggers=words))["3"]["text"][0]
+    graph = calibrate(triggers=words) | {"6": {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["3", 0]}}}
+    graph["7"] = {"class_type": "PreviewAny", "inputs": {"source": ["6", 0]}}
+    assert "one and two share the trigger 'pengvo'" in server.run(graph)["7"]["text"][0]
+    assert "drew 'octzu animal'" in server.run(calibrate())["3"]["text"][0]
+
+
 def test_the_node_records_what_the_core_records(server, model, loras):
     """Two hosts: the same prompts and seeds, other samplers and other noise levels, so alike but not equal.  A LoRA that
     both can adapt: attention only."""

@@ -55,6 +55,12 @@ def test_their_stack_draws_as_through_their_loader(server, both):
         assert np.abs(picture(server, ours | stacker(text)) - theirs).max() > 10, text
 
 
+def test_a_lora_that_is_in_their_stack_twice_adds_up(server, both):
+    graph = stacker(f"{both} 0.5 0.2\n{PENGUIN} 0.3 0.3\n{both} 0.4 0.4\n{PENGUIN} -0.3 -0.3")
+    theirs = picture(server, graph | {"5": node("TheirLoader", model=["1", 0], clip=["1", 1], lora_stack=["2", 0])})
+    assert_same(picture(server, graph | {"3": node("SeqLoRAFromLoraStack", lora_stack=["2", 0])} | applied(["3", 0])), theirs)
+
+
 def test_our_stack_draws_the_same_through_their_loader(server, both):
     """A library's concept and files, to LORA_STACK and back"""
     graph = stacker(f"{both} 0.8 -0.5") | {

@@ -11,7 +11,7 @@ import pytest
 from .comfy_server import PACK, run_in_comfyui
 
 PLAIN = ["diffusers", "diffusers_old", "kohya", "kohya_bfloat16", "kohya_float16", "kohya_float8_e4m3fn", "peft", "locon", "locon_tucker"]  # fmt: skip
-OTHER = ["loha", "loha_tucker", "lokr", "lokr_full", "dora", "dora_rows", "oft", "boft", "full", "glora"]
+OTHER = ["loha", "loha_tucker", "lokr", "lokr_full", "dora", "dora_rows", "oft", "boft", "full", "glora", "loha_dora", "lokr_dora", "lokr_both", "peft_loha", "peft_lokr"]  # fmt: skip
 SD3 = ["sd3_diffusers", "sd3_onetrainer", "sd3_musubi", "sd3_ai_toolkit", "text_diffusers", "text_kohya", "text_peft"]
 WORDS = {
     "truncated": "not a readable safetensors", "header_cut": "not a readable safetensors", "text": "not a readable safetensors",
@@ -19,7 +19,8 @@ WORDS = {
     "no_down": "no lora_down", "nan": "not finite", "inf": "not finite", "other_size": r"\[48, 32\], this model's is \[32, 32\]",
     "ranks_differ": "do not multiply", "another_model": "does not fit this model", "no_lora": "does not fit this model",
     "half_loha": "incomplete or damaged", "loha_other_size": "another kind of model", "lokr_other_size": "another kind of model",
-    "full_other_size": "another kind of model", "peft_oft": "an OFT of peft, which", "peft_boft": "a BOFT of peft, which",
+    "full_other_size": "another kind of model", "loha_ranks": "do not fit one another", "loha_alpha": "do not fit one another", "loha_int8": "is of int8", "set_nan": "not finite",
+    "dora_short": "do not fit one another", "number": "of rank 0 or of no size", "lokr_line": "incomplete or damaged", "peft_oft": "an OFT of peft, which", "peft_boft": "a BOFT of peft, which",
 }  # fmt: skip
 
 

@@ -1,0 +1,96 @@
+"""What a fit minimises, batch by batch: accumulation, clipping, the halves of the two levels, the line search."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from seqlora_core.attach import Attachment, attached
+from seqlora_core.bilevel import LowerLevel, UpperLevel
+from seqlora_core.calibration import record_moments
+from seqlora_core.captions import Prompts
+from seqlora_core.config import TrainingConfig
+from seqlora_core.objective import Objective
+from seqlora_core.parallel import Workers
+from seqlora_core.replay import Batch, Replay
+from seqlora_core.start import starting_groups
+
+
+def objective_of(model, references, config, calibration):
+    generator = torch.Generator().manual_seed(0)
+    prompts = Prompts(model, references.captions, "octzu", config)
+    seen = record_moments(model, references.latents, prompts.plain)
+    replay = Replay(model, references, "octzu", [], calibration, config)
+    groups, _ = starting_groups(model, seen, calibration.moments, [], calibration, config, generator)
+    return Objective(model, [references], [prompts], replay, groups, None, Attachment(), config, generator, Workers())
+
+
+def test_accumulated_batches_are_one_large_batch(model, subjects, calibration):
+    """Mean of two batches' gradients = gradient of both together, the energy term being the same."""
+    s, grads = subjects["octopus"], []
+    for batch, accumulate in ((2, 2), (4, 1)):
+        config = TrainingConfig(batch=batch, accumulate=accumulate, use_decoys=False, replay_weight=0.0)
+        objective = objective_of(model, s.references, config, calibration)
+        (prompts,), groups = objective.prompts, objective.groups
+        drawn = torch.Generator().manual_seed(1)
+        x, noise, sigma = s.references.latents[:4], torch.randn(4, 16, 8, 8, generator=drawn), torch.rand(4, generator=drawn)
+        parts = iter(
+            [(objective_batch(model, x[i], noise[i], sigma[i], prompts.plain[i]), []) for i in torch.arange(4).split(batch)]
+        )
+        objective.draw = lambda half, parts=parts: next(parts)
+        with attached(model.sites(), objective.attachment):
+            objective.gradients(False)
+        grads.append(torch.cat([g.up.grad.flatten() for g in groups]))
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-7) and grads[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("repeats, mirrored", [(None, False), ([2, 2, 2, 2], False), (None, True), ([1, 1, 3, 3], True)])
+def test_the_two_levels_share_no_picture(model, subjects, calibration, repeats, mirrored):
+    s = subjects["octopus"].references
+    four = replace(s, latents=s.latents[:4], captions=s.captions[:4], repeats=repeats, mirrored=mirrored)
+    (halves,) = objective_of(model, four, TrainingConfig(use_decoys=False, replay_weight=0.0), calibration).halves
+    support, query = ({n // 2 if mirrored else n for n in half.tolist()} for half in halves)
+    assert support and query and not support & query
+    assert sorted(torch.cat(halves).tolist()) == sorted(n for n in range(4) for _ in range(repeats[n] if repeats else 1))
+
+
+def test_hypergradients_are_accumulated_and_clipped(model, subjects, calibration):
+    """Of the same two pairs of batches: the mean of their hypergradients; clipped, as long as was said"""
+    found = {}
+    for accumulate, clip in ((1, 0.0), (2, 0.0), (2, 1e-6)):
+        config = TrainingConfig(
+            batch=2, accumulate=accumulate, clip=clip, lower_steps=1, hypergradient="cg:2", use_decoys=False, replay_weight=0.0
+        )  # fmt: skip
+        objective = objective_of(model, subjects["octopus"].references, config, calibration)
+        with torch.no_grad():  # at lora_up = 0 the basis has no gradient
+            for group in objective.groups:
+                group.up.copy_(0.01 * torch.randn(group.up.shape, generator=torch.Generator().manual_seed(3)))
+        with attached(model.sites(), objective.attachment):
+            for _ in range(3 - accumulate):
+                objective.gradients(True)
+                gradient = torch.cat([g.basis.grad.flatten() for g in objective.groups])
+                found.setdefault((accumulate, clip), []).append(gradient)
+    one, two = found[1, 0.0]
+    assert torch.allclose(found[2, 0.0][0], (one + two) / 2, rtol=1e-3, atol=1e-7) and one.norm() > 1e-4
+    assert found[2, 1e-6][0].norm() == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_a_line_search_never_makes_its_batch_worse(model, subjects, calibration):
+    config = TrainingConfig(batch=4, lower_steps=1, line_search=True, use_decoys=False, replay_weight=0.0)
+    objective = objective_of(model, subjects["octopus"].references, config, calibration)
+    lower, upper = LowerLevel(objective.groups, 4e-3), UpperLevel(objective.groups, 0.5)  # far too long a first step
+    with attached(model.sites(), objective.attachment):
+        objective.gradients(False)
+        lower.step()
+        for _ in range(3):
+            objective.gradients(True)
+            before = objective.again()
+            upper.search(objective.again)
+            assert objective.again() < before
+    for group in objective.groups:
+        gram = group.basis.mT @ group.basis
+        assert torch.allclose(gram, torch.eye(gram.shape[-1]).expand_as(gram), atol=1e-5)
+
+
+def objective_batch(model, x, noise, sigma, conditioning):
+    return Batch(model.noised(x, noise, sigma), sigma, conditioning, model.target(x, noise, sigma))

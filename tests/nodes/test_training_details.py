@@ -1,0 +1,107 @@
+"""What the trainer says of its pictures and files, and how it is stopped and gone on with, inside a real ComfyUI server."""
+
+import hashlib
+import time
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from seqlora_core.demo_model import DEMO_MODEL
+
+from .comfy_server import Failed
+from .test_training import Listener, images, train
+
+REPORT = {"8": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}}
+
+
+@pytest.fixture(scope="module")
+def pictures(server):
+    """Folders of ComfyUI's input folder, each with something wrong"""
+    folder = server.base / "input"
+    for name in ("empty", "nothing_in_it", "dot", "caption", "html"):
+        (folder / name).mkdir(parents=True)
+    (folder / "nothing_in_it" / "a.png").write_bytes(b"")
+    Image.new("RGB", (1, 1)).save(folder / "dot" / "a.png")
+    (folder / "html" / "a.jpg").write_text("<html>not found</html>")
+    Image.new("RGB", (64, 64), "red").save(folder / "caption" / "a.png")
+    (folder / "caption" / "a.txt").write_bytes(b"an octzu \xff\xfe animal")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "folder, message",
+    [
+        ("empty", "no images in .*empty: put PNG, JPEG or WebP files there"),
+        ("nothing_in_it", "cannot read the image .*a.png: it is damaged or empty"),
+        ("html", "cannot read the image .*a.jpg: it is damaged or empty"),
+        ("dot", "a.png is 1 x 1 pixels: too small"),
+        ("caption", "a.txt is not UTF-8 text: save it again as UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_picture_is_told(server, pictures, folder, message):
+    with pytest.raises(Failed, match=message):
+        server.run(train("wrong") | {"2": images(folder)})
+
+
+def test_captions_may_be_templates(server):
+    graph = train("templates", steps=1) | {"2": images(captions="a {trigger} {class}, red background")}
+    server.run(graph)
+    with safe_open(server.base / "models" / "loras" / "seqlora" / "templates" / "octopus.safetensors", "pt") as file:
+        assert '"red background": 10' in file.metadata()["ss_tag_frequency"]
+
+
+def test_the_report_says_what_connected_images_became_and_which_are_there_twice(server):
+    grey = {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 32, "batch_size": 2, "color": 0x808080}}
+    graph = train("connected", steps=1) | {"2": images(images=["7", 0]), "7": grey} | REPORT
+    said = server.run(graph)["8"]["text"][0]
+    assert "2 connected images: 16 x 32 became 64 x 64" in said and "enlarged 4.0 times" in said
+    assert "connected image 2 is the same picture as 1" in said
+
+
+def test_the_file_names_its_base_model_by_its_hash(server):
+    server.run(train("hashed", steps=1))
+    with safe_open(server.base / "models" / "loras" / "seqlora" / "hashed" / "octopus.safetensors", "pt") as file:
+        said = file.metadata()
+    assert said["ss_new_sd_model_hash"] == hashlib.sha256(DEMO_MODEL.read_bytes()).hexdigest()
+    assert said["ss_sd_model_name"] == DEMO_MODEL.name
+
+
+def test_a_rank_that_has_no_room_is_told(server):
+    said = server.run(train("ranks", steps=1, rank=128, planned_concepts=101) | REPORT)["8"]["text"][0]
+    assert "planned for 101 concepts, each gets rank 1 in layers of 192 inputs, of 128 asked for" in said
+
+
+def test_a_trigger_of_another_concept_is_refused(server):
+    server.run(train("triggers", steps=1))
+    with pytest.raises(Failed, match="'octzu' calls 'octopus' of this library already"):
+        server.run(train("triggers", name="second", steps=1))
+
+
+def test_a_cancel_ends_a_calibration(server):
+    """Pictures of another size: the library's calibration is made anew, which takes much longer than the cancel may"""
+    prompt = server.submit(train("slow", steps=2) | {"2": images(resolution=128)})
+    time.sleep(4)
+    start = time.time()
+    server.post("/interrupt")
+    entry = server.wait(prompt, 60)
+    assert time.time() - start < 10
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    assert not (server.base / "models" / "loras" / "seqlora" / "slow" / "octopus.safetensors").exists()
+
+
+def test_a_cancelled_run_goes_on_to_the_very_same_file(server):
+    files = {}
+    for library in ("never", "stopped"):
+        if library == "stopped":
+            listener = Listener(server)
+            prompt = server.submit(train(library, steps=40, preview_every=0))
+            while not listener.progress:
+                time.sleep(0.05)
+            listener.close()
+            server.post("/interrupt")
+            server.wait(prompt, 60)
+            assert list((server.base / "models" / "loras" / "seqlora" / library / ".checkpoints" / "octopus").iterdir())
+        server.run(train(library, steps=40, preview_every=0, if_trained="train again"))
+        files[library] = (server.base / "models" / "loras" / "seqlora" / library / "octopus.safetensors").read_bytes()
+    assert files["never"] == files["stopped"]
