@@ -92,7 +92,13 @@ WAN = {
     "image_model": "wan2.1", "dim": 32, "out_dim": 16, "num_heads": 2, "ffn_dim": 32, "num_layers": 1, "patch_size": (1, 2, 2), "freq_dim": 16,
     "text_dim": 32, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16, "model_type": "t2v",
 }  # fmt: skip
-PREDICT2 = COSMOS | {"image_model": "cosmos_predict2", "pos_emb_learnable": True, "min_fps": 1, "max_fps": 30, "rope_enable_fps_modulation": False}
+PREDICT2 = COSMOS | {
+    "image_model": "cosmos_predict2",
+    "pos_emb_learnable": True,
+    "min_fps": 1,
+    "max_fps": 30,
+    "rope_enable_fps_modulation": False,
+}
 
 ALPHA = {"image_model": "pixart_alpha", "micro_condition": True, "hidden_size": 48}  # whose width divides by 3
 

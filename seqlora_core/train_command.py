@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file that names many concepts, instead of the above")
     what.add_argument("--again", action="store_true",
                       help="train a concept that the library has anew, beside all others; it is replaced only then")  # fmt: skip
+    what.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="write the curves and the contact sheet of each concept there"
+    )
+    what.add_argument("--preview-every", type=int, default=0, metavar="N",
+                      help="and every N steps a preview: the new concept, an earlier one, something unrelated (default: 0, none)")  # fmt: skip
     what.add_argument("--planned", type=int, metavar="N", help="concepts a new library is planned for (default: 32)")
     add_options(parser)
 
@@ -65,16 +70,21 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     from .library import Library
     from .parallel import launched
     from .pictures import load
+    from .preview import Preview
     from .references import complete_captions
+    from .run_pictures import RunPictures
     from .teach import train_concept
 
     configs = [[build(kind, job.options) for kind in (TrainingConfig, PictureOptions, Checkpointing)] for job in jobs]
     if args.library is None:
         raise UserError("no library: name its folder with --library")
+    if args.preview_every and not args.pictures:
+        raise UserError("no folder for previews: name it with --pictures")
     workers = launched(usable_device(args.device))
     args.device, args.quiet = workers.device or args.device, not workers.first
     if workers.count > 1:
         say(args)(f"{workers.count} processes share each batch")
+    shown = RunPictures(args.pictures, args.preview_every) if args.pictures and workers.first else None
     model = open_model(args)
     # all, before any work: a mistake shows at once
     pictures = [load(job.images, model.size, options) for job, (_, options, _) in zip(jobs, configs)]
@@ -95,11 +105,18 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
             for note in notes:
                 say(args)(note)
             with bar(job.name, config.steps, args.quiet) as on_step:
+                if shown:
+                    earlier = library.concepts(without=job.name, stored_moments=True)
+                    preview = Preview(model, job.trigger, job.class_noun, earlier, tuple(sets[0].images.shape[1:3]))
+                    on_step = shown.watch(job.name, preview, on_step)
                 concept, fit = train_concept(
                     model, library, sets, job.name, job.trigger, job.class_noun, None, config, on_step, args.again,
                     checkpointing=checkpointing, template=options.caption, regularisation=regularisation, workers=workers,
                 )  # fmt: skip
             done.append(_told(args, library, concept, fit, config.steps) | {"pictures": notes})
+            if shown:
+                done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
+                say(args)("drawn: " + ", ".join(done[-1]["shown"]))
     return done
 
 

@@ -61,6 +61,26 @@ def test_half_precision_of_the_base_model_trains_and_draws(kind, tmp_path):
     assert main(["sample", "an octzu", *given, "--output", str(tmp_path / "x.png")]) == 0
 
 
+def test_a_run_is_shown_in_pictures(library, tmp_path, model):
+    """Previews at the first step and every second, the curves and the sheet; the concept is the one of an unwatched run"""
+    import shutil
+
+    from PIL import Image
+
+    files = []
+    for name, more in (("watched", ["--pictures", str(tmp_path / "p"), "--preview-every", "2"]), ("alone", [])):
+        shutil.copytree(library.folder, tmp_path / name)
+        images = str(DEMO_FOLDER / "concepts" / "ghost")
+        given = ["--library", str(tmp_path / name), "--images", images, "--trigger", "ghozt", "--steps", "4", "--batch", "2"]
+        assert main(["train", *given, *more]) == 0
+        files.append((tmp_path / name / "ghost.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [
+        "ghost.curves.png", "ghost.sheet.png", "ghost.step-000001.png", "ghost.step-000002.png", "ghost.step-000004.png",
+    ]  # fmt: skip
+    assert Image.open(tmp_path / "p" / "ghost.sheet.png").width > 500
+
+
 def run(capsys, *arguments):
     code = main([str(a) for a in arguments])
     out, err = capsys.readouterr()
@@ -198,6 +218,10 @@ def test_demo_leaves_a_library_that_is_not_its_own(capsys, folder, tmp_path):
             "device 'foo' cannot be used",
         ),
         (["train", "--images", OCTOPUS, "--trigger", "octopus", "--library", "{folder}"], "lacks the trigger"),
+        (
+            ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--preview-every", "5"],
+            "no folder for previews",
+        ),
         (["stack", "/absent.safetensors:nan", "--output", "x"], "the strength of absent is nan"),
         (["library", "rename", "{folder}", "octopus"], "give its name after the folder, and the new one"),
         (["stack", "--output", "x"], "one of the two"),

@@ -28,7 +28,7 @@ LAYERS = [
     {"library", "ordinary"},
     {"teach", "preview", "editing", "repair"},
     {"identity"},
-    {"sheets"},
+    {"sheets", "run_pictures"},
     {"demo"},
     {"options", "terminal"},
     {"recipe"},
