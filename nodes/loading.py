@@ -185,11 +185,12 @@ def compose_stack(
 def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, exact: bool) -> tuple[list[Adapter], list[float]]:
     """The adapters as they go into the stack, and the energy that this leaves each, as shares.
 
-    What is there several times, for other layers or steps each, is one LoRA to the projection: it does not give way to itself.
+    What is there several times, for other layers, steps or parts of the model each, is one LoRA to the projection: it does not
+    give way to itself.
     """
-    found: dict[tuple, list[int]] = {}
+    found: dict[Path, list[int]] = {}
     for place, member in enumerate(members):
-        found.setdefault((entry_file(member.entry), member.entry.part), []).append(place)
+        found.setdefault(entry_file(member.entry), []).append(place)
     groups = list(found.values())
     adapters, moments = [_whole([members[i] for i in g]) for g in groups], [members[g[0]].concept.moments for g in groups]
     if exact or mode != "sum" or wishes.cap:
