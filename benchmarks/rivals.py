@@ -59,7 +59,6 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_learnt_trigger": dict(learn_trigger=True),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
     "seqlora_learnt_trigger_budget_25": dict(learn_trigger=True, drift_budget=0.255),  # of which two thirds are spent
-    "seqlora_learnt_trigger_carry_25": dict(learn_trigger=True, drift_budget=0.255, carry_weight=True),
     "seqlora_adaptive_rank": dict(rank_energy=0.8),
     "seqlora_alternating": dict(lower_steps=1),
     "seqlora_bilevel_first_order": dict(lower_steps=3),

@@ -24,11 +24,11 @@ class Budget:
 
     total: mean squared change of the prediction that `planned` concepts may cause together.  A prediction that moves
     by d, unrelated to its error, raises the loss by E|d|^2; so total = budget * the base model's loss, less a margin.
-    every: steps from one update to the next.  start: the weight to begin with.
+    every: steps from one update to the next.
     """
 
-    def __init__(self, budget: float, base_loss: float, planned: int, every: int = 1, start: float = 1.0):
-        self.total, self.planned, self.weight = SAFETY * budget * base_loss, planned, start
+    def __init__(self, budget: float, base_loss: float, planned: int, every: int = 1):
+        self.total, self.planned, self.weight = SAFETY * budget * base_loss, planned, 1.0
         self.rate, self.memory = every * RATE, MEMORY**every
         self.ratio: float | None = None  # running mean of drift over what was allowed
 

@@ -29,7 +29,6 @@ class TrainingConfig:
     seed: int = 0
     planned: int = 32  # concepts the library is meant to hold
     drift_budget: float = 0.02  # how far the planned concepts together may move unrelated prompts; 0: fixed weights
-    carry_weight: bool = False  # begin with the weight that the budget had found for the concept before
     lower_steps: int = 0  # lora_up steps to one basis step; 0: both from every gradient
     hypergradient: str = "none"  # of the basis step, with lower_steps: none, neumann:K or cg:K
     line_search: bool = False  # of the basis step, with lower_steps and without a hypergradient

@@ -25,7 +25,6 @@ GROUPS: dict[str, dict[str, str]] = {
         "basis_rate": "of lora_down's basis",
         "interference_weight": "of the interference energy: how strongly others are protected",
         "drift_budget": "how far the planned concepts together may move unrelated prompts (0.02: two percent; 0: no limit)",
-        "carry_weight": "begin with the weight that the budget had found for the concept before",
         "keep_latents": "references stored in the library, in latent form, for replay by later concepts (0: none)",
         "learn_trigger": "learn the embeddings of the trigger's own tokens too, which no prompt without them ever meets",
         "trigger_rate": "of these embeddings, in units of the spread of all embeddings",

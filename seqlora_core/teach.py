@@ -150,7 +150,6 @@ def _metadata(denoiser, name, phrase, texts, size, others, config: TrainingConfi
         "ss_tag_frequency": tag_frequency(name, texts, phrase),
         "ss_datasets": datasets(name, phrase, len(texts)),
         "seqlora.steps_done": str(len(result.losses)),
-        "seqlora.weight": f"{result.weights[-1]:.6g}",
         "seqlora.curves": curves(result.losses, result.energies),
         "seqlora.constraint": {
             "lora_down": f"orthogonal {metric}" if config.orthogonal else "free",

@@ -98,9 +98,7 @@ def fit(
     upper = UpperLevel(groups, config.basis_rate, config.retraction)
     budget = None
     if config.drift_budget and config.replay_weight:
-        start = _last_weight(earlier) if config.carry_weight else 1.0
-        budget = Budget(config.drift_budget, replay.base_loss(), config.planned, config.replay_every, start)
-        objective.weight = start
+        budget = Budget(config.drift_budget, replay.base_loss(), config.planned, config.replay_every)
     result = Fit(Adapter({}), {}, Moments(), notes=notes)
     replay.decoy_moments = seen = others = None  # the start has used them: they would only take room from here on
     progress = Progress(groups, lower, upper, learnt, generator, objective, budget, result)
@@ -155,14 +153,6 @@ def fit(
     groups = learnt = lower = upper = objective = progress = replay = active = None  # what follows needs the room
     result.moments = _moments(denoiser, sets, prompts, result.adapter, config.seed)
     return result
-
-
-def _last_weight(earlier: list[Concept]) -> float:
-    """What the budget had found for the concept before, as its file says; 1 without one"""
-    try:
-        return float(earlier[-1].adapter.metadata["seqlora.weight"]) if earlier else 1.0
-    except (KeyError, ValueError):
-        return 1.0
 
 
 def _other_prompts(
