@@ -189,7 +189,7 @@ BAD = [
     (dict(loras="theirs/three"), "no LoRA 'theirs/three'"),
     (dict(loras="../../../etc/passwd"), "no LoRA"),
     (dict(loras="theirs/one: much"), "no number after the colon"),
-    (dict(loras="theirs/one", triggers=""), "theirs/one does not say what calls it"),
+    (dict(loras="theirs/silent", triggers=""), "theirs/silent does not say what calls it"),
     (dict(triggers="thre: ohwx"), "a trigger is given for 'thre'"),
     (dict(loras="theirs/foreign", triggers="ohwx"), "does not fit this model"),
     (dict(resolution=5), "smaller than min"),
@@ -200,6 +200,8 @@ BAD = [
 def test_bad_input_gets_one_clear_sentence(server, loras, change, message):
     foreign = Adapter({"lora_unet_nowhere": LayerDelta(torch.ones(1, 4), torch.ones(4, 1))})
     save_adapter(loras / "foreign.safetensors", foreign)
+    silent = load_adapter(loras / "one.safetensors").scaled(0.9)  # whose trigger was never given
+    save_adapter(loras / "silent.safetensors", Adapter(silent.layers))
     with pytest.raises(Failed, match=message):
         server.run(calibrate(**change))
 

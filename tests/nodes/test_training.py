@@ -129,6 +129,13 @@ class Listener:
             elif message and json.loads(message)["type"] == "progress":
                 self.progress += 1
 
+    def await_first_step(self):
+        """Until a step was told; before it a cancel finds nothing trained"""
+        end = time.time() + 120
+        while not any(re.search(r"step [1-9]\d* of", text) for text in self.texts):
+            assert time.time() < end, self.texts
+            time.sleep(0.05)
+
     def close(self):
         self.open = False
         self.socket.close()
@@ -138,10 +145,7 @@ def test_cancel_keeps_what_was_trained(server, trained):
     listener = Listener(server)
     prompt_id = server.submit(train("cancelled", steps=20000))
     folder = server.base / "models" / "loras" / "seqlora" / "cancelled"
-    for _ in range(1200):
-        time.sleep(0.1)
-        if listener.progress:
-            break
+    listener.await_first_step()
     listener.close()
     start = time.time()
     server.post("/interrupt")

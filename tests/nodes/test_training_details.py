@@ -96,8 +96,7 @@ def test_a_cancelled_run_goes_on_to_the_very_same_file(server):
         if library == "stopped":
             listener = Listener(server)
             prompt = server.submit(train(library, steps=40, preview_every=0))
-            while not listener.progress:
-                time.sleep(0.05)
+            listener.await_first_step()
             listener.close()
             server.post("/interrupt")
             server.wait(prompt, 60)
