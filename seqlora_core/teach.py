@@ -64,9 +64,6 @@ def train_concept(
         config = replace(config or TrainingConfig(), planned=library.planned)
         config.validate()
         others = library.concepts(without=name, stored_moments=True)
-        alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
-        if alike is not None:
-            raise UserError(f"the trigger {trigger!r} calls {alike!r} of this library already: choose another rare word")
         learnt = any(is_token_table(layer) for c in others for layer in c.adapter.layers)
         denoiser.adapt_text(config.text_encoder, tokens=config.learn_trigger or learnt)
         calibration = _calibration(denoiser, library, _size(sets[0]), config, workers)
@@ -80,6 +77,9 @@ def train_concept(
         result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
         kept = slice(0, config.keep_latents)
         every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
+        alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
+        if alike is not None:
+            result.notes.append(f"the trigger {trigger!r} calls {alike!r} of this library too: use one of them at a time")
         result.adapter.metadata = _metadata(
             denoiser, name, f"{trigger} {class_noun}".strip(), every, references[0].size, others, config, result
         )  # fmt: skip

@@ -176,6 +176,14 @@ def test_a_full_layer_shares_and_says_so(model, subjects, new_library, tmp_path)
     assert any("concept 2 of a library planned for 1" in note for note in fit.notes)
 
 
+def test_a_trigger_that_another_concept_has_is_told(model, subjects, new_library, tmp_path):
+    library, s = new_library(tmp_path / "l"), subjects["octopus"]
+    teach(model, library, s, steps=1)
+    given = s.images, "second", "OCTZU", s.class_noun, s.references.captions
+    _, fit = train_concept(model, library, *given, TrainingConfig(steps=1))
+    assert "the trigger 'OCTZU' calls 'octopus' of this library too: use one of them at a time" in fit.notes
+
+
 def test_what_planning_for_many_leaves_to_each_is_told(model, subjects, new_library, tmp_path):
     _, fit = teach(model, new_library(tmp_path / "l", planned=101), subjects["octopus"], steps=1)
     assert fit.notes == ["planned for 101 concepts, each gets rank 1 in layers of 192 inputs, of 4 asked for"]
@@ -190,7 +198,6 @@ def test_what_planning_for_many_leaves_to_each_is_told(model, subjects, new_libr
         ({"name": "OCTOPUS"}, "already"),
         ({"trigger": " "}, "trigger is empty"),
         ({"trigger": "absent"}, "lacks the trigger"),
-        ({}, "'octzu' calls 'octopus' of this library already"),
         ({"images": torch.zeros(0, 64, 64, 3)}, "no reference images"),
         ({"config": TrainingConfig(rank=0)}, "rank is 0"),
         ({"config": TrainingConfig(learning_rate=-1.0)}, "learning_rate is -1"),
