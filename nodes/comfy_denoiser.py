@@ -33,7 +33,8 @@ class ComfyDenoiser:
 
     Use as a context manager, inside `torch.inference_mode(False)`.  Latents handed out are the model's own
     (after process_latent_in).  layers: of LoRA files, whose linear ones are then the sites; else all attention projections.
-    file: what the model was loaded from, if that is known.  offloads: pictures that a training step is to have room for, beside which ComfyUI loads as many weights as fit; 0: all.
+    offloads: pictures that a training step is to have room for, beside which ComfyUI loads as many weights as fit; 0: all.
+    file: what the model was loaded from, if that is known.
     """
 
     def __init__(self, model, clip, vae, layers: Iterable[str] | None = None, offloads: int = 0, file: Path | None = None):

@@ -5,7 +5,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.adapter import concatenate, renamed, save_adapter
+from ..seqlora_core.adapter import concatenate, one_spelling, save_adapter
 from ..seqlora_core.composition import MODES, Wishes
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.low_rank import truncated
@@ -71,9 +71,7 @@ class SeqLoRASaveStack(io.ComfyNode):
         if timed:
             raise UserError(f"{timed} acts on some steps only, which a file cannot say: take that off, or use Apply Stack")
         adapters = [p.adapter.scaled(p.strength) for p in composed.parts]
-        # without a model kohya's names of its modules and the dotted ones are not known to be the same layers
-        dotted = [n for a in adapters for n in a.layers if n.startswith("diffusion_model.")]
-        adapter, lost = truncated(concatenate([renamed(a, dotted) for a in adapters]), rank or None)
+        adapter, lost = truncated(concatenate(one_spelling(adapters)), rank or None)
         adapter.metadata = {
             "seqlora.trigger": ", ".join(filter(None, (c.trigger for c in composed.concepts))),
             "modelspec.title": "SeqLoRA stack",

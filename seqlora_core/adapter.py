@@ -130,6 +130,12 @@ def renamed(adapter: Adapter, names: Iterable[str]) -> Adapter:
     return Adapter({wanted.get(plain(n), n): d for n, d in adapter.layers.items()}, adapter.metadata)
 
 
+def one_spelling(adapters: list[Adapter]) -> list[Adapter]:
+    """Kohya's underscored names of a model's own modules and the dotted ones are the same layers: the dotted ones for both"""
+    dotted = [n for a in adapters for n in a.layers if n.startswith("diffusion_model.")]
+    return [renamed(a, dotted) for a in adapters]
+
+
 def check_useful(path: Path, adapter: Adapter) -> None:
     """UserError for an adapter that does nothing or is not finite."""
     for name, delta in adapter.layers.items():

@@ -49,10 +49,8 @@ def kept_moments(lora: Path, base: str | None = None) -> tuple[Moments, str] | N
 
 
 def kept_trigger(lora: Path, base: str) -> str:
-    """The words that this LoRA drew while its moments on this base model were recorded; "" if there are none"""
-    path = moments_path(lora, base)
-    metadata = read_metadata(path) if path.exists() else {}
-    return metadata.get("seqlora.trigger", "") if metadata.get("seqlora.lora") == tensors_hash(lora) else ""
+    """The words that this LoRA drew while the moments that `kept_moments` found on this base model were recorded"""
+    return read_metadata(moments_path(lora, base)).get("seqlora.trigger", "")
 
 
 def _changed(path: Path) -> int:

@@ -145,8 +145,7 @@ class Objective:
     def again(self) -> float:
         """The objective now, on what the last gradients were of: the mean over their batches and over all processes"""
         values = torch.stack([self.value(*drawn) for drawn in self.drawn]).mean()
-        if self.workers.count > 1:
-            self.workers.average([values])
+        self.workers.average([values])
         return float(values)
 
     def _hypergradient(self, count: int) -> None:

@@ -12,7 +12,7 @@ from .terminal import open_model, say
 
 def _adapters(items: list[str], library: Path | None):
     """(name, adapter, strength, moments or None) of files or of a whole library, and what the base model sees"""
-    from .adapter import load_adapter, renamed
+    from .adapter import load_adapter, one_spelling
     from .library import Library
     from .lora_moments import kept_general, kept_moments
     from .statistics import read_statistics
@@ -33,9 +33,8 @@ def _adapters(items: list[str], library: Path | None):
             moments, base = kept
             general = general or kept_general(path.parent, base)
         out.append((path.stem, adapter, strength, moments))
-    # kohya's underscored names of a model's own modules and the dotted ones are the same layers
-    dotted = [n for _, a, *_ in out for n in a.layers if n.startswith("diffusion_model.")]
-    return [(name, renamed(adapter, dotted), *rest) for name, adapter, *rest in out], general
+    adapters = one_spelling([adapter for _, adapter, *_ in out])
+    return [(name, adapter, *rest) for (name, _, *rest), adapter in zip(out, adapters)], general
 
 
 def _with_strength(item: str) -> tuple[Path, float]:
