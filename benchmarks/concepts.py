@@ -5,11 +5,16 @@ Two thirds are for tuning (the demo's sixteen among them), the rest are for fina
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from demo import emoji, make_concepts, scenes
+from seqlora_core.demo import shared_words
+from seqlora_core.demo_model import TOKENIZER
 
 # class noun -> "package/code name" of the animated Fluent emoji
 ANIMATED = {
@@ -81,3 +86,45 @@ def ensure(cache: Path) -> Path:
         make_concepts.make_pairs(cache, cache / "pairs", table(), distances=2)
         marker.touch()
     return folder
+
+
+def own_words(taken: set[int], count: int, tokens: int, encode) -> list[str]:
+    """Made-up words of exactly `tokens` tokens each, none of which is in `taken` or in another of the words.
+
+    encode: text -> token ids, without those of start and end.
+    """
+    rng, taken, words = np.random.default_rng(SEED), set(taken), []
+    while len(words) < count:
+        ends = rng.choice(["", *"bdfgkmnprtvwxz"], rng.integers(2, 5))
+        word = "".join(str(rng.choice(list("bcdfgjkmpqvwxz"))) + str(rng.choice(list("aeiou"))) + str(end) for end in ends)
+        ids = encode(word)
+        if len(ids) == len(set(ids)) == tokens and taken.isdisjoint(ids):
+            taken.update(ids)
+            words.append(word)
+    return words
+
+
+def with_own_triggers(cache: Path, tokens: int) -> Path:
+    """The same pictures and pairs, each trigger replaced by a word of so many tokens of its own: folder in the cache.
+
+    Of `rare_word`s a hundred share their tokens, so that some have none of their own that could be learnt.
+    """
+    target = cache / f"own-triggers-{tokens}"
+    if (target / ".made").exists():
+        return target
+    shutil.rmtree(target, ignore_errors=True)
+    for part in ("concepts", "pairs"):
+        shutil.copytree(ensure(cache).parent / part, target / part)
+    captions = {path: path.read_text(encoding="utf-8") for path in target.rglob("*.txt")}
+    folders = sorted((target / "concepts").glob("*/"))
+    old = [shared_words([captions[path] for path in sorted(folder.glob("*.txt"))])[0] for folder in folders]
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    others = {word for text in captions.values() for word in text.split()} - set(old)
+    taken = set(tokenizer.encode(" ".join(others)).ids)
+    words = own_words(taken, len(old), tokens, lambda text: tokenizer.encode(text).ids[1:-1])
+    articles = {f"an {a}": f"a {b}" for a, b in zip(old, words)} | dict(zip(old, words))  # no new word begins with a vowel
+    pattern = re.compile("|".join(rf"\b{a}\b" for a in articles))
+    for path, text in captions.items():
+        path.write_text(pattern.sub(lambda found: articles[found[0]], text), encoding="utf-8")
+    (target / ".made").touch()
+    return target

@@ -50,8 +50,8 @@ SUBSETS = 32  # concepts that random subsets are drawn for: of larger libraries 
 SEARCH = 3  # tuning concepts that the search of learning rates uses
 
 
-def runs_folder(cache: Path, model: str, steps: int) -> Path:
-    return cache / ("" if model == "demo" else model) / f"runs-{steps}"
+def runs_folder(cache: Path, model: str, steps: int, tokens: int = 0) -> Path:
+    return cache / ("" if model == "demo" else model) / (f"own-triggers-{tokens}" if tokens else "") / f"runs-{steps}"
 
 
 class Bench:
@@ -60,13 +60,15 @@ class Bench:
     Seconds are the processor's, so that other work on the machine is not counted.
     """
 
-    def __init__(self, cache: Path, steps: int, model: str = "demo"):
-        """model: one of MODELS; each keeps its runs apart."""
-        self.steps, self.folder = steps, runs_folder(cache, model, steps)
+    def __init__(self, cache: Path, steps: int, model: str = "demo", tokens: int = 0):
+        """model: one of MODELS; tokens: that each trigger shall have of its own (0: as the concepts come).  Each keeps its
+        runs apart."""
+        self.steps, self.folder = steps, runs_folder(cache, model, steps, tokens)
         self.model = MODELS[model][0]()
         self.command = "python -m benchmarks.method" + ("" if model == "demo" else f" --model {model}")
-        self.pictures = concepts.ensure(cache)
-        self.pairs_folder = cache / "pairs"
+        own = concepts.with_own_triggers(cache, tokens) if tokens else None
+        self.pictures = own / "concepts" if own else concepts.ensure(cache)
+        self.pairs_folder = (own or cache) / "pairs"
         self.text_encoder = False  # whether its attention is adapted too
         self._measuring()
         self.generic = load_generic(self.model)
@@ -169,7 +171,9 @@ class Bench:
         base = [held_out_loss(self.model, h) for h in held_outs]
         ordinary = [self.ordinary(n, self.rate("ordinary"), seed) for n in names]
         best = [held_out_loss(self.model, h, a) for h, a in zip(held_outs, ordinary)]
-        moments = [moments_of(self.model, self.subject(n), a, seed) for n, a in zip(names, ordinary)]
+        moments = [None] * len(names)
+        if "closed_form" in rows:  # minutes for a hundred, and no other row reads them
+            moments = [moments_of(self.model, self.subject(n), a, seed) for n, a in zip(names, ordinary)]
         self._measuring()
         pairs, general = load_pairs(self.model, names, self.pairs_folder), self.calibration().moments
         bank = torch.cat([self.subject(n).images for n in names])
@@ -254,6 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--concepts", choices=["tuning", "final", "all"], default="final")
     parser.add_argument("--steps", type=int, default=TrainingConfig().steps)
     parser.add_argument("--rates", nargs="+", default=[], metavar="ROW=RATE", help="not to be searched for: seqlora=0.003")
+    parser.add_argument("--trigger-tokens", type=int, default=0, metavar="N", help="that each trigger has of its own")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
     parser.add_argument("--model", choices=list(MODELS), default="demo")
     parser.add_argument("--output", type=Path, help="default: docs/results/method.json, or method_unet.json")
@@ -263,10 +268,12 @@ def main(arguments: list[str] | None = None) -> None:
         args.counts, args.seeds, args.steps, args.concepts = [3], [0], 40, "tuning"
         args.output = args.cache / "quick.json"
         args.output.unlink(missing_ok=True)
-        shutil.rmtree(runs_folder(args.cache, args.model, args.steps), ignore_errors=True)
-    bench = Bench(args.cache, args.steps, args.model)
+        shutil.rmtree(runs_folder(args.cache, args.model, args.steps, args.trigger_tokens), ignore_errors=True)
+    bench = Bench(args.cache, args.steps, args.model, args.trigger_tokens)
     model = bench.model.fingerprint()
-    ledger = Ledger(args.output, {"steps": args.steps, "concepts": args.concepts, "model": model})
+    common = {"steps": args.steps, "concepts": args.concepts, "model": model}
+    common |= {"trigger_tokens": args.trigger_tokens} if args.trigger_tokens else {}
+    ledger = Ledger(args.output, common)
     bench.rates = {"ordinary": 3e-3} | dict.fromkeys(bench.options, 1e-3) if args.quick else dict(ledger.rates)
     bench.rates |= {row: float(rate) for row, rate in (given.split("=") for given in args.rates)}
     rows, names = args.rows + (list(ABLATIONS) if args.ablations else []), concepts.names(args.concepts)

@@ -1,13 +1,16 @@
 """The benchmark of the method runs, resumes, and its rivals are what they are called."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from benchmarks import concepts, method, rivals
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
-from seqlora_core.demo_model import DEMO_FOLDER
+from seqlora_core.demo import shared_words
+from seqlora_core.demo_model import DEMO_FOLDER, TOKENIZER
 from seqlora_core.library import Library
 
 ROWS = ["ordinary_sum", "ties", "closed_form", "orthogonal_adaptation", "seqlora"]
@@ -86,3 +89,24 @@ def test_concept_sets_are_apart_and_large_enough():
     assert not set(tuning) & set(final)
     assert len(tuning) + len(final) >= 102 and len(final) >= 32
     assert len({t for *_, t, _ in concepts.table().values()}) == len(concepts.table())
+
+
+def test_triggers_of_their_own_share_no_token_and_captions_are_otherwise_the_same(tmp_path, monkeypatch):
+    home = tmp_path / "as they come"
+    for name in ("octopus", "penguin"):
+        shutil.copytree(DEMO_FOLDER / "concepts" / name, home / "concepts" / name)
+    (home / "pairs").mkdir()
+    shutil.copy(DEMO_FOLDER / "evaluation" / "pairs" / "octopus+penguin.txt", home / "pairs")
+    monkeypatch.setattr(concepts, "ensure", lambda _: home / "concepts")
+    folder = concepts.with_own_triggers(tmp_path, 4)
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    new = {}
+    for name, old in (("octopus", "octzu"), ("penguin", "pengvo")):
+        texts = [[p.read_text() for p in sorted((at / "concepts" / name).rglob("*.txt"))] for at in (home, folder)]
+        new[old] = shared_words(texts[1])[0]
+        same = [t.replace(f"an {old}", f"a {new[old]}").replace(old, new[old]) for t in texts[0]]
+        assert texts[1] == same and old not in "".join(texts[1])
+    ids = [set(tokenizer.encode(word).ids[1:-1]) for word in new.values()]
+    assert [len(i) for i in ids] == [4, 4] and not ids[0] & ids[1]
+    pair = (folder / "pairs" / "octopus+penguin.txt").read_text()
+    assert all(word in pair for word in new.values()) and not any(word in pair for word in new)
