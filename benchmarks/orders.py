@@ -1,6 +1,6 @@
 """Does it matter in which order concepts are taught?  docs/results/orders.json.
 
-    python -m benchmarks.orders --steps 160
+    python -m benchmarks.orders --steps 160 --rates seqlora=0.003 ordinary=0.003
 
 Five concepts of the final set in five orders, each of which begins with another one and goes on round: so every concept is
 taught once at every place.  Options, learning rate and caches are those of `benchmarks.method`.
@@ -41,10 +41,12 @@ def run(bench: Bench, names: list[str], rate: float, seed: int = 0) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=TrainingConfig().steps)
+    parser.add_argument("--rates", nargs="+", default=[], metavar="ROW=RATE", help="not to be searched for: seqlora=0.003")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "orders.json")
     args = parser.parse_args()
     bench = Bench(args.cache, args.steps)
+    bench.rates = {row: float(rate) for row, rate in (given.split("=") for given in args.rates)}
     rate = bench.rate("seqlora", COUNT)
     rows = run(bench, concepts.names("final")[:COUNT], rate)
     about = meta("python -m benchmarks.orders", bench.model.device, [0]) | {"steps": args.steps, "learning_rate": rate}

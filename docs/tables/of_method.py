@@ -144,6 +144,20 @@ def editing_table() -> str:
     return "\n".join([*head, *lines]) + f"\n\nFrom `{data['meta']['command']}`, one seed, {data['meta']['steps']} steps."
 
 
+def orders_table() -> str:
+    """Each concept's kept by the place it was taught at: one column a place, the last line their means"""
+    data = load("orders")
+    places = range(1, len(data["places"]) + 1)
+    lines = [
+        f"| {', '.join(r['order'])} | {' | '.join(f'{k:.2f}' for k in r['kept'])} | {r['generic_drift']:+.1%} |"
+        for r in data["rows"]
+    ]
+    head = [f"| order | {' | '.join(f'kept of the {n}.' for n in places)} | generic drift |", "|---" * (len(places) + 2) + "|"]
+    mean = f"| mean of the place | {' | '.join(f'{k:.2f}' for k in data['places'])} | |"
+    about = f"From `{data['meta']['command']}`, one seed, {data['meta']['steps']} steps, learning rate {data['meta']['learning_rate']:g}."
+    return "\n".join([*head, *lines, mean]) + f"\n\n{about}"
+
+
 def method_table(name: str = "method") -> str:
     """A table for each number of concepts"""
     data, parts = load(name), []
