@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TrainingConfig.steps)
     parser.add_argument("--concepts", nargs="+", default=CONCEPTS)
     parser.add_argument("--option", type=option, action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--trigger-tokens", type=int, default=0, metavar="N", help="that each trigger has of its own")
     parser.add_argument("--pictures", type=int, help="of the calibration, if not as many as usual")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
     args = parser.parse_args()
-    options, bench = from_recipe(dict(args.option), {}, "--option"), Bench(args.cache, args.steps)
+    options, bench = from_recipe(dict(args.option), {}, "--option"), Bench(args.cache, args.steps, tokens=args.trigger_tokens)
     config = replace(TrainingConfig(steps=args.steps, planned=args.planned), **options)
     model, subjects = bench.model, [bench.subject(n) for n in args.concepts]
     base = [held_out_loss(model, s.held_out) for s in subjects]
@@ -63,8 +64,7 @@ def main() -> None:
         for some in (adapters, [stack] * len(subjects))
     )
     drift = bench.drift(stack)
-    if args.pictures:
-        options |= {"pictures": args.pictures}
+    options |= {k: v for k, v in (("pictures", args.pictures), ("trigger tokens", args.trigger_tokens)) if v}
     said = ", ".join(f"{k} {v}" for k, v in options.items()) or "as usual"
     print(f"{said}, planned for {args.planned}: alone {alone:.3f}, kept {kept:.3f}, drift {drift:+.2%}")
 

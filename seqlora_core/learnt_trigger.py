@@ -18,6 +18,7 @@ from .errors import UserError
 
 SAMPLE = 4096  # rows of a table that its spread is measured on
 BETAS = (0.9, 0.99)
+FEW = 4  # tokens: triggers of fewer learn less (docs/RESULTS.md, "How long a trigger")
 
 
 @torch.no_grad()
@@ -64,6 +65,16 @@ class LearntTrigger:
         up = torch.zeros(self.tables[name].out_features, len(tokens), device=shift.device)
         up[tokens, torch.arange(len(tokens))] = 1.0
         return up
+
+    def notes(self, trigger: str) -> list[str]:
+        """What the user should know about so short a trigger"""
+        own = max(map(len, self.tokens.values()))
+        if own >= FEW:
+            return []
+        return [
+            f"the trigger {trigger!r} has {own} token{'s' * (own > 1)} of its own to learn: a made-up word of {FEW} or more, a long "
+            "one or two, learns better and moves other prompts no further"
+        ]
 
     @property
     def parameters(self) -> list[Tensor]:

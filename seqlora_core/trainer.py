@@ -91,6 +91,7 @@ def fit(
         learnt = LearntTrigger(
             denoiser, trigger, _other_prompts(sets, trigger, earlier, calibration, replay), config.trigger_rate
         )
+        notes += learnt.notes(trigger)
     attachment = Attachment()
     active = _Earlier(earlier if config.earlier_active else [], sites, config, device)
     objective = Objective(denoiser, sets, prompts, replay, groups, learnt, attachment, config, generator, workers)

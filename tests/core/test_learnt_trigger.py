@@ -53,6 +53,12 @@ def tables(adapter):
     return replace(adapter, layers={n: d for n, d in adapter.layers.items() if is_token_table(n)})
 
 
+def test_a_short_trigger_is_told_and_a_long_one_is_not(own):
+    own.adapt_text(False, tokens=True)
+    short, long = (LearntTrigger(own, trigger, ["a castle"], 0.1).notes(trigger) for trigger in ("octzu", "octzu vekima"))
+    assert "the trigger 'octzu' has 2 tokens of its own to learn" in short[0] and long == []
+
+
 def test_only_the_triggers_own_tokens_are_learnt(own, taught, subjects):
     for concept in taught.concepts():
         up = concept.adapter.layers[TABLE].up
