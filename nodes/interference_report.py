@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from comfy_api.latest import io, ui
 
+from ..seqlora_core.adapter import Adapter
 from ..seqlora_core.composition import MODES
 from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
 from .comfy_weights import Weights
-from .loading import Composed, compose_stack, load_members, names_of
+from .loading import Composed, compose_stack, entry_file, load_members, names_of
 from .types import CATEGORY, StackType
 
 AUTO = "auto"
@@ -53,10 +55,31 @@ class SeqLoRAInterferenceReport(io.ComfyNode):
 
 
 def report_of(composed: Composed, mode: str) -> Report:
-    """The stack as a plain sum beside its projection, as far as it is low-rank"""
-    concepts = composed.concepts
-    names = names_of(concepts)
-    moments = {n: c.moments for n, c in zip(names, concepts) if c.moments is not None}
-    adapters = {n: c.adapter for n, c in zip(names, concepts)}
-    strengths = [p.strength for p in composed.parts]
-    return interference_report(adapters, moments, strengths, [p.adapter for p in composed.parts], mode)
+    """The stack as a plain sum beside its projection, as far as it is low-rank; a LoRA that is there several times, for other
+    layers, steps or parts of the model, stands in it once"""
+    concepts, parts = composed.concepts, composed.parts
+    groups: dict[Path, list[int]] = {}
+    for place, member in enumerate(composed.members):
+        groups.setdefault(entry_file(member.entry), []).append(place)
+    firsts = [concepts[group[0]] for group in groups.values()]
+    names = names_of(firsts)
+    moments = {n: c.moments for n, c in zip(names, firsts) if c.moments is not None}
+    strengths = [max((parts[i].strength for i in group), key=abs) for group in groups.values()]
+    plain, projected = (
+        [
+            _joined([(adapters[i], parts[i].strength / (top or 1.0)) for i in group])
+            for group, top in zip(groups.values(), strengths)
+        ]
+        for adapters in ([c.adapter for c in concepts], [p.adapter for p in parts])
+    )
+    return interference_report(dict(zip(names, plain)), moments, strengths, projected, mode)
+
+
+def _joined(entries: list[tuple[Adapter, float]]) -> Adapter:
+    """What several entries of one LoRA do at most: each layer as strong as it is anywhere"""
+    if len(entries) == 1:
+        return entries[0][0]
+    weakest_first = sorted(entries, key=lambda e: abs(e[1]))
+    return Adapter(
+        {n: d for adapter, share in weakest_first for n, d in adapter.scaled(share).layers.items()}, entries[0][0].metadata
+    )

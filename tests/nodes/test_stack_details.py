@@ -1,5 +1,7 @@
 """Stacks that are out of the ordinary, through the nodes of a real ComfyUI server: other kinds alone, one file twice, off, filtered."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,12 @@ def test_one_lora_twice_for_other_layers_each(server, folder, tmp_path):  # noqa
     assert np.abs(drawn(server, applied(graph, "3")) - theirs).max() <= 1
     assert np.abs(drawn(server, applied(graph, "3", mode="weights", norm_control=True)) - theirs).max() <= 1
     assert np.abs(drawn(server, applied({"2": concept("one", layers="x_block")}, "2")) - theirs).max() > 3
+    report = {
+        "7": {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["4", 0]}},
+        "8": {"class_type": "PreviewAny", "inputs": {"source": ["7", 2]}},
+    }
+    said = json.loads(server.run(BASE | graph | {"4": concept("two", "3")} | report)["8"]["text"][0])
+    assert said["names"] == ["one", "two"], "the report sets one LoRA beside itself"
 
 
 def test_what_is_off_weakens_nothing(server, folder):  # noqa: F811
