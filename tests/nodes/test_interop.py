@@ -87,6 +87,15 @@ def test_a_lora_of_two_strengths_is_calibrated_once_and_whole(server, both):
     assert_same(picture(server, graph | applied(["4", 0])), alone)
 
 
+def filled(server, kind, **given):
+    """A stock node, the inputs that only some versions of it have at their defaults"""
+    inputs = {}
+    for name, (values, *options) in server.info[kind]["input"]["required"].items():
+        options = options[0] if options else {}
+        inputs[name] = given.get(name, options.get("default", values[0] if isinstance(values, list) else None))
+    return node(kind, **inputs)
+
+
 def test_what_train_lora_trains_joins_a_stack(server):
     """The same picture as through ComfyUI's own loader; kept as a file once"""
     if "TrainLoraNode" not in server.info:
@@ -95,19 +104,16 @@ def test_what_train_lora_trains_joins_a_stack(server):
         "model": ["1", 0], "latents": ["2", 0], "positive": ["3", 0], "steps": 4, "learning_rate": 0.01, "rank": 4,
         "training_dtype": "fp32", "lora_dtype": "fp32",
     }  # fmt: skip
-    inputs = {}
-    for name, (kind, *options) in server.info["TrainLoraNode"]["input"]["required"].items():
-        options = options[0] if options else {}
-        inputs[name] = given.get(name, options.get("default", kind[0] if isinstance(kind, list) else None))
     place = [i for i, kind in enumerate(server.info["TrainLoraNode"]["output"]) if kind == "LORA_MODEL"][0]
     graph = BASE | {
         "2": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
         "3": node("CLIPTextEncode", clip=["1", 1], text="a fox"),
-        "4": node("TrainLoraNode", **inputs),
+        "4": filled(server, "TrainLoraNode", **given),
         "6": node("SeqLoRAFromLoraStack", lora_model=["4", place], name="native", strength=0.7),
     }
     # Train LoRA draws other noise each time: both ways in one graph
-    graph |= {"7": node("LoraModelLoader", model=["1", 0], lora=["4", place], strength_model=0.7)} | applied(["6", 0])
+    loader = filled(server, "LoraModelLoader", model=["1", 0], lora=["4", place], strength_model=0.7)
+    graph |= {"7": loader} | applied(["6", 0])
     graph = draw(draw(graph, ["7", 0], ["1", 1], "a fox", 20), ["5", 0], ["5", 1], "a fox", 30)
     graph = draw(graph, ["1", 0], ["1", 1], "a fox", 40)
     outputs = server.run(graph)
