@@ -19,7 +19,7 @@ from .statistics import Moments, Recorder
 # drawn without guidance the pictures are the model's own distribution: its loss on them, and how far a concept moves
 # them, are as on real pictures it knows; guided ones are not (docs/RESULTS.md)
 UNGUIDED = 1.0
-STEPS = 8
+STEPS = 7  # few: a start-up is to stay within a tenth of a run (benchmarks.training)
 
 
 @torch.no_grad()
@@ -74,4 +74,4 @@ def foreseen(denoiser: Denoiser, x: Tensor, prediction: Tensor, sigma: Tensor) -
 
 def at_once(size: tuple[int, int]) -> int:
     """Pictures that go through the model together: few of large ones, so that a start takes no more memory than a step"""
-    return 16 if max(size) <= 128 else 4
+    return 32 if max(size) <= 128 else 4
