@@ -85,7 +85,7 @@ class SeqLoRATrainingOptions(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "learn_trigger", default=default.learn_trigger, optional=True,
-                    tooltip="Learns the trigger's own words in the text encoders too. Nothing without the trigger is moved by that.",
+                    tooltip="Learns the trigger's own words in the text encoders too; a long made-up word, or two, learns more. No other prompt is moved by that.",
                 ),
                 io.String.Input("layers", default=default.layers, optional=True, tooltip=LAYERS),
             ],

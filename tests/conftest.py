@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from seqlora_core.calibration import Calibration, calibrate
-from seqlora_core.demo_model import DemoModel
+from seqlora_core.demo import load_pictures
+from seqlora_core.demo_model import DEMO_FOLDER, DemoModel
+from seqlora_core.evaluation import HeldOut
 from seqlora_core.lora_moments import general_path
 
 from .nodes.comfy_server import Server, find_comfyui
@@ -14,6 +16,12 @@ LIBRARIES = (
     "base", "unload", "held", "cancelled", "progress", "bad", "workflow_demo", "browser", "options", "levels", "called", "squares",
     "masked", "black",
 )  # fmt: skip
+
+
+def few_generic(model) -> HeldOut:
+    """In place of `demo.load_generic`, where it is enough that unrelated pictures are measured: four of the 48"""
+    images, captions = load_pictures(DEMO_FOLDER / "evaluation" / "generic", model.size)
+    return HeldOut.of(model, model.encode_images(images[:4]), captions[:4], levels=4)
 
 
 @pytest.fixture(scope="session")

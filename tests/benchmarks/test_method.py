@@ -9,19 +9,14 @@ from tokenizers import Tokenizer
 
 from benchmarks import concepts, method, rivals
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
-from seqlora_core.demo import load_pictures, shared_words
+from seqlora_core.demo import shared_words
 from seqlora_core.demo_model import DEMO_FOLDER, TOKENIZER
-from seqlora_core.evaluation import HeldOut
 from seqlora_core.identity import Identity
 from seqlora_core.library import Library
 
+from ..conftest import few_generic
+
 ROWS = ["ordinary_sum", "ties", "closed_form", "orthogonal_adaptation", "seqlora"]
-
-
-def some_latents(model):
-    """Two of the generic pictures, which are enough to see that they are measured"""
-    images, captions = load_pictures(DEMO_FOLDER / "evaluation" / "generic", model.size)
-    return model.encode_images(images[:2]), captions[:2]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +27,7 @@ def run(tmp_path_factory, calibration, model):
     patch.setattr(concepts, "ensure", lambda _: DEMO_FOLDER / "concepts")
     patch.setattr(concepts, "names", lambda which="all": ["octopus", "penguin"])
     patch.setattr(method, "RATES", (1e-3,))
-    patch.setattr(method, "load_generic", lambda model: HeldOut.of(model, *some_latents(model), levels=2))
+    patch.setattr(method, "load_generic", few_generic)
     patch.setattr(method, "Identity", lambda *given, drawn: Identity(*given, drawn=1))
     (cache / "pairs").symlink_to(DEMO_FOLDER / "evaluation" / "pairs")
     calibration.save(cache / "runs-2" / "calibration.safetensors", model.fingerprint())

@@ -11,6 +11,7 @@ from seqlora_core.config import TrainingConfig
 from seqlora_core.evaluation import held_out_loss
 from seqlora_core.replay import Replay
 
+from ..conftest import few_generic
 from .conftest import teach
 
 
@@ -79,9 +80,7 @@ def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, 
 
 
 def test_a_tight_budget_raises_the_weight_and_moves_unrelated_prompts_less(model, subjects, new_library, tmp_path):
-    from seqlora_core.demo import load_generic
-
-    generic, drifts, weights = load_generic(model), [], []
+    generic, drifts, weights = few_generic(model), [], []
     base = held_out_loss(model, generic)
     for number, budget in enumerate((1e-4, 10.0)):
         library = new_library(tmp_path / str(number), planned=1)

@@ -13,6 +13,8 @@ from seqlora_core.adapter import load_adapter
 from seqlora_core.cli import main
 from seqlora_core.demo_model import DEMO_FOLDER
 
+from ..conftest import few_generic
+
 OCTOPUS = str(DEMO_FOLDER / "concepts" / "octopus")
 
 
@@ -158,7 +160,8 @@ def test_calibrate_starts_a_library_and_spares_a_full_one(capsys, folder, tmp_pa
     assert code == 2 and "has concepts" in err
 
 
-def test_demo_writes_everything(capsys, tmp_path):
+def test_demo_writes_everything(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("seqlora_core.demo.load_generic", few_generic)
     output = tmp_path / "demo"
     code, *_ = run(capsys, "demo", "--output", output, "--concepts", "octopus", "penguin", "--steps", 3)
     assert code == 0
