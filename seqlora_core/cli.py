@@ -40,6 +40,20 @@ def _seed(text: str) -> int:
     return number
 
 
+def _whole(least: int, multiple: int = 1):
+    """Reads whole numbers from `least` on, multiples of `multiple`"""
+
+    def whole(text: str) -> int:
+        number = int(text)
+        if number < least or number % multiple:
+            raise argparse.ArgumentTypeError(
+                f"give a {f'multiple of {multiple}' if multiple > 1 else 'whole number'} from {least} on"
+            )
+        return number
+
+    return whole
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="seqlora", description="Concepts that stack: train them one after another, add them up."
@@ -80,6 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     sample = command("sample", "draw prompts")
     sample.add_argument("prompts", nargs="+", metavar="PROMPT")
     sample.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA to add (repeatable)")
+    sample.add_argument("--steps", type=_whole(1), metavar="N", help="of sampling (default: 20)")
+    sample.add_argument("--guidance", type=float, metavar="X", help="by the prompt (default: 4)")
+    sample.add_argument(
+        "--size", type=_whole(32, 8), metavar="N", help="side of the square in pixels (default: the model's own)"
+    )
     sample.add_argument("--output", type=Path, default=Path("sample.png"))
 
     calibrate = command("calibrate", "record what LoRAs see while they draw their triggers, or the base model for a library")

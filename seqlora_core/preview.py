@@ -21,14 +21,15 @@ UNRELATED = "a castle, blue background"
 
 @torch.no_grad()
 def draw_with(
-    denoiser: Denoiser, adapter: Adapter | None, prompts: list[str], size: tuple[int, int], seed: int = SEED
-) -> Tensor:
+    denoiser: Denoiser, adapter: Adapter | None, prompts: list[str], size: tuple[int, int], seed: int = SEED, steps: int = STEPS,
+    guidance: float = GUIDANCE,
+) -> Tensor:  # fmt: skip
     """[n, height, width, 3] in 0..1: each prompt drawn with the adapter on, the i-th from seed + i."""
     attachment = Attachment()
     attachment.set_frozen(adapter, denoiser.device)
     conditioning = denoiser.encode_prompts(prompts)
     with attached(denoiser.sites(), attachment):
-        latents = denoiser.sample(conditioning, seed, STEPS, GUIDANCE, size)
+        latents = denoiser.sample(conditioning, seed, steps, guidance, size)
     return denoiser.decode(latents).cpu()
 
 

@@ -136,7 +136,11 @@ def sample(args):
     text = [layer for a in adapters for layer in a.layers if is_text(layer)]
     model.adapt_text(not all(map(is_token_table, text)), any(map(is_token_table, text)))
     adapters = [renamed(a, [s.name for s in model.sites()]) for a in adapters]
-    drawn = draw_with(model, concatenate(adapters) if adapters else None, args.prompts, (model.size, model.size), args.seed)
+    given = {"steps": args.steps, "guidance": args.guidance}
+    drawn = draw_with(
+        model, concatenate(adapters) if adapters else None, args.prompts, (args.size or model.size,) * 2, args.seed,
+        **{k: v for k, v in given.items() if v is not None},
+    )  # fmt: skip
     to_pil(torch.cat(list(drawn), 1)).save(args.output)
     say(args)(f"written to {args.output}")
     return {"output": str(args.output)}

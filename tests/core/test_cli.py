@@ -57,10 +57,11 @@ def test_half_precision_of_the_base_model_trains_and_draws(kind, tmp_path):
         make_pipeline(kind).save_pretrained(tmp_path / kind)
         given += ["--model", str(tmp_path / kind)]
     assert main(["calibrate", *given, "--pictures", "4"]) == 0
-    assert main(["train", *given, "--images", OCTOPUS, "--trigger", "octzu", "--name", "octopus", "--steps", "2"]) == 0
+    given_too = ["--images", OCTOPUS, "--trigger", "octzu", "--name", "octopus", "--steps", "2", "--no-use-decoys"]
+    assert main(["train", *given, *given_too]) == 0
     adapter = load_adapter(tmp_path / "l" / "octopus.safetensors")
     assert adapter.layers and all(d.up.dtype == torch.float32 and d.up.any() for d in adapter.layers.values())
-    assert main(["sample", "an octzu", *given, "--output", str(tmp_path / "x.png")]) == 0
+    assert main(["sample", "an octzu", *given, "--steps", "2", "--output", str(tmp_path / "x.png")]) == 0
 
 
 def test_a_run_is_shown_in_pictures(library, tmp_path, model):
@@ -152,6 +153,22 @@ def test_sample_draws_what_the_adapter_does(capsys, folder, tmp_path):
         )
     a, b, c = (Image.open(tmp_path / f"{n}.png").tobytes() for n in "abc")
     assert a == b != c
+
+
+def test_sample_takes_steps_guidance_and_a_size(capsys, tmp_path):
+    drawn = []
+    for more in ([], ["--steps", 4], ["--guidance", 1], ["--size", 96]):
+        assert run(capsys, "sample", "a castle", "--seed", 3, *more, "--output", tmp_path / "x.png")[0] == 0
+        drawn.append(Image.open(tmp_path / "x.png").convert("RGB"))
+    assert [d.size for d in drawn] == [(64, 64)] * 3 + [(96, 96)]
+    assert len({d.tobytes() for d in drawn}) == 4
+    for wrong, message in (
+        (["--size", "100"], "give a multiple of 8 from 32 on"),
+        (["--steps", "0"], "give a whole number from 1 on"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["sample", "a castle", *wrong])
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_calibrate_starts_a_library_and_spares_a_full_one(capsys, folder, tmp_path):
