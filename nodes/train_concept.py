@@ -7,7 +7,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.config import Checkpointing, TrainingConfig
+from ..seqlora_core.config import TrainingConfig
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.names import safe_name
@@ -18,10 +18,9 @@ from ..seqlora_core.teach import train_concept
 from .base_file import base_file
 from .comfy_denoiser import ComfyDenoiser
 from .folders import library_folder, open_library
-from .types import CATEGORY, Entry, ImagesType, OptionsType, Stack, StackType, advanced
+from .types import CATEGORY, Entry, ImagesType, Options, OptionsType, Stack, StackType, advanced
 
 USE, AGAIN = "use it", "train again"
-CHECKPOINT_EVERY = 100  # steps: a run that ComfyUI did not survive goes on from there when it is queued again
 
 
 class SeqLoRATrainConcept(io.ComfyNode):
@@ -103,6 +102,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
         name = safe_name(name, "concept name")
         if if_trained not in (USE, AGAIN):  # not every server checks a combo of a prompt sent by POST
             raise UserError(f"if_trained is {if_trained!r}: choose '{USE}' or '{AGAIN}'")
+        options = options or Options()
         config = TrainingConfig(
             rank=rank,
             steps=steps,
@@ -111,7 +111,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
             seed=seed,
             batch=batch_size,
             drift_budget=drift_budget,
-            **(options or {}),
+            **options.training,
         )
         config.validate()
         offloads = config.batch + config.replay_batch if config.gradient_checkpointing else 0
@@ -126,7 +126,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 progress = _Progress(cls.hidden.unique_id, preview, steps, preview_every)
                 _, fit = train_concept(
                     denoiser, opened, _ordinary(images.sets), name, trigger, class_noun, None, config,
-                    progress.step, replace_existing=trained, checkpointing=Checkpointing(every=CHECKPOINT_EVERY),
+                    progress.step, replace_existing=trained, checkpointing=options.checkpointing,
                     regularisation=_ordinary(regularisation.sets) if regularisation else (),
                 )  # fmt: skip
                 losses, notes = fit.losses, fit.notes + images.notes

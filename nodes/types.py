@@ -7,16 +7,27 @@ from dataclasses import dataclass, field, replace
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..seqlora_core.config import Checkpointing
 from ..seqlora_core.pictures import Pictures
 
 CATEGORY = "SeqLoRA"
 MODEL, TEXT = "model", "text"
 ImagesType = io.Custom("SEQLORA_IMAGES")
 StackType = io.Custom("SEQLORA_STACK")
-OptionsType = io.Custom("SEQLORA_OPTIONS")  # fields of TrainingConfig
+OptionsType = io.Custom("SEQLORA_OPTIONS")
 # other packs': a list of (file, model strength, clip strength); ComfyUI's Train LoRA's: tensors by key
 LoraStackType = io.Custom("LORA_STACK")
 LoraModelType = io.Custom("LORA_MODEL")
+
+CHECKPOINTING = Checkpointing(every=100)  # a run that ComfyUI did not survive goes on from there when it is queued again
+
+
+@dataclass
+class Options:
+    """How to train.  training: fields of TrainingConfig."""
+
+    training: dict = field(default_factory=dict)
+    checkpointing: Checkpointing = CHECKPOINTING
 
 
 @dataclass

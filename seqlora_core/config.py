@@ -132,7 +132,7 @@ class PictureOptions:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpointing:
     """How a run survives being stopped."""
 

@@ -11,6 +11,7 @@ from seqlora_core.demo_model import DEMO_MODEL
 
 from .comfy_server import Failed
 from .test_training import Listener, images, train
+from .test_training_options import USUAL
 
 REPORT = {"8": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}}
 
@@ -104,3 +105,23 @@ def test_a_cancelled_run_goes_on_to_the_very_same_file(server):
         server.run(train(library, steps=40, preview_every=0, if_trained="train again"))
         files[library] = (server.base / "models" / "loras" / "seqlora" / library / "octopus.safetensors").read_bytes()
     assert files["never"] == files["stopped"]
+
+
+def test_as_many_checkpoints_are_kept_as_training_options_says(server):
+    graph = train("checkpoints", steps=20000, preview_every=0)
+    graph["3"]["inputs"]["options"] = ["8", 0]
+    options = USUAL | {"checkpoint_every": 2, "checkpoint_keep": 3, "replay_every": 4}
+    graph["8"] = {"class_type": "SeqLoRATrainingOptions", "inputs": options}
+    prompt = server.submit(graph)
+    folder = server.base / "models" / "loras" / "seqlora" / "checkpoints"
+    end = time.time() + 120
+    while len(found := list((folder / ".checkpoints" / "octopus").glob("step-*.checkpoint"))) < 3 and time.time() < end:
+        time.sleep(0.1)
+    first = {p.name for p in found}
+    while first & {p.name for p in (folder / ".checkpoints" / "octopus").glob("step-*.checkpoint")} and time.time() < end:
+        time.sleep(0.1)
+    server.post("/interrupt")
+    server.wait(prompt, 60)
+    assert len(list((folder / ".checkpoints" / "octopus").glob("step-*.checkpoint"))) == 3
+    with safe_open(folder / "octopus.safetensors", "np") as file:
+        assert file.metadata()["seqlora.replay_every"] == "4"
