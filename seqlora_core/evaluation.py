@@ -18,6 +18,7 @@ from .denoiser import Conditioning, Denoiser, loss
 
 LEVELS = 12  # noise levels, evenly spread
 REPEATS = 2  # noise samples at each level
+LEAST_GAIN = 0.05  # of the bare model's loss
 
 
 @dataclass
@@ -97,13 +98,19 @@ def summed(adapters: list[Adapter]) -> Callable[[list[int]], Adapter]:
 
 
 def row(name: str, losses: Losses, base: list[float], best_alone: list[float], base_generic: float) -> dict:
-    """One row of a table: the protocol's columns, fractions rather than percent."""
+    """One row of a table: the protocol's columns, fractions rather than percent.
+
+    Of what is kept no concept counts on which the ordinary LoRA gains less than LEAST_GAIN: a share of next to nothing says
+    nothing; `counted` is how many do (all, where none gains as much).
+    """
     gain = [b - o for b, o in zip(base, best_alone)]
-    kept = [(b - s) / g for b, s, g in zip(base, losses.stack, gain)]
-    subset = [(b - s) / g for b, values, g in zip(base, losses.subset, gain) for s in values]
+    counted = [i for i, (b, g) in enumerate(zip(base, gain)) if g >= LEAST_GAIN * b] or list(range(len(base)))
+    kept = [(base[i] - losses.stack[i]) / gain[i] for i in counted]
+    subset = [(base[i] - s) / gain[i] for i in counted if i < len(losses.subset) for s in losses.subset[i]]
     return {
         "row": name,
         "n": len(base),
+        "counted": len(counted),
         "alone": mean(losses.alone),
         "stack": mean(losses.stack),
         "alone_gain": sum(b - a for b, a in zip(base, losses.alone)) / sum(gain),
