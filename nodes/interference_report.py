@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from comfy_api.latest import io, ui
 
@@ -11,7 +10,7 @@ from ..seqlora_core.composition import MODES
 from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
 from .comfy_weights import Weights
-from .loading import Composed, compose_stack, entry_file, load_members, names_of
+from .loading import Composed, by_file, compose_stack, load_members, names_of
 from .types import CATEGORY, StackType
 
 AUTO = "auto"
@@ -58,18 +57,13 @@ def report_of(composed: Composed, mode: str) -> Report:
     """The stack as a plain sum beside its projection, as far as it is low-rank; a LoRA that is there several times, for other
     layers, steps or parts of the model, stands in it once"""
     concepts, parts = composed.concepts, composed.parts
-    groups: dict[Path, list[int]] = {}
-    for place, member in enumerate(composed.members):
-        groups.setdefault(entry_file(member.entry), []).append(place)
-    firsts = [concepts[group[0]] for group in groups.values()]
+    groups = by_file(composed.members)
+    firsts = [concepts[group[0]] for group in groups]
     names = names_of(firsts)
     moments = {n: c.moments for n, c in zip(names, firsts) if c.moments is not None}
-    strengths = [max((parts[i].strength for i in group), key=abs) for group in groups.values()]
+    strengths = [max((parts[i].strength for i in group), key=abs) for group in groups]
     plain, projected = (
-        [
-            _joined([(adapters[i], parts[i].strength / (top or 1.0)) for i in group])
-            for group, top in zip(groups.values(), strengths)
-        ]
+        [_joined([(adapters[i], parts[i].strength / (top or 1.0)) for i in group]) for group, top in zip(groups, strengths)]
         for adapters in ([c.adapter for c in concepts], [p.adapter for p in parts])
     )
     return interference_report(dict(zip(names, plain)), moments, strengths, projected, mode)

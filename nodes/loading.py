@@ -188,10 +188,7 @@ def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, ex
     What is there several times, for other layers, steps or parts of the model each, is one LoRA to the projection: it does not
     give way to itself.
     """
-    found: dict[Path, list[int]] = {}
-    for place, member in enumerate(members):
-        found.setdefault(entry_file(member.entry), []).append(place)
-    groups = list(found.values())
+    groups = by_file(members)
     adapters, moments = [_whole([members[i] for i in g]) for g in groups], [members[g[0]].concept.moments for g in groups]
     if exact or mode != "sum" or wishes.cap:
         adapters = [a.to(torch.float32) for a in adapters]
@@ -210,6 +207,14 @@ def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, ex
             pieces[place] = whole if len(group) == 1 else Adapter({n: whole.layers[n] for n in own}, whole.metadata)
             shares[place] = share
     return pieces, shares
+
+
+def by_file(members: list[Member]) -> list[list[int]]:
+    """Places of the entries that are of one file each, in the stack's order"""
+    found: dict[Path, list[int]] = {}
+    for place, member in enumerate(members):
+        found.setdefault(entry_file(member.entry), []).append(place)
+    return list(found.values())
 
 
 def _whole(members: list[Member]) -> Adapter:
