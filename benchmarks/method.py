@@ -54,6 +54,11 @@ def runs_folder(cache: Path, model: str, steps: int, tokens: int = 0) -> Path:
     return cache / ("" if model == "demo" else model) / (f"own-triggers-{tokens}" if tokens else "") / f"runs-{steps}"
 
 
+def given_rates(pairs: list[str]) -> dict[str, float]:
+    """["seqlora=0.003"] -> {"seqlora": 0.003}"""
+    return {row: float(rate) for row, rate in (pair.split("=") for pair in pairs)}
+
+
 class Bench:
     """Everything trained so far, by row, rate, seed and planned count; trains what is missing.
 
@@ -275,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     common |= {"trigger_tokens": args.trigger_tokens} if args.trigger_tokens else {}
     ledger = Ledger(args.output, common)
     bench.rates = {"ordinary": 3e-3} | dict.fromkeys(bench.options, 1e-3) if args.quick else dict(ledger.rates)
-    bench.rates |= {row: float(rate) for row, rate in (given.split("=") for given in args.rates)}
+    bench.rates |= given_rates(args.rates)
     rows, names = args.rows + (list(ABLATIONS) if args.ablations else []), concepts.names(args.concepts)
     longest = max(args.counts)
     if longest > len(names):

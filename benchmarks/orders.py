@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from benchmarks import concepts
-from benchmarks.method import ROOT, Bench
+from benchmarks.method import ROOT, Bench, given_rates
 from seqlora_core.config import TrainingConfig
 from seqlora_core.evaluation import held_out_loss, mean, summed
 from seqlora_core.storage import written_aside
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "orders.json")
     args = parser.parse_args()
     bench = Bench(args.cache, args.steps)
-    bench.rates = {row: float(rate) for row, rate in (given.split("=") for given in args.rates)}
+    bench.rates = given_rates(args.rates)
     rate = bench.rate("seqlora", COUNT)
     rows = run(bench, concepts.names("final")[:COUNT], rate)
     about = meta("python -m benchmarks.orders", bench.model.device, [0]) | {"steps": args.steps, "learning_rate": rate}

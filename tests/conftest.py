@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from seqlora_core.calibration import Calibration, calibrate
-from seqlora_core.demo import load_pictures
 from seqlora_core.demo_model import DEMO_FOLDER, DemoModel
 from seqlora_core.evaluation import HeldOut
 from seqlora_core.lora_moments import general_path
+from seqlora_core.references import load_pictures
 
 from .nodes.comfy_server import Server, find_comfyui
 
