@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.plots import new_figure, save
 from seqlora_core.attach import Attachment, attached
+from seqlora_core.bilevel import UpperLevel
 from seqlora_core.calibration import calibrate, record_moments
 from seqlora_core.captions import Prompts
 from seqlora_core.config import TrainingConfig
@@ -55,7 +56,7 @@ def run(model: DemoModel, calibration, how: str, steps: int, batch: int = 16, fi
     objective = Objective(
         model, [subject.references], [prompts], replay, groups, None, attachment, config, generator, Workers()
     )
-    ups, bases = [g.up for g in groups], [g.basis for g in groups]
+    ups, bases, upper = [g.up for g in groups], [g.basis for g in groups], UpperLevel(groups, RATE)
     with attached(model.sites(), attachment), sdpa_kernel(SDPBackend.MATH):
         support, query = objective.draw(0), objective.draw(1)
 
@@ -66,11 +67,12 @@ def run(model: DemoModel, calibration, how: str, steps: int, batch: int = 16, fi
             unsolved.append(solve(lower, ups, later if step else first))
             value, gradients = hypergradient(lambda: objective.value(*query), lower, ups, bases, how)
             values.append(float(value))
+            for group, gradient in zip(groups, gradients):
+                group.basis.grad = gradient
+            norms.append(upper.gradient_norm())
             with torch.no_grad():
-                directions = [tangent(g.basis, d, g.occupied) for g, d in zip(groups, gradients)]
-                norms.append(float(sum(d.square().sum() for d in directions).sqrt()))
-                for group, direction in zip(groups, directions):
-                    group.basis.copy_(retract(group.basis, -RATE * direction, group.occupied))
+                for g in groups:
+                    g.basis.copy_(retract(g.basis, -RATE * tangent(g.basis, g.basis.grad, g.occupied), g.occupied))
             print(f"{how} step {step} gradient norm {norms[-1]:.5f}, the lower level's {unsolved[-1]:.1e}", flush=True)
     return norms, values, unsolved
 

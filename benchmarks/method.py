@@ -142,9 +142,9 @@ class Bench:
     # --- rates ---------------------------------------------------------------------------------------------------
 
     def rate(self, row: str, planned: int = SEARCH) -> float:
-        """Best of RATES on tuning concepts, seed 0: ordinary LoRAs by what they gain alone, others by what is kept in a
-        library planned as the table's is.  The method's ablations take the method's, but for those of another budget."""
-        if row in ABLATIONS and not row.startswith("seqlora_budget"):
+        """The one given, or the best of RATES on tuning concepts, seed 0: ordinary LoRAs by what they gain alone, others by
+        what is kept in a library planned as the table's is.  The method's ablations take the method's, but for `seqlora_budget_*`."""
+        if row not in self.rates and row in ABLATIONS and not row.startswith("seqlora_budget"):
             return self.rate("seqlora", planned)
         if row not in self.rates:
             names = concepts.names("tuning")[:SEARCH]

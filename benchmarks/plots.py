@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOOR = -1.5  # of the axis: rivals that fall below it are drawn on it
+FLOOR = -1.5  # of the axis: an arrow on it stands for what falls below
+LEAST_DRIFT = 0.1  # percent, of the logarithmic axis
 LEARNT = "_learnt_trigger"
-SHOWN = ("seqlora_learnt_trigger", "seqlora_budget_20")  # of the method's own variants
+SHOWN = ("seqlora_learnt_trigger", "seqlora_text_learnt_trigger")  # of the method's own variants
 
 
 def new_figure(width: float, height: float, columns: int = 1):
@@ -39,15 +40,20 @@ def method(rows: list[dict], path: Path) -> None:
         own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])
         style = {"linewidth": 1.3, "color": f"C{plain.index(name.removesuffix(LEARNT))}"}
         if name.startswith("seqlora"):
-            style = {"linewidth": 3, "color": "dimgray" if "budget" in name else "black", "zorder": 5}
+            style = {"linewidth": 3, "color": "darkred" if "text" in name else "black", "zorder": 5}
         if name.endswith(LEARNT):
             style |= {"linestyle": "--"}
         counts = [r["n"] for r in own]
         for plot, key in zip(axes, ("kept_mean", "kept_worst", "generic_drift")):
-            values = [max(FLOOR, r[key]) if key != "generic_drift" else 100 * abs(r[key]) for r in own]
-            spread = [r["spread"].get(key, 0.0) * (100 if key == "generic_drift" else 1) for r in own]
-            plot.errorbar(counts, values, yerr=spread, marker="o", markersize=4, capsize=2, label=name, **style)
-    for plot, title in zip(axes, ("kept, mean over concepts", "kept, the worst concept", "generic prompts moved by, %")):
+            unit, floor = (100, LEAST_DRIFT) if key == "generic_drift" else (1, FLOOR)
+            values = [unit * r[key] for r in own]
+            spread = [unit * r["spread"].get(key, 0.0) * (v >= floor) for r, v in zip(own, values)]
+            shown = [max(floor, v) for v in values]
+            plot.errorbar(counts, shown, yerr=spread, marker="o", markersize=4, capsize=2, label=name, **style)
+            below = [(c, floor) for c, v in zip(counts, values) if v < floor]
+            plot.plot([c for c, _ in below], [y for _, y in below], "v", markersize=9, color=style["color"], zorder=6)
+    titles = "kept, mean over concepts", "kept, the worst concept", "rise of the error on generic prompts, %"
+    for plot, title in zip(axes, titles):
         plot.set(title=title, xlabel="concepts in the stack", xscale="log", xticks=sorted({r["n"] for r in rows}))
         plot.get_xaxis().set_major_formatter("{x:.0f}")
         plot.minorticks_off()

@@ -193,7 +193,7 @@ def closed_form(
 
     The minimiser, layer by layer, of what the projection changes on a concept's own inputs plus beta times what
     it does on everyone else's (one row of a RegMean solution, Jin et al. 2023).  Independent of order.  A layer in
-    which one adapter's inputs were not recorded is projected from the weights (`symmetric`).
+    which one adapter's inputs were not recorded is projected from the weights (`without_data`).
     """
     out = [Adapter({}, a.metadata) for a in adapters]
     unseen = {n for a, m in zip(adapters, moments) for n in a.layers if n not in m.layers}

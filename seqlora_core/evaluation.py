@@ -100,7 +100,7 @@ def summed(adapters: list[Adapter]) -> Callable[[list[int]], Adapter]:
 def row(name: str, losses: Losses, base: list[float], best_alone: list[float], base_generic: float) -> dict:
     """One row of a table: the protocol's columns, fractions rather than percent.
 
-    Of what is kept no concept counts on which the ordinary LoRA gains less than LEAST_GAIN: a share of next to nothing says
+    alone_gain and stack_gain: shares of what the ordinary LoRAs gain, of the losses' means; kept_*: concept by concept.  Of what is kept no concept counts on which the ordinary LoRA gains less than LEAST_GAIN: a share of next to nothing says
     nothing; `counted` is how many do (all, where none gains as much).
     """
     gain = [b - o for b, o in zip(base, best_alone)]
@@ -114,6 +114,7 @@ def row(name: str, losses: Losses, base: list[float], best_alone: list[float], b
         "alone": mean(losses.alone),
         "stack": mean(losses.stack),
         "alone_gain": sum(b - a for b, a in zip(base, losses.alone)) / sum(gain),
+        "stack_gain": sum(b - s for b, s in zip(base, losses.stack)) / sum(gain),
         "kept_mean": mean(kept),
         "kept_worst": min(kept),
         "kept_subset": mean(subset),

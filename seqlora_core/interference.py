@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, LayerDelta
-from .linalg import orthonormal_basis, principal_angles, ridge
+from .linalg import orthonormal_basis, ridge
 from .sketch import Sketch
 from .statistics import Moments
 
@@ -26,11 +26,6 @@ def whitened_energy(up: Tensor, basis: Tensor, moment: Tensor) -> Tensor:
     return ((up.mT @ up) * (basis.mT @ moment @ basis)).sum()
 
 
-def cross_energy(first: LayerDelta, second: LayerDelta, moment: Tensor) -> Tensor:
-    """`E <A_i D_i x, A_j D_j x>`: the two changes' inner product on inputs of second moment S."""
-    return ((first.up.mT @ second.up) * (first.down @ moment @ second.down.mT)).sum()
-
-
 def adapter_energy(adapter: Adapter, moments: Moments) -> float:
     """Sum over layers of the residual energy of one adapter on one set of inputs, in float64."""
     total = 0.0
@@ -38,17 +33,6 @@ def adapter_energy(adapter: Adapter, moments: Moments) -> float:
         if name in moments.layers:
             total += residual_energy(delta.up.double(), delta.down.double(), moments[name].double()).item()
     return total
-
-
-def subspace_overlap(first: Tensor, second: Tensor) -> float:
-    """Mean squared cosine of the principal angles of two row spaces, as a multiple of chance.
-
-    first [r1, d], second [r2, d] lora_down.  Two random spaces give 1.
-    """
-    a, b = orthonormal_basis(first.mT.double()), orthonormal_basis(second.mT.double())
-    cosines = principal_angles(a, b).cos()
-    chance = max(a.shape[1], b.shape[1]) / a.shape[0]
-    return float(cosines.square().mean() / chance)
 
 
 def sub_gaussian_bound(up: Tensor, down: Tensor, moment: Tensor, delta: float = 0.05) -> float:
@@ -106,7 +90,10 @@ def _padded(matrix: Tensor, rows: int) -> Tensor:
 
 
 def overlaps(deltas: list[LayerDelta | None]) -> Tensor:
-    """[i, j]: `subspace_overlap` of the lora_down of changes i and j, in one layer; nan where either is None."""
+    """[i, j]: mean squared cosine of the principal angles of the row spaces of lora_down i and j, as a multiple of chance.
+
+    In one layer; two random spaces give 1.  nan where either is None.
+    """
     out = torch.full((len(deltas), len(deltas)), math.nan, dtype=torch.float64)
     places = [i for i, d in enumerate(deltas) if d is not None]
     if not places:

@@ -81,11 +81,6 @@ def retract(basis: Tensor, step: Tensor, occupied: Tensor | None = None, how: st
     raise ValueError(f"unknown retraction {how!r}: use 'qr' or 'polar'")
 
 
-def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Angles between the spaces of two bases `[..., d, r1]`, `[..., d, r2]`, ascending, radians, `[..., min(r1, r2)]`."""
-    return torch.acos(torch.linalg.svdvals(first.mT @ second).clamp(max=1.0))
-
-
 def ridge(moment: Tensor, eps: float) -> Tensor:
     """`S + eps tr(S)/d I`: a second moment `[..., d, d]` made safely invertible, independent of its scale."""
     d = moment.shape[-1]

@@ -75,6 +75,11 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
         columns = 0 if taken is None else taken.shape[1]
         key = (site.in_features, site.out_features, rank, columns, isinstance(moment, Sketch))
         parts.setdefault(key, []).append((site.name, basis, metric.white, other, scale, taken))
+    missed = [moment.missed for moment, _ in metrics.values() if isinstance(moment, Sketch)]
+    if missed:
+        notes.append(
+            f"what wide layers see is kept by its strongest directions: at most {max(missed):.1%} of it lies outside them"
+        )
     notes = [*_plan(config, len(earlier), ranks), *notes]
     groups = []
     for (_, out, rank, columns, sketched), layers in parts.items():

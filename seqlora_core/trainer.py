@@ -114,8 +114,10 @@ def fit(
     with memory, attached(sites, attachment):
         for number in range(done + 1, config.steps + 1):
             on = active.switch(attachment, generator)
+            uppers = number // (config.lower_steps + 1) if config.lower_steps else 0  # basis steps so far, this one included
             upper_turn = bool(config.lower_steps) and number % (config.lower_steps + 1) == 0
-            objective.replays = number % config.replay_every == 0
+            # counted for each level apart: else both periods could fit so that lora_up never sees a replay
+            objective.replays = (uppers if upper_turn else number - uppers) % config.replay_every == 0
             terms = objective.gradients(upper_turn)
             if not math.isfinite(terms.total):
                 raise UserError(f"the loss is not finite at step {number}; lower the learning rate or check the images")

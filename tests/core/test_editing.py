@@ -15,7 +15,6 @@ from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.linalg import orthonormal_basis
 from seqlora_core.repair import repair
-from seqlora_core.report import interference_report
 from seqlora_core.sketch import sketch
 from seqlora_core.statistics import Moments
 from seqlora_core.subspace import Metric
@@ -55,16 +54,18 @@ def test_merging_is_the_closed_form_and_leaves_the_sources(pair, other, tmp_path
     assert f"{price.after:.1%}" in price.text()
 
 
-def test_the_price_is_what_a_report_says(pair, other, tmp_path):
-    """The sum of the report's crosstalk, weighted by each target's own energy, falls as told."""
+def test_the_price_is_what_dense_changes_do(pair, other, tmp_path):
+    """`tr(dW S dW^T)` of all pairs, over that of each on its own inputs before"""
     merged, price = refit([pair, other], tmp_path / "merged")
-    both = {
-        "before": {c.name: c.adapter for c in [*pair.concepts(), *other.concepts()]},
-        "after": {c.name: c.adapter for c in merged.concepts()},
-    }
-    moments = {c.name: c.moments for c in merged.concepts()}
-    off = {k: sum(map(sum, interference_report(a, moments).crosstalk)) - 3 for k, a in both.items()}
-    assert off["after"] < off["before"]
+    before, after = [*pair.concepts(), *other.concepts()], list(merged.concepts())
+
+    def energy(mover, seer) -> float:
+        changes = {n: d.dense().double() for n, d in mover.adapter.layers.items()}
+        return sum(float((w @ seer.moments[n].double() @ w.mT).trace()) for n, w in changes.items())
+
+    own = sum(energy(c, c) for c in before)
+    for concepts, told in ((before, price.before), (after, price.after)):
+        assert sum(energy(a, b) for a in concepts for b in concepts if a is not b) / own == pytest.approx(told, rel=1e-4)
 
 
 def test_a_merged_library_can_be_taught_more(model, subjects, pair, other, tmp_path):

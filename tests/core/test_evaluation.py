@@ -6,11 +6,12 @@ from seqlora_core.evaluation import Losses, row
 
 
 def test_a_row_of_known_losses():
-    losses = Losses([0.5, 0.6], [0.6, 0.5], [[0.5, 0.7], [0.5]], 1.1, 0.4)
+    losses = Losses([0.5, 0.6], [0.6, 0.4], [[0.5, 0.7], [0.5]], 1.1, 0.4)
     found = row("ours", losses, [1.0, 1.0], [0.5, 0.0], 1.0)
     assert (found["n"], found["counted"], found["pairs"]) == (2, 2, 0.4)
     assert found["alone_gain"] == pytest.approx(0.9 / 1.5) and found["generic_drift"] == pytest.approx(0.1)
-    assert found["kept_mean"] == pytest.approx((0.8 + 0.5) / 2) and found["kept_worst"] == pytest.approx(0.5)
+    assert found["stack_gain"] == pytest.approx(1.0 / 1.5)
+    assert found["kept_mean"] == pytest.approx((0.8 + 0.6) / 2) and found["kept_worst"] == pytest.approx(0.6)
     assert found["kept_subset"] == pytest.approx((1.0 + 0.6 + 0.5) / 3)
 
 

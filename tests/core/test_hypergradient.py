@@ -101,7 +101,7 @@ def test_conjugate_gradient_is_exact_after_as_many_steps_as_dimensions():
 def test_conjugate_gradient_stops_at_negative_curvature():
     matrix = torch.diag(torch.tensor([1.0, -2.0], dtype=torch.float64))
     x = conjugate_gradient(lambda v: [matrix @ v[0]], [torch.ones(2, dtype=torch.float64)], 5)[0]
-    assert x.isfinite().all()
+    assert torch.equal(x, torch.zeros_like(x))  # the first direction curves down already
 
 
 def test_neumann_finds_an_eigenvalue_that_the_target_hides():

@@ -86,15 +86,6 @@ def test_unknown_retraction_is_refused(rng):
         linalg.retract(basis, basis, how="cayley")
 
 
-def test_principal_angles_of_known_planes():
-    a = torch.eye(4, dtype=torch.float64)[:, :2]
-    angle = 0.3
-    b = torch.tensor([[1, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.float64)
-    b[1, 1], b[2, 1] = torch.cos(torch.tensor(angle)), torch.sin(torch.tensor(angle))
-    found = linalg.principal_angles(a, b)
-    assert torch.allclose(found, torch.tensor([0.0, angle], dtype=torch.float64), atol=1e-7)
-
-
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_whitening_makes_the_metric_the_identity(rng, scale):
     x = randn(rng, 200, D) * torch.logspace(0, -3, D, dtype=torch.float64)

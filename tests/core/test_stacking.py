@@ -207,11 +207,13 @@ def test_filters():
         "diffusion_model.double_blocks.1.img_attn.qkv",
         "lora_unet_up_blocks_1_attentions_0_attn2_to_q",
         "lora_unet_mid_block_x",
+        "lora_unet_down_blocks_1_attentions_0_attn2_to_k",
+        "diffusion_model.joint_blocks.3.context_block.attn.qkv",
     ]
     whole = Adapter({n: adapter(0).layers["l"] for n in names})
     for words, left in (
-        ("", [0, 1, 2]), ("up_blocks", [1]), ("attn2, double_blocks.1", [0, 1]), ("-mid_block", [0, 1]),
-        ("attn, -img_attn", [1]), ("up_blocks*to_q", [1]), ("attn;-up_blocks", [0]), ("nothing", []),
+        ("", [0, 1, 2, 3, 4]), ("up_blocks", [1]), ("attn2, double_blocks.1", [0, 1, 3]), ("-mid_block", [0, 1, 3, 4]),
+        ("attn, -img_attn", [1, 3, 4]), ("up_blocks*to_q", [1]), ("attn;-up_blocks", [0, 3, 4]), ("nothing", []), ("@text", [3, 4]), ("-@text", [0, 1, 2]), ("@text, up_blocks", [1, 3, 4]), ("@text, -context_block", [3]),
     ):  # fmt: skip
         assert list(selected(whole, words).layers) == [names[i] for i in left], words
 

@@ -19,6 +19,7 @@ from seqlora_core.library import Library
 from seqlora_core.linalg import ridge
 from seqlora_core.statistics import Recorder
 from seqlora_core.teach import train_concept
+from seqlora_core.trainer import fit
 
 from .conftest import teach
 
@@ -165,6 +166,20 @@ def test_ablation_switches_all_train(model, subjects, new_library, tmp_path):
         captions = [c.replace("octzu", trigger) for c in s.references.captions]
         _, fit = train_concept(model, library, s.images, f"c{number}", trigger, s.class_noun, captions, config)
         assert np.isfinite(fit.losses).all(), switch
+
+
+@pytest.mark.parametrize(("lower_steps", "every"), [(0, 2), (1, 2), (2, 3)])
+def test_both_levels_see_replays(monkeypatch, model, subjects, calibration, lower_steps, every):
+    """Also where replays and basis steps have one period"""
+    from seqlora_core.objective import Objective
+
+    seen, gradients = {False: [], True: []}, Objective.gradients
+    monkeypatch.setattr(Objective, "gradients", lambda self, up: seen[up].append(self.replays) or gradients(self, up))
+    config = TrainingConfig(steps=12, batch=2, replay_batch=4, lower_steps=lower_steps, replay_every=every, use_decoys=False)
+    fit(model, subjects["octopus"].references, "octzu", [], calibration, config)
+    for turns in seen.values() if lower_steps else [seen[False]]:
+        assert turns == [n % every == 0 for n in range(1, len(turns) + 1)]
+    assert len(seen[True]) == (12 // (lower_steps + 1) if lower_steps else 0)
 
 
 def test_a_full_layer_shares_and_says_so(model, subjects, new_library, tmp_path):
