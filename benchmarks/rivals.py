@@ -32,11 +32,14 @@ TRAINED: dict[str, dict] = {
     "ordinary_replay_learnt_trigger": PLAIN | dict(
         orthogonal=False, earlier_active=True, replay_weight=85.0, learn_trigger=True
     ),
+    # trained apart with the trigger's embeddings learnt, nothing of ours: summed, or by the closed form with its suffix
+    "ordinary_learnt_trigger": PLAIN | dict(orthogonal=False, learn_trigger=True),
     "seqlora": {},
 }  # fmt: skip
 ABLATIONS: dict[str, dict] = {
     "seqlora_no_orthogonality": dict(orthogonal=False),
     "seqlora_no_whitening": dict(whitened=False),
+    "seqlora_no_whitening_no_orthogonality": dict(whitened=False, orthogonal=False),
     "seqlora_random_start": dict(data_start=False),
     "seqlora_frozen_basis": dict(learn_basis=False),
     "seqlora_no_decoys": dict(use_decoys=False),
@@ -54,6 +57,8 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_replay_every_2": dict(replay_every=2),
     "seqlora_image_stream": dict(layers="-context_block"),  # of the demo model's two streams
     "seqlora_text_stream": dict(layers="context_block"),
+    "seqlora_text_learnt_trigger": dict(layers="@text", learn_trigger=True),
+    "seqlora_text_learnt_trigger_budget_3": dict(layers="@text", learn_trigger=True, drift_budget=0.03),
     "seqlora_rank_2": dict(rank=2),
     "seqlora_rank_8": dict(rank=8),
     "seqlora_learnt_trigger": dict(learn_trigger=True),

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
-from benchmarks.method import ROOT, Bench
+from benchmarks.method import MODELS, ROOT, Bench
 from seqlora_core.calibration import calibrate
 from seqlora_core.config import TrainingConfig
 from seqlora_core.evaluation import held_out_loss, mean, summed
@@ -39,9 +39,11 @@ def main() -> None:
     parser.add_argument("--option", type=option, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--trigger-tokens", type=int, default=0, metavar="N", help="that each trigger has of its own")
     parser.add_argument("--pictures", type=int, help="of the calibration, if not as many as usual")
+    parser.add_argument("--model", choices=list(MODELS), default="demo")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
     args = parser.parse_args()
-    options, bench = from_recipe(dict(args.option), {}, "--option"), Bench(args.cache, args.steps, tokens=args.trigger_tokens)
+    options = from_recipe(dict(args.option), {}, "--option")
+    bench = Bench(args.cache, args.steps, args.model, args.trigger_tokens)
     config = replace(TrainingConfig(steps=args.steps, planned=args.planned), **options)
     model, subjects = bench.model, [bench.subject(n) for n in args.concepts]
     base = [held_out_loss(model, s.held_out) for s in subjects]

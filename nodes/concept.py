@@ -10,7 +10,10 @@ from .types import CATEGORY, Entry, Stack, StackType
 STRENGTH = dict(default=1.0, min=-4.0, max=4.0, step=0.05)
 PERCENT = dict(min=0.0, max=1.0, step=0.01)
 FROM_LIBRARY = "(from the library)"
-LAYERS = "Only layers whose name holds one of these words, such as: up_blocks, attn2. A minus leaves out: -mid_block."
+LAYERS = (
+    "Only layers whose name holds one of these words, such as: up_blocks, attn2. A minus leaves out: -mid_block. @text: those that "
+    "read the prompt."
+)
 
 
 class SeqLoRAConcept(io.ComfyNode):
