@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import concepts
 from benchmarks.method import ROOT, Bench
 from seqlora_core.config import TrainingConfig
-from seqlora_core.editing import refit
+from seqlora_core.editing import Price, refit
 from seqlora_core.evaluation import held_out_loss, mean, summed
 from seqlora_core.library import Library
 from seqlora_core.storage import written_aside
@@ -37,11 +37,12 @@ class Measured:
         self.base = {n: held_out_loss(bench.model, bench.subject(n).held_out) for n in names}
         self.best = {n: bench.loss(n, bench.ordinary(n, rate, 0)) for n in names}
 
-    def add(self, row: str, libraries: list[Library], left_out: tuple[str, ...] = ()) -> None:
+    def add(self, row: str, libraries: list[Library], left_out: tuple[str, ...] = (), price: Price | None = None) -> None:
         taught = {n: library.load(n).adapter for library in libraries for n in library.names if n not in left_out}
         stack = summed(list(taught.values()))(list(range(len(taught))))
         alone, kept = ([self.gain(n, a) for n, a in some] for some in (taught.items(), zip(taught, [stack] * len(taught))))
         told = {"row": row, "concepts": len(taught), "alone": mean(alone), "kept": mean(kept), "worst": min(kept)}
+        told |= {"crosstalk_before": price.before, "crosstalk_after": price.after, "lost": price.lost} if price else {}
         self.rows.append(told | {"generic_drift": self.bench.drift(stack)})
         print(self.rows[-1], flush=True)
 
@@ -78,15 +79,13 @@ def main() -> None:
         trained_anew(bench, Library(anew), names[0], args.rate)
         measured.add("the first trained anew", [Library(anew)])
         rebased, price = refit([library], Path(folder) / "rebased")
-        print(price.text(), flush=True)
-        measured.add("refitted by the closed form", [rebased])
+        measured.add("refitted by the closed form", [rebased], price=price)
         shutil.copytree(library.folder, half)
         for name in second:
             Library(half).remove(name)
         measured.add("two halves taught apart, added", [Library(half), apart])
         merged, price = refit([Library(half), apart], Path(folder) / "merged")
-        print(price.text(), flush=True)
-        measured.add("two halves taught apart, merged", [merged])
+        measured.add("two halves taught apart, merged", [merged], price=price)
     about = meta("python -m benchmarks.editing", bench.model.device, [0]) | {"row": ROW, "steps": args.steps}
     with written_aside(args.output) as file:
         file.write((json.dumps({"meta": about, "rows": measured.rows}, indent=1) + "\n").encode())

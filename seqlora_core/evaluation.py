@@ -31,7 +31,9 @@ class HeldOut:
     sigma: Tensor
 
     @classmethod
-    def of(cls, denoiser: Denoiser, latents: Tensor, captions: list[str], seed: int = 1234, levels: int = LEVELS) -> HeldOut:
+    def of(cls, denoiser: Denoiser, latents: Tensor, captions: list[str], seed: int = 1234, levels: int = 0) -> HeldOut:
+        """levels: of noise; 0: LEVELS"""
+        levels = levels or LEVELS
         count = len(latents) * levels * REPEATS
         index = torch.arange(len(latents)).repeat_interleave(levels * REPEATS)
         generator = torch.Generator().manual_seed(seed)

@@ -137,10 +137,11 @@ def strengths_table() -> str:
 def editing_table() -> str:
     data = load("editing")
     lines = [
-        f"| {r['row']} | {r['concepts']} | {r['alone']:.2f} | {r['kept']:.2f} | {r['worst']:.2f} | {r['generic_drift']:+.1%} |"
+        f"| {r['row']} | {r['concepts']} | {r['alone']:.2f} | {r['kept']:.2f} | {r['worst']:.2f} | {r['generic_drift']:+.1%} | "
+        + (f"{r['crosstalk_before']:.0%} to {r['crosstalk_after']:.0%} |" if "lost" in r else "- |")
         for r in data["rows"]
     ]
-    head = ["| library | concepts | gain alone | kept | worst | generic drift |", "|---|---|---|---|---|---|"]
+    head = ["| library | concepts | alone | kept | worst | generic drift | crosstalk |", "|---|---|---|---|---|---|---|"]
     return "\n".join([*head, *lines]) + f"\n\nFrom `{data['meta']['command']}`, one seed, {data['meta']['steps']} steps."
 
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks import concepts, method, rivals
+from seqlora_core import evaluation
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
 from seqlora_core.demo import shared_words
 from seqlora_core.demo_model import DEMO_FOLDER, TOKENIZER
@@ -28,6 +29,7 @@ def run(tmp_path_factory, calibration, model):
     patch.setattr(concepts, "names", lambda which="all": ["octopus", "penguin"])
     patch.setattr(method, "RATES", (1e-3,))
     patch.setattr(method, "load_generic", few_generic)
+    patch.setattr(evaluation, "LEVELS", 2)
     patch.setattr(method, "Identity", lambda *given, drawn: Identity(*given, drawn=1))
     (cache / "pairs").symlink_to(DEMO_FOLDER / "evaluation" / "pairs")
     calibration.save(cache / "runs-2" / "calibration.safetensors", model.fingerprint())
