@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from seqlora_core.config import PictureOptions, TrainingConfig
 from seqlora_core.errors import UserError
@@ -51,6 +51,43 @@ def test_pictures_of_sixteen_bits_keep_their_tones(tmp_path):
     Image.fromarray(np.full((64, 64), 65535 * 3 // 10, dtype=np.uint16)).save(tmp_path / "a.mask.png")
     (sets,), _ = load(tmp_path, 64, PictureOptions())
     assert sets.images.mean() == pytest.approx(0.25, abs=0.003) and sets.masks.mean() == pytest.approx(0.3, abs=0.003)
+
+
+def test_pictures_are_of_every_kind_that_pillow_opens(tmp_path):
+    for suffix in ("jfif", "gif", "tif", "TIFF", *(["avif"] if features.check("avif") else [])):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"a.{suffix}", {"jfif": "JPEG"}.get(suffix))
+    moving = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    moving[0].save(tmp_path / "b.gif", save_all=True, append_images=moving[1:])
+    Image.fromarray(np.full((64, 64), 0.5, np.float32)).save(tmp_path / "c.tif")
+    (sets,), notes = load(tmp_path, 64, PictureOptions())
+    assert len(sets.images) == 6 + features.check("avif") and not any("not read" in n for n in notes)
+    assert torch.allclose(sets.images[:-1].mean((0, 1, 2)), torch.tensor([1.0, 0.0, 0.0]), atol=0.02)
+    assert sets.images[-1].mean() == pytest.approx(0.5, abs=0.003)
+
+
+def test_what_is_not_read_is_told_in_one_note(tmp_path):
+    picture(tmp_path / "a.png", 64, 64).save(tmp_path / "a.mask.png")
+    for name in ("a.TXT", "a.npz", "other.txt", "meta.json", ".hidden.heic", "._a.png", "set.toml", "Thumbs.db"):
+        (tmp_path / name).write_text("an {trigger}")
+    for name in ("b", "0_none/c", "held_out/d", "2_face/e"):
+        picture(tmp_path / f"{name}.png", 64, 64)
+    (tmp_path / "empty").mkdir()
+    (sets,), notes = load(tmp_path, 64, PictureOptions())
+    assert sets.captions == [None, "an {trigger}", None] and not any("not read" in n for n in notes)
+    for name in ("w.mp4", "x.psd", "2_face/y.psd", "z.psd"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("photos/old/f", "2_face/more/g"):
+        picture(tmp_path / f"{name}.png", 64, 64)
+    assert load(tmp_path, 64, PictureOptions())[1][-1] == (
+        "not read: 4 files (w.mp4, x.psd, z.psd, ...; save pictures as PNG or JPEG), "
+        "folder photos/ (make it 1_photos/ to read it), folder 2_face/more/ (make it 1_more/ to read it)"
+    )
+
+
+def test_a_picture_beyond_pillows_limit_is_too_large(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png is too large, of more than 178 million pixels: make it smaller"):
+        load(tmp_path, 64, PictureOptions())
 
 
 def test_a_mask_may_be_transparent_and_of_any_case_and_format(tmp_path):
