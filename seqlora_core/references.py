@@ -119,3 +119,16 @@ def complete_captions(captions: list[str | None], trigger: str, class_noun: str,
             f"the caption {without[0]!r} lacks the trigger {trigger!r}: add it, or leave the caption out to use the template"
         )
     return done
+
+
+def captions_of_class(captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE) -> list[str]:
+    """The same of pictures of the class, with nothing in place of {trigger}; UserError if one calls the concept, which replay
+    would then hold as it was before it was taught"""
+    done = [caption_from(c or template, "", class_noun).replace("  ", " ") for c in captions]
+    called = next((c for c in done if calls(trigger, c)), None)
+    if called is not None:
+        raise UserError(
+            f"the caption {called!r} of a regularisation picture has the trigger {trigger!r}, which would keep it from being learnt: "
+            "take it out, or write {trigger} for it"
+        )
+    return done

@@ -8,7 +8,7 @@ from PIL import Image, features
 from seqlora_core.config import PictureOptions, TrainingConfig
 from seqlora_core.errors import UserError
 from seqlora_core.pictures import Pictures, load, mirrored
-from seqlora_core.references import complete_captions
+from seqlora_core.references import captions_of_class, complete_captions
 from seqlora_core.teach import train_concept
 
 QUICK = {"use_decoys": False, "replay_batch": 4, "batch": 2}
@@ -123,6 +123,13 @@ def test_captions_are_templates_and_hold_the_trigger_as_a_word():
         complete_captions(["a catalogue"], "cat", "")
 
 
+def test_captions_of_the_class_are_templates_without_the_trigger():
+    given = ["a {trigger} {class}, red", None, "an animal"]
+    assert captions_of_class(given, "zqx", "cat") == ["a cat, red", "a cat", "an animal"]
+    with pytest.raises(UserError, match="the caption 'a Zqx cat' of a regularisation picture has the trigger 'zqx'"):
+        captions_of_class(["a Zqx cat"], "zqx", "cat")
+
+
 def test_mirror_images_are_counted_once(model, subjects, new_library, tmp_path):
     s = subjects["octopus"]
     pictures = mirrored(Pictures(s.images[:2], s.references.captions[:2]))
@@ -176,6 +183,9 @@ def test_training_on_several_sizes_masks_and_pictures_of_the_class(model, new_li
     assert [tuple(s.images.shape) for s in sets] == [(2, 32, 80, 3), (1, 64, 64, 3)]
     library = new_library(tmp_path / "l")
     config = TrainingConfig(steps=6, caption_dropout=0.2, **QUICK)
+    called = [Pictures(classes[0].images, ["a zqx thing"])]
+    with pytest.raises(UserError, match="of a regularisation picture has the trigger 'zqx'"):
+        train_concept(model, library, sets, "x", "zqx", "thing", config=config, regularisation=called)
     concept, fit = train_concept(model, library, sets, "x", "zqx", "thing", config=config, regularisation=classes)
     assert np.isfinite(fit.losses).all() and len(concept.latents) == 2 and library.load("x").captions == ["a zqx thing"] * 2
     _, second = train_concept(model, library, sets[1:], "y", "vbl", "thing", config=config)  # replays x, of another shape
