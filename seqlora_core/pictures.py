@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import PictureOptions
+from .denoiser import Denoiser, check_size
 from .errors import UserError
 from .references import caption_beside, is_picture, mask_beside, open_picture, picture_files, to_tensor
 
@@ -47,12 +48,18 @@ class _One:
     repeats: int
 
 
-def load(folder: Path | str, size: int, options: PictureOptions) -> tuple[list[Pictures], list[str]]:
+def load(
+    folder: Path | str, size: int, options: PictureOptions, model: Denoiser | None = None
+) -> tuple[list[Pictures], list[str]]:
     """Pictures of a folder, the most numerous size first, and what there is to say of them, a sentence each.
 
-    size: of the model's pictures, unless the options say another.  Raises UserError for what cannot be read.
+    size: of the model's pictures, unless the options say another.  model: which must take them, if it is known.  Raises
+    UserError for what cannot be read, and for a size that the model cannot take.
     """
     size, notes = options.resolution or size, []
+    if model is not None:
+        check_size(model, (size, size))
+    longest = model.largest_side if model is not None else 0
     by_size: dict[tuple[int, int], list[_One]] = {}
     seen: dict[str, Path] = {}
     listed = _listed(Path(folder))
@@ -62,7 +69,7 @@ def load(folder: Path | str, size: int, options: PictureOptions) -> tuple[list[P
         if key in seen:
             notes.append(f"{path.name} is the same picture as {seen[key].name}: one of them would do")
         seen.setdefault(key, path)
-        target = _bucket(picture.size, size) if options.buckets else (size, size)
+        target = _bucket(picture.size, size, longest) if options.buckets else (size, size)
         notes.append(became(path.name, picture.size, target, size))
         mask = _mask(path, picture, target, options.masks)
         ones = by_size.setdefault(target, [])
@@ -117,12 +124,12 @@ def _not_read(folder: Path, read: list[Path]) -> list[str]:
     return [f"not read: {', '.join(parts)}"] if parts else []
 
 
-def _bucket(size: tuple[int, int], target: int) -> tuple[int, int]:
-    """Width and height for a picture of this size: at most target squared in area, never larger than the picture, and
-    whole numbers of what networks take (64 pixels, 16 at small sizes)"""
+def _bucket(size: tuple[int, int], target: int, longest: int = 0) -> tuple[int, int]:
+    """Width and height for a picture of this size: at most target squared in area, never larger than the picture, no side
+    above `longest` (0: any), and whole numbers of what networks take (64 pixels, 16 at small sizes)"""
     step = 64 if target >= 256 else 16
     scale = min(1.0, target / (size[0] * size[1]) ** 0.5)
-    width, height = (max(step, int(n * scale) // step * step) for n in size)
+    width, height = (max(step, min(int(n * scale), longest or n) // step * step) for n in size)
     return width, height
 
 

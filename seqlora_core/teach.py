@@ -13,7 +13,7 @@ from .calibration import Calibration, calibrate, made_beside, picture_count, rec
 from .checkpoint import Checkpoints
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
-from .denoiser import Denoiser
+from .denoiser import Denoiser, check_size
 from .errors import UserError
 from .library import Library
 from .live_prompts import is_text
@@ -60,6 +60,8 @@ def train_concept(
         sets = images if isinstance(images, list) else [Pictures(images, captions or [None] * len(images))]
         if not sets or any(s.images.ndim != 4 or len(s.images) == 0 for s in sets):
             raise UserError("no reference images: give at least one, eight or more are better")
+        for some in [*sets, *regularisation]:
+            check_size(denoiser, _size(some))
         texts = [complete_captions(s.captions, trigger, class_noun, template) for s in sets]
         of_class = [captions_of_class(s.captions, trigger, class_noun, template) for s in regularisation]
         config = replace(config or TrainingConfig(), planned=library.planned)

@@ -87,9 +87,9 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     shown = RunPictures(args.pictures, args.preview_every) if args.pictures and workers.first else None
     model = open_model(args)
     # all, before any work: a mistake shows at once
-    pictures = [load(job.images, model.size, options) for job, (_, options, _) in zip(jobs, configs)]
+    pictures = [load(job.images, model.size, options, model) for job, (_, options, _) in zip(jobs, configs)]
     classes = [
-        load(job.regularisation, model.size, options) if job.regularisation else ([], [])
+        load(job.regularisation, model.size, options, model) if job.regularisation else ([], [])
         for job, (_, options, _) in zip(jobs, configs)
     ]
     for job, (_, options, _), (sets, _), (regularisation, _) in zip(jobs, configs, pictures, classes):

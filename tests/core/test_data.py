@@ -45,6 +45,19 @@ def test_buckets_keep_shapes_and_never_enlarge(tmp_path):
     assert all(h * w <= 512 * 512 for _, h, w, _ in shapes) and not any("enlarged" in n for n in notes)
 
 
+def test_buckets_stay_within_what_the_model_takes(model, tmp_path):
+    """A long picture of the demo model's largest area; what is out of its reach is refused before anything is trained"""
+    picture(tmp_path / "a.png", 3000, 200)
+    (sets,), _ = load(tmp_path, 256, PictureOptions(buckets=True), model)
+    (free,), _ = load(tmp_path, 256, PictureOptions(buckets=True))
+    assert sets.images.shape == (1, 64, 256, 3) and free.images.shape == (1, 64, 960, 3)
+    latents = model.encode_images(sets.images)
+    assert model.predict(latents, torch.full((1,), 0.5), model.encode_prompts(["x"])).shape == latents.shape
+    for side in (72, 272):
+        with pytest.raises(UserError, match=f"pictures of {side} x {side} pixels do not fit this model"):
+            load(tmp_path, 64, PictureOptions(resolution=side), model)
+
+
 def test_pictures_of_sixteen_bits_keep_their_tones(tmp_path):
     grey = np.full((64, 64), 65535 // 4, dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / "a.png")
