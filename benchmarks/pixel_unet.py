@@ -53,7 +53,7 @@ def build_unet(widths: tuple[int, ...] = WIDTHS) -> nn.Module:
 class PixelUNet(FlowMatching):
     """`denoiser.Denoiser`; latents are pictures cut into patches, [n, 3 PATCH^2, height / PATCH, width / PATCH]."""
 
-    size = SIZE
+    size, pixel_step = SIZE, PATCH
     training_shift = 3.0  # pixels show their picture through more noise than latents do
 
     def __init__(self, unet: nn.Module | None = None, path: Path = WEIGHTS):

@@ -37,6 +37,8 @@ class ComfyDenoiser:
     file: what the model was loaded from, if that is known.
     """
 
+    pixel_step, largest_side = 1, 0  # ComfyUI crops and pads to what a model takes
+
     def __init__(self, model, clip, vae, layers: Iterable[str] | None = None, offloads: int = 0, file: Path | None = None):
         dynamic = getattr(model, "is_dynamic", lambda: False)()
         # a dynamic patcher may evict weights between forward and backward: train on a plain one

@@ -130,6 +130,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                     regularisation=_ordinary(regularisation.sets) if regularisation else (),
                 )  # fmt: skip
                 losses, notes = fit.losses, fit.notes + images.notes
+                notes += [f"regularisation: {note}" for note in regularisation.notes] if regularisation else []
                 if fit.stopped is not None:
                     raise fit.stopped
                 report = f"{name}: trained {len(losses)} steps, loss {_mean(losses[:10]):.4f} to {_mean(losses[-10:]):.4f}; the library holds {len(opened)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ ORDERS = 8  # of a caption's tags, when they are shuffled
 
 def shuffled(caption: str, trigger: str, count: int, rng: random.Random) -> list[str]:
     """The caption, and count - 1 others with its comma-separated tags in other orders; those with the trigger stay first."""
-    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    parts = re.findall(rf"(?:{re.escape(trigger)}|[^,])+", caption, re.IGNORECASE)  # a comma of the trigger's own parts nothing
+    tags = [tag.strip() for tag in parts if tag.strip()]
     first = [tag for tag in tags if trigger.lower() in tag.lower()]
     rest = [tag for tag in tags if tag not in first]
     return [caption, *(", ".join(first + rng.sample(rest, len(rest))) for _ in range(count - 1))]

@@ -109,7 +109,7 @@ def _load_text_encoder(weights: dict[str, Tensor]):
 class DemoModel(FlowMatching):
     """`denoiser.Denoiser` on diffusers; raises UserError for a file of another layout."""
 
-    size = SIZE
+    size, pixel_step = SIZE, 16  # 2 x 2 latents of 8 x 8 pixels are a token
 
     def __init__(self, path: Path = DEMO_MODEL, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.path, self.device = Path(path), torch.device(device)
@@ -124,6 +124,7 @@ class DemoModel(FlowMatching):
                 )
         mmdit, vae, text = parts.values()
         self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device, dtype)
+        self.largest_side = self.pixel_step * self.mmdit.config.pos_embed_max_size
         self.vae = _load_autoencoder(vae).eval().requires_grad_(False).to(self.device, dtype)
         self.text = _load_text_encoder(text).eval().requires_grad_(False).to(self.device, dtype)
         self.tokenize, self.live = tokenizer(), LivePrompts()

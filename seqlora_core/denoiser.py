@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attach import Site
+from .errors import UserError
 from .metadata import Base
 
 SAMPLING_SHIFT = 3.0  # of the schedule: SD3's own
@@ -72,6 +73,8 @@ class Denoiser(Protocol):
     """
 
     device: torch.device
+    pixel_step: int  # sides of pictures are multiples of it
+    largest_side: int  # of a picture, pixels; 0: any
 
     def sites(self) -> list[Site]:
         """The adaptable layers, in the order of the forward pass."""
@@ -135,6 +138,7 @@ class FlowMatching:
     """
 
     size: int
+    pixel_step, largest_side = 1, 0
     training_shift = 1.5
     dtype = torch.float32  # of latents and noise levels, whatever the weights are
 
@@ -193,6 +197,16 @@ class FlowMatching:
                 v = unwanted + guidance * (wanted - unwanted)
             x = scheduler.step(v, t, x, return_dict=False)[0]
         return x
+
+
+def check_size(denoiser: Denoiser, size: tuple[int, int]) -> None:
+    """UserError for pictures of a size that the model cannot take; size: height and width in pixels"""
+    step, most = denoiser.pixel_step, denoiser.largest_side
+    if any(n % step for n in size) or most and max(size) > most:
+        limit = f", at most {most}" if most else ""
+        raise UserError(
+            f"pictures of {size[1]} x {size[0]} pixels do not fit this model: choose sides that are multiples of {step}{limit}"
+        )
 
 
 def loss(denoiser: Denoiser, latents: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:

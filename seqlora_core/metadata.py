@@ -61,9 +61,11 @@ class Base:
 
 def tag_frequency(name: str, captions: list[str], phrase: str) -> dict[str, dict[str, int]]:
     """How often each comma-separated part of the captions occurs, as kohya counts it, and in how many of them the phrase that
-    calls the LoRA does: captions in sentences have no tag in common, and other programs show the most frequent ones."""
-    tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
-    tags[phrase] = max(tags[phrase], sum(phrase in caption for caption in captions))
+    calls the LoRA does, in capitals or not: captions in sentences have no tag in common, and other programs show the most
+    frequent ones."""
+    small, found = phrase.lower(), [tag.strip() for caption in captions for tag in caption.split(",") if tag.strip()]
+    tags = Counter(phrase if tag.lower() == small else tag for tag in found)
+    tags[phrase] = max(tags[phrase], sum(small in caption.lower() for caption in captions))
     return {name: {tag: count for tag, count in sorted(tags.items()) if count}}
 
 

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 
 from .config import PictureOptions
+from .denoiser import Denoiser, check_size
 from .errors import UserError
-from .references import caption_beside, mask_beside, open_picture, picture_files, to_tensor
+from .references import caption_beside, is_picture, mask_beside, open_picture, picture_files, to_tensor
 
+REPEATED = re.compile(r"(\d+)_")  # begins the name of a subfolder that counts
+HELD_OUT = "held_out"  # a subfolder to measure on, of the demo's layout
+# what trainers and systems keep beside pictures
+SIDECARS = {".txt", ".caption", ".json", ".jsonl", ".npz", ".toml", ".yaml", ".csv", ".md", ".safetensors", ".db", ".ini"}
+NAMED = 3  # of what was not read
 LEAST_AREA = 0.5  # of what was asked for, below which a picture in its own shape is called small
 
 
@@ -42,25 +48,33 @@ class _One:
     repeats: int
 
 
-def load(folder: Path | str, size: int, options: PictureOptions) -> tuple[list[Pictures], list[str]]:
+def load(
+    folder: Path | str, size: int, options: PictureOptions, model: Denoiser | None = None
+) -> tuple[list[Pictures], list[str]]:
     """Pictures of a folder, the most numerous size first, and what there is to say of them, a sentence each.
 
-    size: of the model's pictures, unless the options say another.  Raises UserError for what cannot be read.
+    size: of the model's pictures, unless the options say another.  model: which must take them, if it is known.  Raises
+    UserError for what cannot be read, and for a size that the model cannot take.
     """
     size, notes = options.resolution or size, []
+    if model is not None:
+        check_size(model, (size, size))
+    longest = model.largest_side if model is not None else 0
     by_size: dict[tuple[int, int], list[_One]] = {}
     seen: dict[str, Path] = {}
-    for path, repeats in _listed(Path(folder)):
+    listed = _listed(Path(folder))
+    for path, repeats in listed:
         picture = open_picture(path)
         key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
         if key in seen:
             notes.append(f"{path.name} is the same picture as {seen[key].name}: one of them would do")
         seen.setdefault(key, path)
-        target = _bucket(picture.size, size) if options.buckets else (size, size)
+        target = _bucket(picture.size, size, longest) if options.buckets else (size, size)
         notes.append(became(path.name, picture.size, target, size))
         mask = _mask(path, picture, target, options.masks)
         ones = by_size.setdefault(target, [])
         ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats))
+    notes += _not_read(Path(folder), [path.parent for path, _ in listed])
     sets = [_together(ones) for ones in sorted(by_size.values(), key=len, reverse=True)]
     return [mirrored(s) for s in sets] if options.flip else sets, notes
 
@@ -84,18 +98,38 @@ def _listed(folder: Path) -> list[tuple[Path, int]]:
     counted = []
     if folder.is_dir():
         for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
-            number = re.match(r"(\d+)_", sub.name)
+            number = REPEATED.match(sub.name)
             if number and int(number[1]) > 0:
                 counted += [(path, int(number[1])) for path in picture_files(sub)]
     return counted + [(path, 1) for path in picture_files(folder, may_be_empty=bool(counted))]
 
 
-def _bucket(size: tuple[int, int], target: int) -> tuple[int, int]:
-    """Width and height for a picture of this size: at most target squared in area, never larger than the picture, and
-    whole numbers of what networks take (64 pixels, 16 at small sizes)"""
+def _not_read(folder: Path, read: list[Path]) -> list[str]:
+    """A note on files and subfolders that look as if they were meant and are not taken; none if there are none.
+
+    read: the folders whose pictures were.
+    """
+    files, folders = [], []
+    for within in sorted({folder, *read}):
+        for path in sorted(p for p in within.iterdir() if not p.name.startswith(".")):
+            counted = path in read or path.name == HELD_OUT or within == folder and REPEATED.match(path.name)
+            if path.is_file() and not is_picture(path) and path.suffix.lower() not in SIDECARS:
+                files.append(path.name)
+            elif path.is_dir() and not counted and any(map(is_picture, path.rglob("*"))):
+                folders.append(f"folder {path.relative_to(folder).as_posix()}/ (make it 1_{path.name}/ to read it)")
+    parts = folders[:NAMED] + ["..."] * (len(folders) > NAMED)
+    if files:
+        named = ", ".join(files[:NAMED] + ["..."] * (len(files) > NAMED))
+        parts.insert(0, f"{len(files)} file{'s' * (len(files) > 1)} ({named}; save pictures as PNG or JPEG)")
+    return [f"not read: {', '.join(parts)}"] if parts else []
+
+
+def _bucket(size: tuple[int, int], target: int, longest: int = 0) -> tuple[int, int]:
+    """Width and height for a picture of this size: at most target squared in area, never larger than the picture, no side
+    above `longest` (0: any), and whole numbers of what networks take (64 pixels, 16 at small sizes)"""
     step = 64 if target >= 256 else 16
     scale = min(1.0, target / (size[0] * size[1]) ** 0.5)
-    width, height = (max(step, int(n * scale) // step * step) for n in size)
+    width, height = (max(step, min(int(n * scale), longest or n) // step * step) for n in size)
     return width, height
 
 

@@ -66,6 +66,11 @@ def calls(trigger: str, prompt: str) -> bool:
     return re.search(before + re.escape(trigger) + after, prompt, re.IGNORECASE) is not None
 
 
+def without(trigger: str, prompt: str) -> str:
+    """The prompt with the trigger taken out, however it is spelled: tokenizers of CLIPs do not tell capitals either"""
+    return re.sub(re.escape(trigger), "", prompt, flags=re.IGNORECASE)
+
+
 def trigger_prompts(trigger: str, count: int, seed: int = 0) -> list[str]:
     """Prompts that call one concept, on backgrounds of several colours, every fourth on none."""
     rng = random.Random(seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import UserError
 from .prompts import calls
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 MASK = ".mask"  # ends the name of a picture's mask, before its suffix
 TEMPLATE = "a {trigger} {class}"
 
@@ -34,21 +34,25 @@ def picture_files(folder: Path, may_be_empty: bool = False) -> list[Path]:
     """Pictures in a folder by name, masks left out; UserError if there is no folder or none in it."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path of the reference images")
-    files = sorted(p for p in folder.iterdir() if _is_picture(p) and not p.stem.lower().endswith(MASK))
+    files = sorted(p for p in folder.iterdir() if is_picture(p) and not p.stem.lower().endswith(MASK))
     if not files and not may_be_empty:
         raise UserError(f"no images in {folder}: put PNG, JPEG or WebP files there")
     return files
 
 
-def _is_picture(path: Path) -> bool:
-    """By its name; files that begin with a dot are a system's own"""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def is_picture(path: Path) -> bool:
+    """By its name, if Pillow as installed opens such; files that begin with a dot are a system's own"""
+    from PIL import Image
+
+    suffix = path.suffix.lower()
+    opens = suffix in SUFFIXES and Image.registered_extensions().get(suffix) in Image.OPEN
+    return opens and not path.name.startswith(".")
 
 
 def mask_beside(picture: Path) -> Path | None:
     """NAME.mask.png of a picture NAME.jpg, in whatever case and format; None if there is none"""
     wanted = (picture.stem + MASK).lower()
-    return next((p for p in sorted(picture.parent.iterdir()) if _is_picture(p) and p.stem.lower() == wanted), None)
+    return next((p for p in sorted(picture.parent.iterdir()) if is_picture(p) and p.stem.lower() == wanted), None)
 
 
 def load_picture(path: Path, size: int) -> Tensor:
@@ -64,8 +68,13 @@ def open_picture(path: Path):
         with Image.open(path) as opened:
             turned = ImageOps.exif_transpose(opened)
             if turned.mode.startswith("I") or turned.mode == "F":  # Pillow would cut 16 bits off at 255
-                turned = Image.fromarray((np.asarray(turned, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+                values = np.asarray(turned, dtype=np.float64)
+                white = max(1.0, values.max()) if turned.mode == "F" else 65535
+                turned = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
             picture = turned.convert("RGBA")
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise UserError(f"the image {path} is too large, of more than {most} million pixels: make it smaller") from error
     except Exception as error:  # Pillow raises whatever its plug-ins raise
         raise UserError(f"cannot read the image {path}: it is damaged or empty; replace or remove it") from error
     if min(picture.size) < 8:
@@ -83,9 +92,12 @@ def to_tensor(picture, size: tuple[int, int]) -> Tensor:
 
 
 def caption_beside(picture: Path) -> str | None:
-    """Text of the `.txt` file of the same name, None if there is none; UserError if it is not UTF-8."""
+    """Text of the `.txt` file of the same name in whatever case, None if there is none; UserError if it is not UTF-8."""
     path = picture.with_suffix(".txt")
     if not path.exists():
+        alike = (p for p in sorted(picture.parent.iterdir()) if p.name.lower() == path.name.lower())
+        path = next(alike, None)
+    if path is None:
         return None
     try:
         return path.read_text(encoding="utf-8-sig").strip() or None
@@ -105,5 +117,18 @@ def complete_captions(captions: list[str | None], trigger: str, class_noun: str,
     if without:
         raise UserError(
             f"the caption {without[0]!r} lacks the trigger {trigger!r}: add it, or leave the caption out to use the template"
+        )
+    return done
+
+
+def captions_of_class(captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE) -> list[str]:
+    """The same of pictures of the class, with nothing in place of {trigger}; UserError if one calls the concept, which replay
+    would then hold as it was before it was taught"""
+    done = [caption_from(c or template, "", class_noun).replace("  ", " ") for c in captions]
+    called = next((c for c in done if calls(trigger, c)), None)
+    if called is not None:
+        raise UserError(
+            f"the caption {called!r} of a regularisation picture has the trigger {trigger!r}, which would keep it from being learnt: "
+            "take it out, or write {trigger} for it"
         )
     return done

@@ -124,6 +124,7 @@ def sample(args):
     import torch
 
     from .adapter import concatenate, is_token_table, load_adapter, renamed
+    from .denoiser import check_size
     from .library import Library
     from .live_prompts import is_text
     from .plots import to_pil
@@ -133,6 +134,7 @@ def sample(args):
     if args.library is not None:
         adapters += [c.adapter for c in Library(args.library).concepts()]
     model = open_model(args)
+    check_size(model, (args.size or model.size,) * 2)
     text = [layer for a in adapters for layer in a.layers if is_text(layer)]
     model.adapt_text(not all(map(is_token_table, text)), any(map(is_token_table, text)))
     adapters = [renamed(a, [s.name for s in model.sites()]) for a in adapters]

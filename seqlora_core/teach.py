@@ -13,7 +13,7 @@ from .calibration import Calibration, calibrate, made_beside, picture_count, rec
 from .checkpoint import Checkpoints
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
-from .denoiser import Denoiser
+from .denoiser import Denoiser, check_size
 from .errors import UserError
 from .library import Library
 from .live_prompts import is_text
@@ -21,7 +21,7 @@ from .metadata import curves, datasets, tag_frequency, training
 from .names import safe_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
-from .references import TEMPLATE, caption_from, complete_captions
+from .references import TEMPLATE, captions_of_class, complete_captions
 from .storage import digest
 from .trainer import Fit, Step, fit
 
@@ -60,7 +60,10 @@ def train_concept(
         sets = images if isinstance(images, list) else [Pictures(images, captions or [None] * len(images))]
         if not sets or any(s.images.ndim != 4 or len(s.images) == 0 for s in sets):
             raise UserError("no reference images: give at least one, eight or more are better")
+        for some in [*sets, *regularisation]:
+            check_size(denoiser, _size(some))
         texts = [complete_captions(s.captions, trigger, class_noun, template) for s in sets]
+        of_class = [captions_of_class(s.captions, trigger, class_noun, template) for s in regularisation]
         config = replace(config or TrainingConfig(), planned=library.planned)
         config.validate()
         others = library.concepts(without=name, stored_moments=True)
@@ -68,8 +71,7 @@ def train_concept(
         denoiser.adapt_text(config.text_encoder, tokens=config.learn_trigger or learnt)
         calibration = _calibration(denoiser, library, _size(sets[0]), config, workers)
         references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
-        plain = caption_from(template, "", class_noun).replace("  ", " ")
-        others_of_class = [_references(denoiser, s, [c or plain for c in s.captions]) for s in regularisation]
+        others_of_class = [_references(denoiser, s, t) for s, t in zip(regularisation, of_class)]
         run = _identity(library, name, references, [*sets, *regularisation], trigger, config)
         checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
         if not checkpointing.resume:

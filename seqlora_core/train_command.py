@@ -71,7 +71,7 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     from .parallel import launched
     from .pictures import load
     from .preview import Preview
-    from .references import complete_captions
+    from .references import captions_of_class, complete_captions
     from .run_pictures import RunPictures
     from .teach import train_concept
 
@@ -87,21 +87,24 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     shown = RunPictures(args.pictures, args.preview_every) if args.pictures and workers.first else None
     model = open_model(args)
     # all, before any work: a mistake shows at once
-    pictures = [load(job.images, model.size, options) for job, (_, options, _) in zip(jobs, configs)]
+    pictures = [load(job.images, model.size, options, model) for job, (_, options, _) in zip(jobs, configs)]
     classes = [
-        load(job.regularisation, model.size, options)[0] if job.regularisation else []
+        load(job.regularisation, model.size, options, model) if job.regularisation else ([], [])
         for job, (_, options, _) in zip(jobs, configs)
     ]
-    for job, (_, options, _), (sets, _) in zip(jobs, configs, pictures):
+    for job, (_, options, _), (sets, _), (regularisation, _) in zip(jobs, configs, pictures, classes):
         for some in sets:
             complete_captions(some.captions, job.trigger, job.class_noun, options.caption)
+        for some in regularisation:
+            captions_of_class(some.captions, job.trigger, job.class_noun, options.caption)
     library = Library(args.library, model.fingerprint(), args.planned or max(TrainingConfig.planned, len(jobs)), create=True)
     done = []
-    for job, (config, options, checkpointing), (sets, notes), regularisation in zip(jobs, configs, pictures, classes):
+    for job, (config, options, checkpointing), (sets, notes), (regularisation, more) in zip(jobs, configs, pictures, classes):
         if skip and job.name in library.names and not library.unfinished(job.name):
             say(args)(f"{job.name}: trained already")
             done.append({"name": job.name, "skipped": True})
         else:
+            notes += [f"regularisation: {note}" for note in more]
             for note in notes:
                 say(args)(note)
             with bar(job.name, config.steps, args.quiet) as on_step:

@@ -26,7 +26,7 @@ from .learnt_trigger import LearntTrigger
 from .objective import Objective
 from .optimisers import course
 from .parallel import Workers
-from .prompts import calls
+from .prompts import calls, without
 from .recompute import recomputed
 from .replay import Replay
 from .start import others_moments, starting_groups
@@ -162,7 +162,7 @@ def _other_prompts(
     sets: list[References], trigger: str, earlier: list[Concept], calibration: Calibration, replay: Replay
 ) -> list[str]:
     """Whose tokens are not the trigger's own: all that is replayed, earlier triggers, and the rest of the captions"""
-    rest = [caption.replace(trigger, "") for s in sets for caption in s.captions]
+    rest = [without(trigger, caption) for s in sets for caption in s.captions]
     generic = [p for p in calibration.prompts if not calls(trigger, p)]
     return ["", *generic, *replay.texts, *rest, *(c.trigger for c in earlier)]
 

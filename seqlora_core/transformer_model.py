@@ -30,6 +30,9 @@ class TransformerModel(FlowMatching):
         # as ComfyUI shifts the noise levels of both
         self.training_shift = math.exp(schedule.max_shift) if self.is_flux else schedule.shift
         self.size = pipeline.default_sample_size * pipeline.vae_scale_factor
+        patch = 2 if self.is_flux else self.transformer.config.patch_size
+        self.pixel_step = patch * pipeline.vae_scale_factor
+        self.largest_side = self.pixel_step * (self.transformer.config.get("pos_embed_max_size") or 0)  # Flux.1 has none
         self._sites: list[Site] | None = None
         pipeline.set_progress_bar_config(disable=True)
 

@@ -47,6 +47,7 @@ class UNetModel:
             raise UserError(f"the model predicts {self.kind!r}: only models that predict noise or velocity are supported")
         self.alphas = pipeline.scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.size = self.unet.config.sample_size * pipeline.vae_scale_factor
+        self.pixel_step, self.largest_side = max(8, pipeline.vae_scale_factor), 0  # its pipeline asks for eights
         self.live = LivePrompts()
         pipeline.set_progress_bar_config(disable=True)
 

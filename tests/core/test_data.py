@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from seqlora_core.config import PictureOptions, TrainingConfig
 from seqlora_core.errors import UserError
 from seqlora_core.pictures import Pictures, load, mirrored
-from seqlora_core.references import complete_captions
+from seqlora_core.references import captions_of_class, complete_captions
 from seqlora_core.teach import train_concept
 
 QUICK = {"use_decoys": False, "replay_batch": 4, "batch": 2}
@@ -45,12 +45,62 @@ def test_buckets_keep_shapes_and_never_enlarge(tmp_path):
     assert all(h * w <= 512 * 512 for _, h, w, _ in shapes) and not any("enlarged" in n for n in notes)
 
 
+def test_buckets_stay_within_what_the_model_takes(model, tmp_path):
+    """A long picture of the demo model's largest area; what is out of its reach is refused before anything is trained"""
+    picture(tmp_path / "a.png", 3000, 200)
+    (sets,), _ = load(tmp_path, 256, PictureOptions(buckets=True), model)
+    (free,), _ = load(tmp_path, 256, PictureOptions(buckets=True))
+    assert sets.images.shape == (1, 64, 256, 3) and free.images.shape == (1, 64, 960, 3)
+    latents = model.encode_images(sets.images)
+    assert model.predict(latents, torch.full((1,), 0.5), model.encode_prompts(["x"])).shape == latents.shape
+    for side in (72, 272):
+        with pytest.raises(UserError, match=f"pictures of {side} x {side} pixels do not fit this model"):
+            load(tmp_path, 64, PictureOptions(resolution=side), model)
+
+
 def test_pictures_of_sixteen_bits_keep_their_tones(tmp_path):
     grey = np.full((64, 64), 65535 // 4, dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / "a.png")
     Image.fromarray(np.full((64, 64), 65535 * 3 // 10, dtype=np.uint16)).save(tmp_path / "a.mask.png")
     (sets,), _ = load(tmp_path, 64, PictureOptions())
     assert sets.images.mean() == pytest.approx(0.25, abs=0.003) and sets.masks.mean() == pytest.approx(0.3, abs=0.003)
+
+
+def test_pictures_are_of_every_kind_that_pillow_opens(tmp_path):
+    for suffix in ("jfif", "gif", "tif", "TIFF", *(["avif"] if features.check("avif") else [])):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"a.{suffix}", {"jfif": "JPEG"}.get(suffix))
+    moving = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    moving[0].save(tmp_path / "b.gif", save_all=True, append_images=moving[1:])
+    Image.fromarray(np.full((64, 64), 0.5, np.float32)).save(tmp_path / "c.tif")
+    (sets,), notes = load(tmp_path, 64, PictureOptions())
+    assert len(sets.images) == 6 + features.check("avif") and not any("not read" in n for n in notes)
+    assert torch.allclose(sets.images[:-1].mean((0, 1, 2)), torch.tensor([1.0, 0.0, 0.0]), atol=0.02)
+    assert sets.images[-1].mean() == pytest.approx(0.5, abs=0.003)
+
+
+def test_what_is_not_read_is_told_in_one_note(tmp_path):
+    picture(tmp_path / "a.png", 64, 64).save(tmp_path / "a.mask.png")
+    for name in ("a.TXT", "a.npz", "other.txt", "meta.json", ".hidden.heic", "._a.png", "set.toml", "Thumbs.db"):
+        (tmp_path / name).write_text("an {trigger}")
+    for name in ("b", "0_none/c", "held_out/d", "2_face/e"):
+        picture(tmp_path / f"{name}.png", 64, 64)
+    (tmp_path / "empty").mkdir()
+    (sets,), notes = load(tmp_path, 64, PictureOptions())
+    assert sets.captions == [None, "an {trigger}", None] and not any("not read" in n for n in notes)
+    for name in ("w.mp4", "x.psd", "2_face/y.psd", "z.psd"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("photos/old/f", "2_face/more/g"):
+        picture(tmp_path / f"{name}.png", 64, 64)
+    assert load(tmp_path, 64, PictureOptions())[1][-1] == (
+        "not read: 4 files (w.mp4, x.psd, z.psd, ...; save pictures as PNG or JPEG), "
+        "folder photos/ (make it 1_photos/ to read it), folder 2_face/more/ (make it 1_more/ to read it)"
+    )
+
+
+def test_a_picture_beyond_pillows_limit_is_too_large(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png is too large, of more than 178 million pixels: make it smaller"):
+        load(tmp_path, 64, PictureOptions())
 
 
 def test_a_mask_may_be_transparent_and_of_any_case_and_format(tmp_path):
@@ -84,6 +134,13 @@ def test_captions_are_templates_and_hold_the_trigger_as_a_word():
     assert complete_captions(["一只猫娘在笑"], "猫娘", "") == ["一只猫娘在笑"]
     with pytest.raises(UserError, match="lacks the trigger 'cat'"):
         complete_captions(["a catalogue"], "cat", "")
+
+
+def test_captions_of_the_class_are_templates_without_the_trigger():
+    given = ["a {trigger} {class}, red", None, "an animal"]
+    assert captions_of_class(given, "zqx", "cat") == ["a cat, red", "a cat", "an animal"]
+    with pytest.raises(UserError, match="the caption 'a Zqx cat' of a regularisation picture has the trigger 'zqx'"):
+        captions_of_class(["a Zqx cat"], "zqx", "cat")
 
 
 def test_mirror_images_are_counted_once(model, subjects, new_library, tmp_path):
@@ -139,6 +196,9 @@ def test_training_on_several_sizes_masks_and_pictures_of_the_class(model, new_li
     assert [tuple(s.images.shape) for s in sets] == [(2, 32, 80, 3), (1, 64, 64, 3)]
     library = new_library(tmp_path / "l")
     config = TrainingConfig(steps=6, caption_dropout=0.2, **QUICK)
+    called = [Pictures(classes[0].images, ["a zqx thing"])]
+    with pytest.raises(UserError, match="of a regularisation picture has the trigger 'zqx'"):
+        train_concept(model, library, sets, "x", "zqx", "thing", config=config, regularisation=called)
     concept, fit = train_concept(model, library, sets, "x", "zqx", "thing", config=config, regularisation=classes)
     assert np.isfinite(fit.losses).all() and len(concept.latents) == 2 and library.load("x").captions == ["a zqx thing"] * 2
     _, second = train_concept(model, library, sets[1:], "y", "vbl", "thing", config=config)  # replays x, of another shape

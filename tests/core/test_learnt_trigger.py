@@ -88,6 +88,13 @@ def test_the_usual_rare_word_can_be_learnt_although_decoys_have_it(own, taught, 
     assert TABLE in concept.adapter.layers
 
 
+def test_a_trigger_that_captions_spell_in_capitals_can_be_learnt(own, subjects, tmp_path, new_library):
+    s, library = subjects["fox"], new_library(tmp_path / "library")
+    captions = [c.replace(s.trigger, s.trigger.capitalize()) for c in s.references.captions]
+    concept, _ = train_concept(own, library, s.images, "fox", s.trigger, s.class_noun, captions, replace(CONFIG, steps=2))
+    assert TABLE in concept.adapter.layers
+
+
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(own, subjects, new_library, tmp_path):
     class Stop(Exception):
         pass

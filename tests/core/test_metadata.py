@@ -12,7 +12,7 @@ from seqlora_core.concept import Concept
 from seqlora_core.demo_model import DEMO_MODEL
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
-from seqlora_core.metadata import Base, curves
+from seqlora_core.metadata import Base, curves, tag_frequency
 from seqlora_core.plots import kept_curves_picture
 from seqlora_core.statistics import Moments
 
@@ -72,6 +72,11 @@ def test_what_the_file_says(library):
         and said["seqlora.library"] == header(library.paths("octopus")[0])[0]["seqlora.library"]
     )
     assert not any("date" in key or "started" in key or "finished" in key for key in said)
+
+
+def test_the_phrase_is_counted_in_whatever_case():
+    tags = tag_frequency("x", ["a Zqx cat, red", "ZQX CAT, red", "zqx cat", "a dog"], "zqx cat")["x"]
+    assert tags == {"a Zqx cat": 1, "a dog": 1, "red": 2, "zqx cat": 3}
 
 
 def test_a_model_whose_file_is_unknown_says_no_hash():

@@ -155,6 +155,8 @@ def test_tags_are_shuffled_behind_the_trigger_and_captions_dropped(model):
     texts = shuffled("red, a zqx cat, on a sofa, night", "zqx", 8, random.Random(0))
     assert texts[0] == "red, a zqx cat, on a sofa, night" and all(t.startswith("a zqx cat, ") for t in texts[1:])
     assert len(set(texts)) > 3 and all(sorted(t.split(", ")) == sorted(texts[0].split(", ")) for t in texts)
+    texts = shuffled("red, a Zqx, cat on a sofa, night", "zqx, cat", 8, random.Random(0))
+    assert {t.removeprefix("a Zqx, cat on a sofa, ") for t in texts[1:]} == {"red, night", "night, red"}
     plain = Prompts(model, ["a zqx cat", "a zqx dog"], "zqx", TrainingConfig())
     assert torch.equal(plain.draw(torch.tensor([1, 0]), None).context, plain.plain.context.flip(0))
     prompts = Prompts(model, ["a zqx cat, x", "a zqx dog, y"], "zqx", TrainingConfig(caption_dropout=0.3, shuffle_tags=True))

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from seqlora_core.checkpoint import FOLDER, SUFFIX
 from seqlora_core.cli import main
@@ -106,6 +107,20 @@ def test_what_a_recipe_says(tmp_path):
     first, second = recipe.jobs
     assert (first.name, first.trigger, first.class_noun, first.options["steps"]) == ("octopus", "octzu", "animal", 3)
     assert (second.name, second.options["steps"], second.options["every"]) == ("bird", 4, 1)
+
+
+def test_pictures_of_the_class_are_told_of_and_must_not_call_the_trigger(calibrated, tmp_path, capsys):
+    calibrated("l")
+    (tmp_path / "class").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "class" / "a.png")
+    given = ["--library", str(tmp_path / "l"), "--images", f"{CONCEPTS}/octopus", "--trigger", "octzu", "--steps", "1"]
+    given += ["--no-use-decoys", "--batch", "2", "--regularisation", str(tmp_path / "class")]
+    (tmp_path / "class" / "a.txt").write_text("an octzu animal", encoding="utf-8")
+    assert main(["train", *given]) == 2
+    assert "the caption 'an octzu animal' of a regularisation picture has the trigger 'octzu'" in capsys.readouterr().err
+    (tmp_path / "class" / "a.txt").write_text("an {class}", encoding="utf-8")
+    assert main(["train", *given]) == 0
+    assert "regularisation: a.png: 32 x 32 became 64 x 64, enlarged 2.0 times" in capsys.readouterr().out
 
 
 ONE = '[[concept]]\nimages = "x"\ntrigger = "y"\n'

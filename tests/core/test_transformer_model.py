@@ -116,6 +116,21 @@ def test_the_command_line_teaches_on_such_a_folder(folder, tmp_path, capsys):
     assert (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_that_it_cannot_take_are_told_before_any_work(folder, kind, tmp_path):
+    model = open_folder(folder / kind)
+    step, most = model.pixel_step, model.largest_side
+    assert (step, most) == (4, 0 if kind == "flux" else 64)
+    prompt, sigma = model.encode_prompts(["a fox"]), torch.ones(1)
+    largest = model.latent_shape((most or 80, step))
+    assert model.predict(torch.zeros(1, *largest), sigma, prompt).shape[1:] == largest
+    library = Library(tmp_path / "l", model.fingerprint(), 4, create=True)
+    for size in ((step, step + 2), *([(step, most + step)] if most else [])):
+        with pytest.raises(UserError, match=f"pictures of {size[1]} x {size[0]} pixels do not fit this model"):
+            train_concept(model, library, torch.zeros(1, *size, 3), "thing", "octzu")
+    assert library.calibration() is None
+
+
 def test_text_encoders_are_left_alone(folder):
     model = open_folder(folder / "flux")
     model.adapt_text(False)
