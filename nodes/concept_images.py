@@ -71,7 +71,7 @@ class SeqLoRAConceptImages(io.ComfyNode):
             sets, notes = load(Path(pictures_folder(folder)), resolution, options)
         else:
             pictures = _square(images, resolution)
-            counted = None if mask is None else _square(_masks(mask, len(images)), resolution)[..., 0]
+            counted = None if mask is None else _masks(mask, images, resolution)
             sets = [Pictures(pictures, [None] * len(pictures), counted)]
             sets = [mirrored(s) for s in sets] if flip else sets
             notes = _notes(images, resolution)
@@ -104,13 +104,22 @@ def _name(sets: list[Pictures], captions: str, times: int) -> None:
         some.captions = lines * len(some.captions) if len(lines) == 1 else [line for line in lines for _ in range(times)]
 
 
-def _masks(mask, count: int):
-    """A MASK batch -> [count, height, width, 3]; UserError for another number of masks, and for one that lets nothing count"""
+def _masks(mask, images, size):
+    """A MASK batch -> [n, size, size], cut as its pictures are; UserError for another number or size, and for one that lets
+    nothing count of what is kept of its picture"""
+    count, (height, width) = len(images), images.shape[1:3]
     if len(mask) not in (1, count):
         raise UserError(f"{len(mask)} masks for {count} pictures: connect one, or one for each")
-    if not mask.flatten(1).any(1).all():
-        raise UserError("a mask is all black: nothing of its picture would count; paint white what does")
-    return mask.expand(count, -1, -1)[..., None].expand(-1, -1, -1, 3)
+    if mask.shape[1:] != (height, width):
+        raise UserError(
+            f"the mask is {mask.shape[2]} x {mask.shape[1]} pixels, its picture {width} x {height}: make them alike"
+        )
+    cut = _square(mask[..., None].expand(-1, -1, -1, 3), size)[..., 0]
+    if not cut.flatten(1).any(1).all():
+        raise UserError(
+            "a mask is all black, or white only in what is cut off: nothing of its picture would count; paint white what does"
+        )
+    return cut.expand(count, -1, -1)
 
 
 def _square(images, size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -63,7 +64,11 @@ def pictures_folder(folder: str) -> Path:
     folder = folder.strip().replace("\\", "/")
     if folder.startswith(DEMO_PREFIX):
         return DEMO_FOLDER / "concepts" / safe_name(folder.removeprefix(DEMO_PREFIX), "sample concept")
-    parts = [safe_name(part, "folder") for part in folder.split("/") if part]
-    if not parts:
+    path = inside = Path(folder_paths.get_input_directory())
+    for part in filter(None, folder.split("/")):
+        # a name that is there is taken as it is, "photos (2024)" too: no list of a folder's names has one that leaves it
+        there = path.is_dir() and part in os.listdir(path)
+        path = path / (part if there else safe_name(part, "folder"))
+    if path == inside:
         raise UserError("no folder given: name a folder inside ComfyUI's input folder, or connect images")
-    return Path(folder_paths.get_input_directory()).joinpath(*parts)
+    return path

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser
+from .prompts import without
 
 ORDERS = 8  # of a caption's tags, when they are shuffled
+EARLY = 16  # bytes of a caption, after which every text encoder reads on: a token is a byte at least
 
 
 def shuffled(caption: str, trigger: str, count: int, rng: random.Random) -> list[str]:
@@ -21,6 +23,19 @@ def shuffled(caption: str, trigger: str, count: int, rng: random.Random) -> list
     first = [tag for tag in tags if trigger.lower() in tag.lower()]
     rest = [tag for tag in tags if tag not in first]
     return [caption, *(", ".join(first + rng.sample(rest, len(rest))) for _ in range(count - 1))]
+
+
+@torch.no_grad()
+def unread(denoiser: Denoiser, captions: list[str], trigger: str) -> list[int]:
+    """Which captions are cut off by the text encoder before their trigger: without it they are encoded just the same"""
+
+    def late(caption: str) -> bool:
+        return len(caption[: caption.lower().find(trigger.lower())].encode(errors="replace")) > EARLY
+
+    def unchanged(caption: str) -> bool:  # each by itself: within a batch sums are rounded in other orders
+        return torch.equal(*(denoiser.read_prompts([text]).context for text in (caption, without(trigger, caption))))
+
+    return [i for i, caption in enumerate(captions) if late(caption) and unchanged(caption)]
 
 
 class Prompts:

@@ -31,13 +31,14 @@ LEAST_AREA = 0.5  # of what was asked for, below which a picture in its own shap
 @dataclass
 class Pictures:
     """Pictures of one size.  images [n, height, width, 3] in 0..1; a caption or None for each; masks, repeats and mirrored
-    as in concept.References."""
+    as in concept.References; names of their files, None if they come from elsewhere."""
 
     images: Tensor
     captions: list[str | None]
     masks: Tensor | None = None
     repeats: list[int] | None = None
     mirrored: bool = False
+    names: list[str] | None = None
 
 
 @dataclass
@@ -46,6 +47,7 @@ class _One:
     mask: Tensor | None
     caption: str | None
     repeats: int
+    name: str
 
 
 def load(
@@ -73,7 +75,7 @@ def load(
         notes.append(became(path.name, picture.size, target, size))
         mask = _mask(path, picture, target, options.masks)
         ones = by_size.setdefault(target, [])
-        ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats))
+        ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats, path.name))
     notes += _not_read(Path(folder), [path.parent for path, _ in listed])
     sets = [_together(ones) for ones in sorted(by_size.values(), key=len, reverse=True)]
     return [mirrored(s) for s in sets] if options.flip else sets, notes
@@ -90,7 +92,9 @@ def mirrored(pictures: Pictures) -> Pictures:
 
     masks, repeats = pictures.masks, pictures.repeats
     masks, repeats = None if masks is None else both(masks), repeats and twice(repeats)
-    return Pictures(both(pictures.images), twice(pictures.captions), masks, repeats, mirrored=True)
+    return Pictures(
+        both(pictures.images), twice(pictures.captions), masks, repeats, True, pictures.names and twice(pictures.names)
+    )
 
 
 def _listed(folder: Path) -> list[tuple[Path, int]]:
@@ -175,5 +179,6 @@ def _together(ones: list[_One]) -> Pictures:
         masks = torch.stack([torch.ones(o.image.shape[:2]) if o.mask is None else o.mask for o in ones])
     repeats = [o.repeats for o in ones]
     return Pictures(
-        torch.stack([o.image for o in ones]), [o.caption for o in ones], masks, repeats if set(repeats) != {1} else None
-    )
+        torch.stack([o.image for o in ones]), [o.caption for o in ones], masks, repeats if set(repeats) != {1} else None,
+        names=[o.name for o in ones],
+    )  # fmt: skip

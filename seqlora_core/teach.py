@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adapter import is_token_table, json_metadata
 from .calibration import Calibration, calibrate, made_beside, picture_count, recipe
+from .captions import unread
 from .checkpoint import Checkpoints
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
@@ -72,13 +73,15 @@ def train_concept(
         calibration = _calibration(denoiser, library, _size(sets[0]), config, workers)
         references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
         others_of_class = [_references(denoiser, s, t) for s, t in zip(regularisation, of_class)]
+        every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
+        cut_off = _cut_off(denoiser, sets, every, trigger)
         run = _identity(library, name, references, [*sets, *regularisation], trigger, config)
         checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
         if not checkpointing.resume:
             checkpoints.clear()
         result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
         kept = slice(0, config.keep_latents)
-        every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
+        result.notes += cut_off
         alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
         if alike is not None:
             result.notes.append(f"the trigger {trigger!r} calls {alike!r} of this library too: use one of them at a time")
@@ -102,6 +105,18 @@ def train_concept(
 
 def _size(pictures: Pictures) -> tuple[int, int]:
     return tuple(pictures.images.shape[1:3])
+
+
+def _cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigger: str) -> list[str]:
+    """A note on captions that teach nothing of the trigger; none if there are none.  captions: of each picture once"""
+    found = unread(denoiser, captions, trigger)
+    if not found:
+        return []
+    names = [n for s in sets for n in (s.names or ["a picture"] * len(s.images))[:: 2 if s.mirrored else 1]]
+    return [
+        f"the text encoder does not get as far as the trigger {trigger!r} in {len(found)} of {len(captions)} captions, such as "
+        f"that of {names[found[0]]}: put the trigger nearer to the beginning"
+    ]
 
 
 def _references(denoiser: Denoiser, pictures: Pictures, captions: list[str]) -> References:

@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image, features
 
+from seqlora_core.captions import unread
 from seqlora_core.config import PictureOptions, TrainingConfig
+from seqlora_core.diffusers_folder import open_folder
 from seqlora_core.errors import UserError
 from seqlora_core.pictures import Pictures, load, mirrored
 from seqlora_core.references import captions_of_class, complete_captions
@@ -141,6 +143,29 @@ def test_captions_of_the_class_are_templates_without_the_trigger():
     assert captions_of_class(given, "zqx", "cat") == ["a cat, red", "a cat", "an animal"]
     with pytest.raises(UserError, match="the caption 'a Zqx cat' of a regularisation picture has the trigger 'zqx'"):
         captions_of_class(["a Zqx cat"], "zqx", "cat")
+
+
+def test_a_trigger_beyond_what_the_text_encoder_reads_is_told(model, new_library, tmp_path):
+    """The demo model reads 24 tokens"""
+    long = "a very long caption " * 8
+    captions = {"a": f"{long}zqx cat", "b": f"a zqx cat, {long}", "c": f"seen from far away, a Zqx cat, {long}"}
+    for name, caption in captions.items():
+        picture(tmp_path / "in" / f"{name}.png", 64, 64)
+        (tmp_path / "in" / f"{name}.txt").write_text(caption, encoding="utf-8")
+    sets, _ = load(tmp_path / "in", 64, PictureOptions(flip=True))
+    config = TrainingConfig(steps=1, **QUICK)
+    _, fit = train_concept(model, new_library(tmp_path / "l"), sets, "x", "zqx", "cat", config=config)
+    said = [n for n in fit.notes if "does not get as far as" in n]
+    assert len(said) == 1 and "the trigger 'zqx' in 1 of 3 captions, such as that of a.png: put" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])
+def test_every_kind_of_model_shows_which_triggers_it_reads(kind, tmp_path):
+    from benchmarks.tiny import make_pipeline
+
+    make_pipeline(kind).save_pretrained(tmp_path)
+    captions = ["a zqx cat, " + "on a sofa " * 300, "on a sofa " * 300 + "a zqx cat", "seen from very far away, a zqx cat"]
+    assert unread(open_folder(tmp_path), captions, "zqx") == [1]
 
 
 def test_mirror_images_are_counted_once(model, subjects, new_library, tmp_path):

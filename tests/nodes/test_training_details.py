@@ -45,6 +45,16 @@ def test_what_is_wrong_with_a_picture_is_told(server, pictures, folder, message)
         server.run(train("wrong") | {"2": images(folder)})
 
 
+@pytest.mark.parametrize("name", ["photos (2024)", "Bob's cat/2", "..", "photos (2024)/../..", "a:b"])
+def test_a_folder_that_is_there_is_read_whatever_it_is_called_and_none_outside(server, pictures, name):
+    there = ".." not in name and ":" not in name
+    if there:
+        (pictures / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), "red").save(pictures / name / "a.png")
+    with pytest.raises(Failed, match="lacks the trigger" if there else "cannot be a file name everywhere"):
+        server.run(train("wrong") | {"2": images(name, captions="read")})
+
+
 def test_captions_may_be_templates(server):
     graph = train("templates", steps=1) | {"2": images(captions="a {trigger} {class}, red background")}
     server.run(graph)

@@ -105,6 +105,21 @@ def test_masks_of_connected_images(server, folder):
     assert server.run(train_with({}, "black", images("shapes", masks="none")))["3"]["images"]
 
 
+def test_a_mask_of_another_shape_or_white_only_where_its_picture_is_cut_off_is_told(server):
+    other = masked(1.0)
+    other["10"]["inputs"]["height"] = 32
+    with pytest.raises(Failed, match="the mask is 64 x 32 pixels, its picture 64 x 64: make them alike"):
+        server.run(other)
+    edge = masked(1.0)  # white at the left of a wide picture, of which the middle is kept
+    edge["10"]["inputs"] |= {"width": 16}
+    edge["12"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 128, "height": 64}}
+    joined = {"destination": ["12", 0], "source": ["10", 0], "x": 0, "y": 0, "operation": "add"}
+    edge["13"] = {"class_type": "MaskComposite", "inputs": joined}
+    edge["11"]["inputs"]["width"], edge["2"]["inputs"]["mask"] = 128, ["13", 0]
+    with pytest.raises(Failed, match="or white only in what is cut off"):
+        server.run(edge)
+
+
 def test_the_text_encoder_is_trained_and_read_by_the_stock_loader(server):
     """With strengths of 0 on one side each side shows what it alone does"""
     server.run(train_with({"text_encoder": True}, library="spoken", learning_rate=0.01))
