@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 
 import comfy.lora
 import comfy.utils
@@ -57,6 +58,7 @@ class Weights:
         """Tells the unpatched weight from that of another model"""
         return hashlib.sha256(self._kept(key)[0].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
+    @cached_property
     def fingerprint(self) -> str:
         """`ComfyDenoiser.fingerprint`, whatever patches a clone of the model that is loaded has put into it"""
         sites = attention_sites(self.model.model)
