@@ -85,6 +85,7 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
             raise UserError(f"{source}: {key} holds values that are not finite; the file is damaged, get it again")
     keys, tensors = tuple(tensors), comfy.lora_convert.convert_lora(tensors)
     stems = {key: _stem(key, weights.targets) for key in tensors}
+    stems = {key: stem if stem and _exists(key, weights.targets[stem], weights.shapes) else None for key, stem in stems.items()}
     used = {stem: weights.targets[stem] for stem in stems.values() if stem}
     unknown = [key for key, stem in stems.items() if not stem]
     if not used:
@@ -94,7 +95,7 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
             "the model it was trained on"
         )
     try:
-        loaded = comfy.lora.load_lora(tensors, used, log_missing=False)
+        loaded = comfy.lora.load_lora({k: t for k, t in tensors.items() if stems[k]}, used, log_missing=False)
     except DAMAGED as error:
         raise UserError(f"{source} is incomplete or damaged ({error}); get it again") from error
     if not loaded:
@@ -109,7 +110,7 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
     for target, patch in loaded.items():
         key, rows, layout = parts(target)
         name = weights.name_of.get(key)
-        _check_shape(patch, _rows_shape(weights.shapes.get(key, ()), rows), f"{source}: {name or key}")
+        _check_shape(patch, _rows_shape(weights.shapes[key], rows), f"{source}: {name or key}")
         plain = isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None and layout is None
         if not plain or name is None or (rows and rows[0] != 0):
             if isinstance(patch, LoKrAdapter) and patch.weights[7] is not None and not _changes(patch, weights.shapes[key]):
@@ -153,6 +154,13 @@ def _stem(key: str, names: dict) -> str | None:
                 return candidate
         stem = stem.rpartition(".")[0]
     return None
+
+
+def _exists(key: str, target: Target, shapes: dict) -> bool:
+    """Whether what a file's key changes is in the model: a layer may have no bias, which the stock loader leaves out too"""
+    if key.endswith((".diff_b", ".b_norm")):
+        return isinstance(target, str) and f"{target.removesuffix('.weight')}.bias" in shapes
+    return parts(target)[0] in shapes
 
 
 def _rows_shape(shape: tuple[int, ...], rows) -> tuple[int, ...]:
