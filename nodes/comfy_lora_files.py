@@ -23,6 +23,7 @@ from ..seqlora_core.spelling import Factors, alpha_of, factors, other_kind
 from .comfy_weights import Target, Weights, parts
 
 DAMAGED = (KeyError, IndexError, RuntimeError, ValueError, AttributeError, TypeError)  # what a broken file may raise
+MAGNITUDE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}  # where each keeps a DoRA's magnitudes, if it is one
 READ_PLAINLY = (".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm", ".alpha")  # keys that no weight adapter lists
 
 
@@ -48,6 +49,10 @@ class Fitted:
         """Layers that it changes, in whatever way"""
         changed = (weights.name_of.get(parts(target)[0]) for target in self.patches)
         return list(dict.fromkeys([*self.adapter.layers, *filter(None, changed)]))
+
+    def read_weights(self) -> list[str]:
+        """Keys of the weights that decide what its patches change"""
+        return sorted({parts(target)[0] for target, patch in self.patches.items() if _reads_weight(patch)})
 
 
 @dataclass(frozen=True)
@@ -185,9 +190,15 @@ def _is_whole(patch, shape: tuple[int, ...]) -> bool:
         multiply = core is not None or (a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0])
         if not multiply or (alpha is not None and not abs(alpha) <= LARGEST_SCALE * b.shape[0]):
             return False
-    place = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}.get(type(patch))
-    magnitude = None if place is None else patch.weights[place]
+    magnitude = patch.weights[MAGNITUDE[type(patch)]] if type(patch) in MAGNITUDE else None
     return magnitude is None or magnitude.numel() in (shape[0], math.prod(shape[1:]), shape[1])
+
+
+def _reads_weight(patch) -> bool:
+    """Whether what a patch changes depends on the weight, as a DoRA's, an OFT's or a whole new weight's does"""
+    if type(patch) in MAGNITUDE:
+        return patch.weights[MAGNITUDE[type(patch)]] is not None
+    return not (isinstance(patch, tuple) and patch[0] == "diff")
 
 
 def _changes(patch, shape: tuple[int, ...]) -> bool:

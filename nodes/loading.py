@@ -160,7 +160,7 @@ def compose_stack(
     members = [m for m in members if m.entry.strength] or members
     for member in members:
         if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
-            read.append(weights.digest(parts(next(iter(member.fitted.patches)))[0]))
+            read.append(weights.digest(member.fitted.read_weights()))
             member.fitted = in_low_rank(member.fitted, weights, exact)
     states = tuple(
         (path := entry_file(m.entry), file_stamps(path), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected)

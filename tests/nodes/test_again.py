@@ -39,3 +39,8 @@ def test_other_pictures_are_recorded_anew(found):
 
 def test_a_record_that_is_gone_changes_the_fingerprints(found):
     assert found["records"]["fingerprints"] == [True, True]
+
+
+def test_a_change_of_the_checkpoint_is_seen_in_any_layer(found):
+    """The file's first layer is the text encoder's, which both checkpoints share"""
+    assert max(found["projected"]["wrong"]) < 1e-5
