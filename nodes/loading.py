@@ -74,7 +74,7 @@ class Composed:
         return out
 
 
-_concepts, _files, _moments, _projected = Kept(KEPT), Kept(KEPT), Kept(KEPT), Kept(2)
+_concepts, _files, _moments, _low_rank, _projected = Kept(KEPT), Kept(KEPT), Kept(KEPT), Kept(KEPT), Kept(2)
 
 
 def _read_moments(path: Path, base: str) -> tuple[Moments | None, str]:
@@ -161,7 +161,7 @@ def compose_stack(
     for member in members:
         if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
             read.append(weights.digest(member.fitted.read_weights()))
-            member.fitted = in_low_rank(member.fitted, weights, exact)
+            member.fitted = _as_low_rank(member, weights, exact, read[-1])
     states = tuple(
         (path := entry_file(m.entry), file_stamps(path), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected)
         for m in members
@@ -176,6 +176,14 @@ def compose_stack(
         for m, a in zip(members, projected)
     ]
     return Composed(members, pieces, kept)
+
+
+def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str) -> Fitted:
+    """`in_low_rank`, which decomposes every weight, done once for all strengths.  read: digest of the weights that it rests on"""
+    path, entry, fitted = entry_file(member.entry), member.entry, member.fitted
+    key = (path, weights.signature, entry.layers, entry.part, exact, read)
+    found = _low_rank.get(key, stamp(path), lambda: in_low_rank(fitted, weights, exact))
+    return replace(found, adapter=Adapter(found.adapter.layers, fitted.adapter.metadata))  # what calls it may be new
 
 
 def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, exact: bool) -> tuple[list[Adapter], list[float]]:

@@ -44,3 +44,8 @@ def test_a_record_that_is_gone_changes_the_fingerprints(found):
 def test_a_change_of_the_checkpoint_is_seen_in_any_layer(found):
     """The file's first layer is the text encoder's, which both checkpoints share"""
     assert max(found["projected"]["wrong"]) < 1e-5
+
+
+def test_a_new_strength_decomposes_nothing_again(found):
+    """A LoHa's change is the same on all checkpoints of a kind; a DoRA's is not"""
+    assert found["projected"]["decomposed"] == [1, 0, 0, 2, 0, 2, 0, 0]
