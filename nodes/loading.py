@@ -163,10 +163,10 @@ def compose_stack(
             read.append(weights.digest(member.fitted.read_weights()))
             member.fitted = _as_low_rank(member, weights, exact, read[-1])
     states = tuple(
-        (path := entry_file(m.entry), file_stamps(path), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected)
-        for m in members
+        (file_stamps(entry_file(m.entry)), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected) for m in members
     )
-    key = (states, mode, amount, wishes, exact, weights and weights.signature, tuple(read))
+    files = (entry_file(m.entry) for m in members)
+    key = (*files, states, mode, amount, wishes, exact, weights and weights.signature, tuple(read))
     projected, kept = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
     count = len({(m.entry.library, m.entry.name) for m in members})
     # the symmetric projection divides by it already
