@@ -52,9 +52,9 @@ class Weights:
         return target if isinstance(target, str) else None
 
     def original(self, key: str) -> Tensor:
-        """The unpatched weight, in float64"""
+        """The unpatched weight, in float64, on the processor, where all that is read from LoRA files is, whatever holds the model"""
         weight, convert = self._kept(key)
-        return convert(weight.to(torch.float32, copy=True), inplace=True).double()
+        return convert(weight.to(torch.float32, copy=True), inplace=True).cpu().double()
 
     def digest(self, keys: Iterable[str]) -> str:
         """Tells these unpatched weights from those of another model, by `SAMPLE` numbers or more of each: reading them whole

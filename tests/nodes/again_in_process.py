@@ -122,7 +122,9 @@ def projected():
     put("loha", {f"{UNET}.hada_w{i}_{s}": torch.randn(*shape, generator=generator) for i in (1, 2) for s, shape in sides})
     other = load_demo_model(DEMO_MODEL)[0]
     other.model.state_dict()[KEY].mul_(1 + 0.3 * torch.randn(192, 192, generator=generator))
-    made, counts, wrong = comfy_lora_files.factorised, [], []
+    # as ComfyUI leaves a model that has drawn, where there is a graphics card
+    other.model.diffusion_model.to("cuda" if torch.cuda.is_available() else "cpu")
+    made, counts, wrong, factors = comfy_lora_files.factorised, [], [], set()
 
     def counted(*arguments):
         counts[-1] += 1
@@ -139,9 +141,10 @@ def projected():
         before = now.original(KEY)
         after = comfy.lora.calculate_weight([(1.0, fitted.patches[KEY], 1.0, None, None)], before.clone(), KEY)
         found = part.adapter.layers[now.name_of[KEY]]
+        factors |= {f"{t.device.type} {t.dtype}" for t in (found.down, found.up)}
         wrong.append(float((found.dense() - (after - before)).norm() / (after - before).norm()))
     comfy_lora_files.factorised = made
-    return {"decomposed": counts, "wrong": wrong}
+    return {"decomposed": counts, "wrong": wrong, "factors": list(factors)}
 
 
 with torch.inference_mode():

@@ -49,3 +49,8 @@ def test_a_change_of_the_checkpoint_is_seen_in_any_layer(found):
 def test_a_new_strength_decomposes_nothing_again(found):
     """A LoHa's change is the same on all checkpoints of a kind; a DoRA's is not"""
     assert found["projected"]["decomposed"] == [1, 0, 0, 2, 0, 2, 0, 0]
+
+
+def test_what_is_decomposed_is_where_plain_loras_are(found):
+    """On the processor, whatever holds the model"""
+    assert found["projected"]["factors"] == ["cpu torch.float32"]
