@@ -1,7 +1,6 @@
 """Record what anyone's LoRAs see on this model, so that mode 'data' and the report work on them."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import comfy.model_management as management
 import comfy.utils
@@ -9,14 +8,13 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..seqlora_core.errors import UserError
-from ..seqlora_core.lora_moments import general_calibration, keep_moments, kept_moments, kept_trigger, see_trigger
-from ..seqlora_core.storage import stamp
+from ..seqlora_core.lora_moments import drawing, general_calibration, is_recorded, keep_moments, kept_moments, see_trigger
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
 from .comfy_patches import Part, patch_model
 from .comfy_weights import Weights
 from .concept import STRENGTH
-from .folders import libraries_folder, lora_file
+from .folders import file_state, libraries_folder, lora_file
 from .library import parse_list
 from .loading import load_members
 from .types import CATEGORY, Entry, Stack, StackType
@@ -57,9 +55,9 @@ class SeqLoRACalibrate(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, loras, stack=None, **_):
-        """Runs again when a file is another one"""
+        """Runs again when a file is another one, or its record"""
         try:
-            return [stamp(lora_file(name)) for name, _ in parse_list(loras, STRENGTH["default"])]
+            return [file_state(name) for name, _ in parse_list(loras, STRENGTH["default"])]
         except UserError:
             return loras
 
@@ -76,7 +74,7 @@ class SeqLoRACalibrate(io.ComfyNode):
         members = load_members(once, weights)
         loras = {m.entry.name: m.fitted for m in members if not m.entry.library}
         adapters = {name: fitted.adapter for name, fitted in loras.items()}
-        calls = _triggers(triggers, files, adapters)
+        calls, drawn = _triggers(triggers, files, adapters), drawing((resolution, resolution), pictures, seed)
         layers, size, lines = {n for m in members for n in m.fitted.names(weights)}, (resolution, resolution), []
         bar = comfy.utils.ProgressBar(len(files) + 1)
         with torch.inference_mode(False), torch.no_grad():
@@ -89,13 +87,13 @@ class SeqLoRACalibrate(io.ComfyNode):
                 path = lora_file(entry.name)
                 kept = kept_moments(path, base)
                 # what it sees in the other LoRAs' layers counts too
-                if kept is None or not seen <= set(kept[0].layers) or kept_trigger(path, base) != calls[entry.name]:
+                if kept is None or not seen <= set(kept[0].layers) or not is_recorded(path, base, calls[entry.name], drawn):
                     fitted = loras[entry.name]
                     part = Part(entry.name, 1.0, fitted.adapter, fitted.patches)
                     patched, text, missing = patch_model(model, clip, [part], weights)
                     with ComfyDenoiser(patched, text, vae, layers) as denoiser:
                         moments = see_trigger(denoiser, None, calls[entry.name], size, pictures, seed)
-                    keep_moments(path, base, moments, calls[entry.name])
+                    keep_moments(path, base, moments, calls[entry.name], drawn)
                     lines.append(
                         f"{entry.name}: drew {calls[entry.name]!r}"
                         + (f", {len(missing)} layers have no place here" if missing else "")
@@ -113,12 +111,25 @@ def _triggers(text: str, files: list[Entry], adapters: dict) -> dict[str, str]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(files) == len(lines) == 1 and ":" not in lines[0]:
         lines = [f"{files[0].name}: {lines[0]}"]
-    written = {Path(name.strip()).stem: words.strip() for name, _, words in (line.partition(":") for line in lines)}
-    unknown = set(written) - {Path(e.name).stem for e in files}
-    if unknown:
-        raise UserError(f"a trigger is given for {sorted(unknown)[0]!r}, which is not among the LoRAs: write 'file: words'")
-    found = {e.name: written.get(Path(e.name).stem) or trigger_of(adapters[e.name].metadata) for e in files}
+    listed = dict.fromkeys(_listed(e.name) for e in files)
+    written = {}
+    for name, _, words in (line.partition(":") for line in lines):
+        # with its folder, or without where that is clear
+        meant = [f for f in listed if f == _listed(name)] or [f for f in listed if f.rpartition("/")[2] == _listed(name)]
+        if not meant:
+            raise UserError(f"a trigger is given for {name.strip()!r}, which is not among the LoRAs: write 'file: words'")
+        if len(meant) > 1:
+            raise UserError(
+                f"a trigger is given for {name.strip()!r}, which is {' and '.join(meant)}: write each with its folder"
+            )
+        written[meant[0]] = words.strip()
+    found = {e.name: written.get(_listed(e.name)) or trigger_of(adapters[e.name].metadata) for e in files}
     silent = [name for name, words in found.items() if not words]
     if silent:
         raise UserError(f"{silent[0]} does not say what calls it: write '{silent[0]}: its trigger' into triggers")
     return found
+
+
+def _listed(name: str) -> str:
+    """A file's name in models/loras, as one writes it on any system"""
+    return name.strip().replace("\\", "/").removesuffix(".safetensors")

@@ -23,6 +23,7 @@ from ..seqlora_core.spelling import Factors, alpha_of, factors, other_kind
 from .comfy_weights import Target, Weights, parts
 
 DAMAGED = (KeyError, IndexError, RuntimeError, ValueError, AttributeError, TypeError)  # what a broken file may raise
+MAGNITUDE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}  # where each keeps a DoRA's magnitudes, if it is one
 READ_PLAINLY = (".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm", ".alpha")  # keys that no weight adapter lists
 
 
@@ -48,6 +49,10 @@ class Fitted:
         """Layers that it changes, in whatever way"""
         changed = (weights.name_of.get(parts(target)[0]) for target in self.patches)
         return list(dict.fromkeys([*self.adapter.layers, *filter(None, changed)]))
+
+    def read_weights(self) -> list[str]:
+        """Keys of the weights that decide what its patches change"""
+        return sorted({parts(target)[0] for target, patch in self.patches.items() if _reads_weight(patch)})
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
             raise UserError(f"{source}: {key} holds values that are not finite; the file is damaged, get it again")
     keys, tensors = tuple(tensors), comfy.lora_convert.convert_lora(tensors)
     stems = {key: _stem(key, weights.targets) for key in tensors}
+    stems = {key: stem if stem and _exists(key, weights.targets[stem], weights.shapes) else None for key, stem in stems.items()}
     used = {stem: weights.targets[stem] for stem in stems.values() if stem}
     unknown = [key for key, stem in stems.items() if not stem]
     if not used:
@@ -94,7 +100,7 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
             "the model it was trained on"
         )
     try:
-        loaded = comfy.lora.load_lora(tensors, used, log_missing=False)
+        loaded = comfy.lora.load_lora({k: t for k, t in tensors.items() if stems[k]}, used, log_missing=False)
     except DAMAGED as error:
         raise UserError(f"{source} is incomplete or damaged ({error}); get it again") from error
     if not loaded:
@@ -109,7 +115,7 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
     for target, patch in loaded.items():
         key, rows, layout = parts(target)
         name = weights.name_of.get(key)
-        _check_shape(patch, _rows_shape(weights.shapes.get(key, ()), rows), f"{source}: {name or key}")
+        _check_shape(patch, _rows_shape(weights.shapes[key], rows), f"{source}: {name or key}")
         plain = isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None and layout is None
         if not plain or name is None or (rows and rows[0] != 0):
             if isinstance(patch, LoKrAdapter) and patch.weights[7] is not None and not _changes(patch, weights.shapes[key]):
@@ -155,6 +161,13 @@ def _stem(key: str, names: dict) -> str | None:
     return None
 
 
+def _exists(key: str, target: Target, shapes: dict) -> bool:
+    """Whether what a file's key changes is in the model: a layer may have no bias, which the stock loader leaves out too"""
+    if key.endswith((".diff_b", ".b_norm")):
+        return isinstance(target, str) and f"{target.removesuffix('.weight')}.bias" in shapes
+    return parts(target)[0] in shapes
+
+
 def _rows_shape(shape: tuple[int, ...], rows) -> tuple[int, ...]:
     return tuple(rows[2] if rows and i == rows[0] else n for i, n in enumerate(shape))
 
@@ -177,9 +190,15 @@ def _is_whole(patch, shape: tuple[int, ...]) -> bool:
         multiply = core is not None or (a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0])
         if not multiply or (alpha is not None and not abs(alpha) <= LARGEST_SCALE * b.shape[0]):
             return False
-    place = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}.get(type(patch))
-    magnitude = None if place is None else patch.weights[place]
+    magnitude = patch.weights[MAGNITUDE[type(patch)]] if type(patch) in MAGNITUDE else None
     return magnitude is None or magnitude.numel() in (shape[0], math.prod(shape[1:]), shape[1])
+
+
+def _reads_weight(patch) -> bool:
+    """Whether what a patch changes depends on the weight, as a DoRA's, an OFT's or a whole new weight's does"""
+    if type(patch) in MAGNITUDE:
+        return patch.weights[MAGNITUDE[type(patch)]] is not None
+    return not (isinstance(patch, tuple) and patch[0] == "diff")
 
 
 def _changes(patch, shape: tuple[int, ...]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from functools import cached_property
 
 import comfy.lora
 import comfy.utils
@@ -14,6 +16,7 @@ from .comfy_sites import attention_sites, file_names
 
 # a weight's key, or with it the rows that are meant and how a change is laid out in them
 Target = str | tuple
+SAMPLE = 4096
 
 
 class Weights:
@@ -49,14 +52,22 @@ class Weights:
         return target if isinstance(target, str) else None
 
     def original(self, key: str) -> Tensor:
-        """The unpatched weight, in float64"""
+        """The unpatched weight, in float64, on the processor, where all that is read from LoRA files is, whatever holds the model"""
         weight, convert = self._kept(key)
-        return convert(weight.to(torch.float32, copy=True), inplace=True).double()
+        return convert(weight.to(torch.float32, copy=True), inplace=True).cpu().double()
 
-    def digest(self, key: str) -> str:
-        """Tells the unpatched weight from that of another model"""
-        return hashlib.sha256(self._kept(key)[0].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    def digest(self, keys: Iterable[str]) -> str:
+        """Tells these unpatched weights from those of another model, by `SAMPLE` numbers or more of each: reading them whole
+        would take seconds of a large model, and training or merging leaves no weight's numbers as they were"""
+        kept = (self.clip.patcher.get_key_patches() if self.clip is not None else {}) | self.model.get_key_patches()
+        total = hashlib.sha256()
+        for key in keys:
+            weight = kept[key][0][0].detach().flatten()
+            some = weight[:: max(1, len(weight) // SAMPLE)].cpu().contiguous()
+            total.update(some.view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
 
+    @cached_property
     def fingerprint(self) -> str:
         """`ComfyDenoiser.fingerprint`, whatever patches a clone of the model that is loaded has put into it"""
         sites = attention_sites(self.model.model)

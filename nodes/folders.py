@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from glob import escape
 from pathlib import Path
 
 import folder_paths
@@ -39,10 +40,15 @@ def lora_file(name: str) -> Path:
     raise UserError(f"no LoRA {name!r} in models/loras: check the name, with its folder below models/loras")
 
 
+def file_stamps(path: Path) -> tuple:
+    """Changes whenever the LoRA does, or its moments: the stamp of the file, then those of what is kept beside it"""
+    return tuple(stamp(p) for p in [path, *sorted(path.parent.glob(f"{escape(path.stem)}.*stats.safetensors"))])
+
+
 def file_state(name: str) -> str:
-    """Changes whenever the LoRA file does: for fingerprint_inputs."""
+    """Changes whenever the LoRA file does, or its moments: for fingerprint_inputs."""
     try:
-        return str(stamp(lora_file(name)) or "none")
+        return str(file_stamps(lora_file(name)))
     except UserError:
         return "none"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from glob import escape
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from ..seqlora_core.composition import Wishes, check_strength, energy_kept, proj
 from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
-from ..seqlora_core.lora_moments import kept_general, kept_moments, kept_trigger, moments_path
+from ..seqlora_core.lora_moments import kept_general, kept_moments, kept_trigger
 from ..seqlora_core.selection import acts, selected
 from ..seqlora_core.spectrum import spikes
 from ..seqlora_core.statistics import Moments
@@ -22,7 +21,7 @@ from ..seqlora_core.triggers import trigger_of
 from .comfy_lora_files import Fitted, fit, in_low_rank
 from .comfy_patches import Part
 from .comfy_weights import Weights, parts
-from .folders import libraries_folder, library_folder, lora_file
+from .folders import file_stamps, libraries_folder, library_folder, lora_file
 from .types import TEXT, Entry, Stack
 
 KEPT = 256  # LoRA files in memory
@@ -30,7 +29,10 @@ KEPT = 256  # LoRA files in memory
 
 @dataclass
 class Member:
-    """One entry of a stack, read.  fitted: what it does to a model, with what ComfyUI alone can read."""
+    """One entry of a stack, read; of a file with moments the entry names the base model at hand, if there is one.
+
+    fitted: what it does to a model, with what ComfyUI alone can read.
+    """
 
     entry: Entry
     concept: Concept
@@ -72,13 +74,14 @@ class Composed:
         return out
 
 
-_concepts, _files, _moments, _projected = Kept(KEPT), Kept(KEPT), Kept(KEPT), Kept(2)
+_concepts, _files, _moments, _low_rank, _projected = Kept(KEPT), Kept(KEPT), Kept(KEPT), Kept(KEPT), Kept(2)
 
 
 def _read_moments(path: Path, base: str) -> tuple[Moments | None, str]:
-    """A LoRA's moments, and the words that it was calibrated with"""
+    """A LoRA's moments on this base model, and the words that it was calibrated with, on whichever"""
     kept = kept_moments(path, base or None)
-    return (kept[0], kept_trigger(path, kept[1])) if kept else (None, "")
+    called = kept or kept_moments(path)
+    return kept and kept[0], kept_trigger(path, called[1]) if called else ""
 
 
 def entry_file(entry: Entry) -> Path:
@@ -88,12 +91,6 @@ def entry_file(entry: Entry) -> Path:
     if not path.exists():
         raise UserError(f"the concept {entry.name!r} of library {entry.library!r} is gone: {path.name} does not exist")
     return path
-
-
-def _changed(path: Path, base: str = "") -> tuple:
-    """Changes whenever the LoRA does, or its moments"""
-    stats = [moments_path(path, base)] if base else sorted(path.parent.glob(f"{escape(path.stem)}.*stats.safetensors"))
-    return tuple(stamp(p) for p in [path, *stats])
 
 
 def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
@@ -113,11 +110,13 @@ def _load(entry: Entry, weights: Weights | None) -> Member:
     path = entry_file(entry)
     if entry.library:
         library = library_folder(entry.library)
-        concept = _concepts.get((path,), _changed(path), lambda: Library(library).load(entry.name))
+        concept = _concepts.get((path,), file_stamps(path), lambda: Library(library).load(entry.name))
         fitted = Fitted(concept.adapter)
     else:
         fitted = _files.get((path, weights and weights.signature), stamp(path), lambda: _read_file(path, weights))
-        state = _changed(path, entry.base)
+        state = file_stamps(path)
+        if weights and not entry.base and len(state) > 1:  # what it sees on another model is not what it sees here
+            entry = replace(entry, base=weights.fingerprint)
         moments, called = _moments.get((path, entry.base), state, lambda: _read_moments(path, entry.base))
         metadata = fitted.adapter.metadata
         if called and not metadata.get("seqlora.trigger"):
@@ -157,20 +156,17 @@ def compose_stack(
     exact: every change of a matrix becomes low-rank factors, for a file.  With a new strength everything else is found kept.
     What has strength 0 takes no part: nothing gives way to it.
     """
-    if weights and mode == "data":
-        base = weights.fingerprint()
-        stack = Stack([e if e.library or e.base else replace(e, base=base) for e in stack.entries])
     members, wishes, read = load_members(stack, weights), wishes or Wishes(), []
     members = [m for m in members if m.entry.strength] or members
     for member in members:
         if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
-            read.append(weights.digest(parts(next(iter(member.fitted.patches)))[0]))
-            member.fitted = in_low_rank(member.fitted, weights, exact)
+            read.append(weights.digest(member.fitted.read_weights()))
+            member.fitted = _as_low_rank(member, weights, exact, read[-1])
     states = tuple(
-        (entry_file(m.entry), _changed(entry_file(m.entry), m.entry.base), m.entry.layers, m.entry.part, m.entry.protected)
-        for m in members
+        (file_stamps(entry_file(m.entry)), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected) for m in members
     )
-    key = (states, mode, amount, wishes, exact, weights and weights.signature, tuple(read))
+    files = (entry_file(m.entry) for m in members)
+    key = (*files, states, mode, amount, wishes, exact, weights and weights.signature, tuple(read))
     projected, kept = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
     count = len({(m.entry.library, m.entry.name) for m in members})
     # the symmetric projection divides by it already
@@ -180,6 +176,14 @@ def compose_stack(
         for m, a in zip(members, projected)
     ]
     return Composed(members, pieces, kept)
+
+
+def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str) -> Fitted:
+    """`in_low_rank`, which decomposes every weight, done once for all strengths.  read: digest of the weights that it rests on"""
+    path, entry, fitted = entry_file(member.entry), member.entry, member.fitted
+    key = (path, weights.signature, entry.layers, entry.part, exact, read)
+    found = _low_rank.get(key, stamp(path), lambda: in_low_rank(fitted, weights, exact))
+    return replace(found, adapter=Adapter(found.adapter.layers, fitted.adapter.metadata))  # what calls it may be new
 
 
 def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, exact: bool) -> tuple[list[Adapter], list[float]]:

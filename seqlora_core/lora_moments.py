@@ -66,12 +66,24 @@ def kept_general(folder: Path, base: str) -> Moments | None:
     return Calibration.load(path).moments if path.exists() else None
 
 
-def keep_moments(lora: Path, base: str, moments: Moments, trigger: str) -> Path:
-    """Write the moments beside the LoRA; returns where."""
+def drawing(size: tuple[int, int], pictures: int = 0, seed: int = 0) -> str:
+    """How `see_trigger` draws with these, in a word for the moments' file"""
+    return f"{size[0]}x{size[1]}, {pictures or trigger_count(size)} pictures, seed {seed}"
+
+
+def is_recorded(lora: Path, base: str, trigger: str, drawn: str) -> bool:
+    """Whether the moments that `kept_moments` found on this base model are of this trigger, drawn this way; those that do not
+    say how they were drawn count as they are"""
+    found = read_metadata(moments_path(lora, base))
+    return found.get("seqlora.trigger", "") == trigger and found.get("seqlora.drawn", drawn) == drawn
+
+
+def keep_moments(lora: Path, base: str, moments: Moments, trigger: str, drawn: str = "") -> Path:
+    """Write the moments beside the LoRA; returns where.  drawn: from `drawing`, if it shall be told"""
     path = moments_path(lora, base)
     metadata = {
         "seqlora.lora": tensors_hash(lora), "seqlora.base": base, "seqlora.trigger": trigger,
-        "seqlora.shared": json.dumps(moments.shared()),
+        "seqlora.shared": json.dumps(moments.shared()), **({"seqlora.drawn": drawn} if drawn else {}),
     }  # fmt: skip
     write_safetensors(path, moments.tensors(), metadata)
     return path

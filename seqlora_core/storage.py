@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torch import Tensor
+
 from .errors import UserError
 
 PART = ".part"  # ends the name of a file that is being written; one that is found later is of a writer that was killed
@@ -58,24 +60,45 @@ def stamp(path: Path) -> tuple:
 
 
 class Kept:
-    """What was last made of some files, `most` of them, the latest used.
+    """What was last made of some files, `most` of them and `most_bytes` of tensors, the latest used; the very last in any case.
 
     What was made of a file's earlier state is let go when the file changes: a concept that is trained again and again would
-    otherwise stay in memory as often.
+    otherwise stay in memory as often.  So is what was made of files that are gone.
     """
 
-    def __init__(self, most: int):
-        self.most, self._held = most, OrderedDict()
+    def __init__(self, most: int, most_bytes: int = 2 << 30):
+        self.most, self.most_bytes, self._held = most, most_bytes, OrderedDict()
 
     def get(self, key: tuple, state: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returned for this key in this state"""
+        """What `make` returned for this key in this state.  Paths in the key are the files that it is made of."""
         if key not in self._held or self._held[key][0] != state:
             self._held.pop(key, None)
-            self._held[key] = (state, make())
+            for gone in [k for k in self._held if any(isinstance(part, Path) and not stamp(part) for part in k)]:
+                del self._held[gone]
+            made = make()
+            self._held[key] = (state, made, tensor_bytes(made, set()))
         self._held.move_to_end(key)
-        while len(self._held) > self.most:
+        while len(self._held) > 1 and (len(self._held) > self.most or self._bytes() > self.most_bytes):
             self._held.popitem(last=False)
         return self._held[key][1]
+
+    def _bytes(self) -> int:
+        return sum(size for *_, size in self._held.values())
+
+
+def tensor_bytes(value: Any, seen: set[int]) -> int:
+    """What the tensors in it take in memory, however deep they are, those that share it once.  seen: addresses counted before"""
+    place = value.untyped_storage().data_ptr() if isinstance(value, Tensor) else id(value)
+    if place in seen:
+        return 0
+    seen.add(place)
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    if isinstance(value, dict):
+        return sum(tensor_bytes(part, seen) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(tensor_bytes(part, seen) for part in value)
+    return tensor_bytes(value.__dict__, seen) if hasattr(value, "__dict__") else 0
 
 
 def digest(*parts: bytes) -> str:

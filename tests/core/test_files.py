@@ -205,3 +205,34 @@ def test_what_is_kept_of_a_file_is_let_go_when_it_changes():
     assert len(made) == 4 and get("a", 2) and len(made) == 4
     get("b", 1)
     assert len(made) == 5
+
+
+def test_what_is_kept_of_files_has_a_limit_in_bytes_and_ends_with_the_file(tmp_path):
+    """A thousand bytes: the latest used stay, and the very last whatever its size; views of one tensor count once"""
+    kept, made, files = Kept(9, most_bytes=1000), [], [tmp_path / n for n in "abcd"]
+
+    def get(path, size):
+        return kept.get((path, "kind"), None, lambda: made.append(path.name) or thing(size))
+
+    def thing(size):
+        whole = torch.zeros(size, dtype=torch.uint8)
+        return Adapter({"l": LayerDelta(whole[: size // 2], whole[size // 2 :])}), [{"again": whole}]
+
+    def again(path):
+        """Whether it has to be made again"""
+        made.clear()
+        get(path, 400)
+        return bool(made)
+
+    for path in files:
+        path.touch()
+        get(path, 400)
+    assert not again(files[3]) and not again(files[2]) and again(files[0])  # c was used after d
+    assert not again(files[2]) and again(files[3])
+    get(files[1], 5000)
+    assert not again(files[1]) and again(files[2])
+    first = weakref.ref(get(files[2], 400)[0])
+    files[2].unlink()
+    get(files[3], 400)
+    gc.collect()
+    assert first() is None

@@ -56,6 +56,10 @@ def unet_files(folder: Path) -> None:
     save_file(kohya, folder / "kohya.safetensors")
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
         save_file({k: v.to(dtype) for k, v in kohya.items()}, folder / f"kohya_{str(dtype).removeprefix('torch.')}.safetensors")
+    # changes of biases, where a layer has none and where it has one
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
+    biases = {f"{stem}{layer}.diff_b": torch.randn(32) for layer in ("q", "out_0")}
+    save_file(kohya | biases, folder / "no_bias.safetensors")
     old = {}
     for key, value in state.items():
         if ".attn" in key:

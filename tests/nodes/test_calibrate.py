@@ -61,7 +61,7 @@ def test_calibrate_then_stack_by_data_then_draw(server, model, loras):
     by_data = pixels(server, outputs)
     summed = pixels(server, server.run(draw(calibrate() | apply("sum"), ["5", 0], ["5", 1], "an octzu animal")))
     assert np.abs(by_data.astype(int) - summed).max() > 10
-    again = server.run(calibrate(seed=1))
+    again = server.run(calibrate("theirs/one: 0.7\ntheirs/two.safetensors"))
     assert again["3"]["text"][0].count("was recorded before") == 2
     general = load_file(general_path(server.base / "models" / "loras" / "seqlora", model.fingerprint()))
     assert "moment.diffusion_model.joint_blocks.0.x_block.mlp.fc1" in general  # the one name of the weight

@@ -51,6 +51,12 @@ def test_our_sum_is_what_the_stock_loader_makes(found, name):
     assert one["difference"] < 1e-6 and one["change"] > 2e-5 and one["read_again"]
 
 
+def test_a_bias_of_a_layer_without_one_is_left_out_as_the_stock_loader_does(found):
+    one = found["no_bias"]
+    assert one["unknown"] == 1 and one["patches"] == 1 and one["plain"] == found["kohya"]["plain"]
+    assert one["same_weights"] and one["difference"] < 1e-6 and one["restored"]
+
+
 def test_what_is_plain_and_what_becomes_low_rank(found):
     for name in PLAIN + SD3:
         assert found[name]["patches"] == 0 and found[name]["plain"] == found[name]["weights"]

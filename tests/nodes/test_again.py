@@ -1,0 +1,56 @@
+"""A second run takes over what is still true of the first, and no more: records, fingerprints, decomposed weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .comfy_server import PACK, run_in_comfyui
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder, output = tmp_path_factory.mktemp("loras"), tmp_path_factory.mktemp("again") / "out.json"
+    run_in_comfyui(Path(__file__).with_name("again_in_process.py"), PACK, folder, output)
+    return json.loads(output.read_text())
+
+
+def test_moments_of_another_checkpoint_do_not_count(found):
+    """Auto falls back to the weights, nothing is called measured, and what calls the LoRAs is known still"""
+    other, here = found["elsewhere"]["elsewhere"], found["elsewhere"]["here"]
+    assert other["mode"] == "weights" and "from weights alone" in other["report"]
+    assert other["triggers"] == here["triggers"] == "onezu thing, twozu thing"
+    assert "mode 'data' needs to know what 'one' sees" in found["elsewhere"]["data"]
+    assert here["mode"] == "data" and "from weights alone" not in here["report"]
+
+
+def test_files_of_one_name_in_two_folders_have_triggers_of_their_own(found):
+    wanted = {"A/style.safetensors": "ohwx man", "B\\style.safetensors": "zwx dog", "cat.v1": "kwx cat"}
+    assert found["triggers"] == wanted and found["no_folder"] == {"A/cat.v1": "kwx cat"}
+    assert "'style', which is A/style and B/style: write each with its folder" in found["unclear"]
+    assert "'C/cat.v1', which is not among the LoRAs" in found["other_folder"]
+
+
+def test_other_pictures_are_recorded_anew(found):
+    """Another seed, number or size; a file that does not say how its pictures were drawn counts as it is"""
+    drew = ["drew" in said for said in found["records"]["said"]]
+    assert drew == [True, False, True, True, True, False]
+
+
+def test_a_record_that_is_gone_changes_the_fingerprints(found):
+    assert found["records"]["fingerprints"] == [True, True]
+
+
+def test_a_change_of_the_checkpoint_is_seen_in_any_layer(found):
+    """The file's first layer is the text encoder's, which both checkpoints share"""
+    assert max(found["projected"]["wrong"]) < 1e-5
+
+
+def test_a_new_strength_decomposes_nothing_again(found):
+    """A LoHa's change is the same on all checkpoints of a kind; a DoRA's is not"""
+    assert found["projected"]["decomposed"] == [1, 0, 0, 2, 0, 2, 0, 0]
+
+
+def test_what_is_decomposed_is_where_plain_loras_are(found):
+    """On the processor, whatever holds the model"""
+    assert found["projected"]["factors"] == ["cpu torch.float32"]
