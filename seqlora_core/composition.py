@@ -12,6 +12,7 @@ from torch import Tensor
 from .adapter import Adapter, LayerDelta, channel_rows, concatenate, kernel_rows
 from .errors import UserError
 from .linalg import nearest_frame, project_out, ridge, span
+from .sketch import RidgedInverse, Sketch, products
 from .spectrum import capped
 from .statistics import Moments
 
@@ -193,31 +194,53 @@ def closed_form(
 
     The minimiser, layer by layer, of what the projection changes on a concept's own inputs plus beta times what
     it does on everyone else's (one row of a RegMean solution, Jin et al. 2023).  Independent of order.  A layer in
-    which one adapter's inputs were not recorded is projected from the weights (`without_data`).
+    which one adapter's inputs were not recorded is projected from the weights (`without_data`).  Sketched moments stay so.
     """
     out = [Adapter({}, a.metadata) for a in adapters]
     unseen = {n for a, m in zip(adapters, moments) for n in a.layers if n not in m.layers}
     for name in dict.fromkeys(n for a in adapters for n in a.layers if n not in unseen):
-        everything = sum(m[name].double() for m in moments if name in m.layers)
-        if general is not None and name in general.layers:
-            everything = everything + general[name].double()
-        factor = None  # with beta 1 one and the same for all
-        for i, (adapter, moment) in enumerate(zip(adapters, moments)):
-            if name in adapter.layers:
-                delta, own = adapter.layers[name], moment[name].double()
-                if i in protected:
-                    out[i].layers[name] = delta
-                    continue
-                if beta != 1 or factor is None:
-                    factor = torch.linalg.cholesky(ridge(own + beta * (everything - own), RIDGE))
-                rows = channel_rows(delta.down.double(), len(own))
-                down = kernel_rows(torch.cholesky_solve(own @ rows.mT, factor).mT, delta.rank)
-                out[i].layers[name] = replace(delta, down=down.to(delta.down.dtype))
+        places = [i for i, m in enumerate(moments) if name in m.layers]
+        seen = [moments[i].layers[name] for i in places]
+        others = [] if general is None or name not in general.layers else [general.layers[name]]
+        inverse_for, inverse = _inverses([*seen, *others], beta), None
+        for place, i in enumerate(places):
+            delta = adapters[i].layers.get(name)
+            if delta is None:
+                continue
+            if i in protected:
+                out[i].layers[name] = delta
+                continue
+            if beta != 1 or inverse is None:  # with beta 1 one and the same for all
+                inverse = inverse_for(place)
+            own = seen[place]
+            matrix = own.operator().to(torch.float64) if isinstance(own, Sketch) else own.double()
+            rows = channel_rows(delta.down.double(), len(own))
+            down = kernel_rows(inverse(matrix @ rows.mT).mT, delta.rank)
+            out[i].layers[name] = replace(delta, down=down.to(delta.down.dtype))
     if unseen:
         rest = [Adapter({n: d for n, d in a.layers.items() if n in unseen}) for a in adapters]
         for fitted, other in zip(out, without_data(rest, protected)):
             fitted.layers.update(other.layers)
     return out
+
+
+def _inverses(seen: list[Tensor | Sketch], beta: float) -> Callable[[int], Callable[[Tensor], Tensor]]:
+    """i -> what multiplies by `(S_i + beta sum_{j != i} S_j + ridge)^(-1)`, in float64"""
+    if all(isinstance(s, Sketch) for s in seen) and sum(len(s.values) for s in seen) < len(seen[0]):
+        grams = products(seen)
+        return lambda i: RidgedInverse(seen, [1.0 if i == j else beta for j in range(len(seen))], grams, RIDGE).__matmul__
+
+    def matrix(s: Tensor | Sketch) -> Tensor:
+        return (s.dense() if isinstance(s, Sketch) else s).double()
+
+    everything = sum(map(matrix, seen))
+
+    def inverse_for(i: int) -> Callable[[Tensor], Tensor]:
+        own = matrix(seen[i])
+        factor = torch.linalg.cholesky(ridge(own + beta * (everything - own), RIDGE))
+        return lambda x: torch.cholesky_solve(x, factor)
+
+    return inverse_for
 
 
 def norm_controlled(adapters: list[Adapter]) -> list[Adapter]:
