@@ -122,7 +122,10 @@ def sequence(adapters: list[Adapter], order: str) -> list[int]:
 
 
 def gram_schmidt(adapters: list[Adapter], order: Iterable[int] | None = None, protected: Collection[int] = ()) -> list[Adapter]:
-    """Each adapter's lora_down rows with the row spaces of all earlier ones taken out (in plain weight space)."""
+    """Each adapter's lora_down rows with the row spaces of all earlier ones taken out (in plain weight space).
+
+    A change that does nothing takes no directions.
+    """
     taken: dict[str, Tensor] = {}
     out = [Adapter({}, a.metadata) for a in adapters]
     order = range(len(adapters)) if order is None else order
@@ -130,6 +133,8 @@ def gram_schmidt(adapters: list[Adapter], order: Iterable[int] | None = None, pr
         for name, delta in adapters[i].layers.items():
             free = project_out(delta.down.mT, taken.get(name))
             out[i].layers[name] = delta if i in protected else replace(delta, down=free.mT)
+            if not delta.acts:
+                continue
             fresh = span(free, torch.linalg.matrix_norm(delta.down).item())
             taken[name] = torch.cat([taken[name], fresh], 1) if name in taken else fresh
     return out
@@ -141,14 +146,15 @@ def symmetric(adapters: list[Adapter], protected: Collection[int] = ()) -> list[
     The input directions v of every adapter (right singular vectors of its change) are moved together to the nearest
     orthonormal ones q: the q minimise `sum energy(v) |q - v|^2` (Löwdin's symmetric orthogonalisation, weighted), so
     that what acts strongly moves least.  Then `D_i' = D_i Q_i Q_i^T`.  Where the ranks' sum passes the layer's width,
-    directions are shared.
+    directions are shared.  A change that does nothing stays as it is, and nobody gives way to it.
     """
     out = [Adapter({}, a.metadata) for a in adapters]
     for name in dict.fromkeys(n for a in adapters for n in a.layers):
         members = [i for i, a in enumerate(adapters) if name in a.layers]
-        whole = [i for i in members if i in protected]
-        for i in whole:
+        for i in members:
             out[i].layers[name] = adapters[i].layers[name]
+        members = [i for i in members if adapters[i].layers[name].acts]
+        whole = [i for i in members if i in protected]
         occupied = span(torch.cat([_directions(adapters[i].layers[name]) for i in whole], 1), 1.0) if whole else None
         parts = [i for i in members if i not in protected]
         if not parts:
@@ -169,11 +175,11 @@ def without_data(adapters: list[Adapter], protected: Collection[int] = ()) -> li
     All inputs of a layer lie mostly in few directions, which every LoRA reads whatever its lora_down: that part no
     projection by weights can tell apart, so the sum is kept at one adapter's strength (docs/RESULTS.md has what was tried).
     """
-    counts = Counter(n for i, a in enumerate(adapters) if i not in protected for n in a.layers)
+    counts = Counter(n for i, a in enumerate(adapters) if i not in protected for n, d in a.layers.items() if d.acts)
     return [
         p
         if i in protected
-        else Adapter({n: replace(d, down=d.down * counts[n] ** -0.5) for n, d in p.layers.items()}, p.metadata)
+        else Adapter({n: replace(d, down=d.down * max(1, counts[n]) ** -0.5) for n, d in p.layers.items()}, p.metadata)
         for i, p in enumerate(symmetric(adapters, protected))
     ]
 
