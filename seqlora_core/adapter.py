@@ -44,6 +44,11 @@ class LayerDelta:
     def rank(self) -> int:
         return self.down.shape[0]
 
+    @property
+    def acts(self) -> bool:
+        """Whether it changes anything: of a layer that was never trained lora_up is zero"""
+        return bool(self.up.abs().amax() and self.down.abs().amax())  # several times as fast as any()
+
     def dense(self) -> Tensor:
         """[out, in]"""
         return self.up @ self.down

@@ -12,6 +12,7 @@ from torch import Tensor
 from .adapter import Adapter, LayerDelta, channel_rows, concatenate, kernel_rows
 from .errors import UserError
 from .linalg import nearest_frame, project_out, ridge, span
+from .sketch import RidgedInverse, Sketch, products
 from .spectrum import capped
 from .statistics import Moments
 
@@ -121,7 +122,10 @@ def sequence(adapters: list[Adapter], order: str) -> list[int]:
 
 
 def gram_schmidt(adapters: list[Adapter], order: Iterable[int] | None = None, protected: Collection[int] = ()) -> list[Adapter]:
-    """Each adapter's lora_down rows with the row spaces of all earlier ones taken out (in plain weight space)."""
+    """Each adapter's lora_down rows with the row spaces of all earlier ones taken out (in plain weight space).
+
+    A change that does nothing takes no directions.
+    """
     taken: dict[str, Tensor] = {}
     out = [Adapter({}, a.metadata) for a in adapters]
     order = range(len(adapters)) if order is None else order
@@ -129,6 +133,8 @@ def gram_schmidt(adapters: list[Adapter], order: Iterable[int] | None = None, pr
         for name, delta in adapters[i].layers.items():
             free = project_out(delta.down.mT, taken.get(name))
             out[i].layers[name] = delta if i in protected else replace(delta, down=free.mT)
+            if not delta.acts:
+                continue
             fresh = span(free, torch.linalg.matrix_norm(delta.down).item())
             taken[name] = torch.cat([taken[name], fresh], 1) if name in taken else fresh
     return out
@@ -140,14 +146,15 @@ def symmetric(adapters: list[Adapter], protected: Collection[int] = ()) -> list[
     The input directions v of every adapter (right singular vectors of its change) are moved together to the nearest
     orthonormal ones q: the q minimise `sum energy(v) |q - v|^2` (Löwdin's symmetric orthogonalisation, weighted), so
     that what acts strongly moves least.  Then `D_i' = D_i Q_i Q_i^T`.  Where the ranks' sum passes the layer's width,
-    directions are shared.
+    directions are shared.  A change that does nothing stays as it is, and nobody gives way to it.
     """
     out = [Adapter({}, a.metadata) for a in adapters]
     for name in dict.fromkeys(n for a in adapters for n in a.layers):
         members = [i for i, a in enumerate(adapters) if name in a.layers]
-        whole = [i for i in members if i in protected]
-        for i in whole:
+        for i in members:
             out[i].layers[name] = adapters[i].layers[name]
+        members = [i for i in members if adapters[i].layers[name].acts]
+        whole = [i for i in members if i in protected]
         occupied = span(torch.cat([_directions(adapters[i].layers[name]) for i in whole], 1), 1.0) if whole else None
         parts = [i for i in members if i not in protected]
         if not parts:
@@ -168,11 +175,11 @@ def without_data(adapters: list[Adapter], protected: Collection[int] = ()) -> li
     All inputs of a layer lie mostly in few directions, which every LoRA reads whatever its lora_down: that part no
     projection by weights can tell apart, so the sum is kept at one adapter's strength (docs/RESULTS.md has what was tried).
     """
-    counts = Counter(n for i, a in enumerate(adapters) if i not in protected for n in a.layers)
+    counts = Counter(n for i, a in enumerate(adapters) if i not in protected for n, d in a.layers.items() if d.acts)
     return [
         p
         if i in protected
-        else Adapter({n: replace(d, down=d.down * counts[n] ** -0.5) for n, d in p.layers.items()}, p.metadata)
+        else Adapter({n: replace(d, down=d.down * max(1, counts[n]) ** -0.5) for n, d in p.layers.items()}, p.metadata)
         for i, p in enumerate(symmetric(adapters, protected))
     ]
 
@@ -193,31 +200,53 @@ def closed_form(
 
     The minimiser, layer by layer, of what the projection changes on a concept's own inputs plus beta times what
     it does on everyone else's (one row of a RegMean solution, Jin et al. 2023).  Independent of order.  A layer in
-    which one adapter's inputs were not recorded is projected from the weights (`without_data`).
+    which one adapter's inputs were not recorded is projected from the weights (`without_data`).  Sketched moments stay so.
     """
     out = [Adapter({}, a.metadata) for a in adapters]
     unseen = {n for a, m in zip(adapters, moments) for n in a.layers if n not in m.layers}
     for name in dict.fromkeys(n for a in adapters for n in a.layers if n not in unseen):
-        everything = sum(m[name].double() for m in moments if name in m.layers)
-        if general is not None and name in general.layers:
-            everything = everything + general[name].double()
-        factor = None  # with beta 1 one and the same for all
-        for i, (adapter, moment) in enumerate(zip(adapters, moments)):
-            if name in adapter.layers:
-                delta, own = adapter.layers[name], moment[name].double()
-                if i in protected:
-                    out[i].layers[name] = delta
-                    continue
-                if beta != 1 or factor is None:
-                    factor = torch.linalg.cholesky(ridge(own + beta * (everything - own), RIDGE))
-                rows = channel_rows(delta.down.double(), len(own))
-                down = kernel_rows(torch.cholesky_solve(own @ rows.mT, factor).mT, delta.rank)
-                out[i].layers[name] = replace(delta, down=down.to(delta.down.dtype))
+        places = [i for i, m in enumerate(moments) if name in m.layers]
+        seen = [moments[i].layers[name] for i in places]
+        others = [] if general is None or name not in general.layers else [general.layers[name]]
+        inverse_for, inverse = _inverses([*seen, *others], beta), None
+        for place, i in enumerate(places):
+            delta = adapters[i].layers.get(name)
+            if delta is None:
+                continue
+            if i in protected:
+                out[i].layers[name] = delta
+                continue
+            if beta != 1 or inverse is None:  # with beta 1 one and the same for all
+                inverse = inverse_for(place)
+            own = seen[place]
+            matrix = own.operator().to(torch.float64) if isinstance(own, Sketch) else own.double()
+            rows = channel_rows(delta.down.double(), len(own))
+            down = kernel_rows(inverse(matrix @ rows.mT).mT, delta.rank)
+            out[i].layers[name] = replace(delta, down=down.to(delta.down.dtype))
     if unseen:
         rest = [Adapter({n: d for n, d in a.layers.items() if n in unseen}) for a in adapters]
         for fitted, other in zip(out, without_data(rest, protected)):
             fitted.layers.update(other.layers)
     return out
+
+
+def _inverses(seen: list[Tensor | Sketch], beta: float) -> Callable[[int], Callable[[Tensor], Tensor]]:
+    """i -> what multiplies by `(S_i + beta sum_{j != i} S_j + ridge)^(-1)`, in float64"""
+    if all(isinstance(s, Sketch) for s in seen) and sum(len(s.values) for s in seen) < len(seen[0]):
+        grams = products(seen)
+        return lambda i: RidgedInverse(seen, [1.0 if i == j else beta for j in range(len(seen))], grams, RIDGE).__matmul__
+
+    def matrix(s: Tensor | Sketch) -> Tensor:
+        return (s.dense() if isinstance(s, Sketch) else s).double()
+
+    everything = sum(map(matrix, seen))
+
+    def inverse_for(i: int) -> Callable[[Tensor], Tensor]:
+        own = matrix(seen[i])
+        factor = torch.linalg.cholesky(ridge(own + beta * (everything - own), RIDGE))
+        return lambda x: torch.cholesky_solve(x, factor)
+
+    return inverse_for
 
 
 def norm_controlled(adapters: list[Adapter]) -> list[Adapter]:

@@ -92,10 +92,10 @@ def _padded(matrix: Tensor, rows: int) -> Tensor:
 def overlaps(deltas: list[LayerDelta | None]) -> Tensor:
     """[i, j]: mean squared cosine of the principal angles of the row spaces of lora_down i and j, as a multiple of chance.
 
-    In one layer; two random spaces give 1.  nan where either is None.
+    In one layer; two random spaces give 1.  nan where either is None or does nothing.
     """
     out = torch.full((len(deltas), len(deltas)), math.nan, dtype=torch.float64)
-    places = [i for i, d in enumerate(deltas) if d is not None]
+    places = [i for i, d in enumerate(deltas) if d is not None and d.acts]
     if not places:
         return out
     downs = [deltas[i].down.mT for i in places]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .interference import dense_energy, energies, overlaps
-from .sketch import Sketch
 from .spectrum import spikes
 from .statistics import Moments
 from .triggers import shared_triggers
@@ -159,7 +158,7 @@ class _Sums:
             self.alike.append(overlaps(deltas))
             if moments is not None:
                 seen = [m.layers.get(name) for m in moments]
-                width = next((len(s.vectors) if isinstance(s, Sketch) else len(s) for s in seen if s is not None), None)
+                width = next((len(s) for s in seen if s is not None), None)
                 deltas, own = ([d and width and d.by_channel(width) for d in ds] for ds in (deltas, own))
                 self.energies.append(energies(deltas, seen))
                 whole = sum(s * d.dense() for d, s in zip(deltas, strengths) if d is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,10 @@ class Sketch:
     vectors: Tensor
     values: Tensor
     rest: Tensor
+
+    def __len__(self) -> int:
+        """d, as of a matrix"""
+        return len(self.vectors)
 
     def dense(self) -> Tensor:
         """[d, d]"""
@@ -141,6 +146,47 @@ def added(parts: list[Sketch], weights: list[float], energy: float = ENERGY, mos
         values = values.square()
     trace = sum(w * (p.values.sum() + p.rest).double() for p, w in zip(parts, weights))
     return _cut(vectors, values + floor, trace, energy)
+
+
+def products(parts: list[Sketch]) -> Tensor:
+    """V_i^T V_j of all their kept vectors side by side, [K, K] for K pairs in all, in float64"""
+    ends = list(accumulate((len(p.values) for p in parts), initial=0))
+    out = torch.empty(ends[-1], ends[-1], dtype=torch.float64, device=parts[0].vectors.device)
+    for i, one in enumerate(parts):
+        left, rows = one.vectors.double().mT, slice(ends[i], ends[i + 1])
+        for j, other in enumerate(parts[: i + 1]):
+            columns = slice(ends[j], ends[j + 1])
+            out[rows, columns] = left @ other.vectors.double()
+            out[columns, rows] = out[rows, columns].mT
+    return out
+
+
+class RidgedInverse:
+    """`ridge(sum_i w_i S_i, eps)^(-1)` by Woodbury's identity: never a matrix of d x d, nor a copy of all the vectors.
+
+    With F the kept vectors times the roots of their weights, `(c I + F F^T)^(-1) = (I - F (c I + F^T F)^(-1) F^T) / c`.
+    grams: `products` of the parts.  In float64.
+    """
+
+    def __init__(self, parts: list[Sketch], weights: list[float], grams: Tensor, eps: float):
+        self.parts = parts
+        above = [w * (p.values.double() - p.floor.double()) for p, w in zip(parts, weights)]
+        self.roots = torch.cat(above).clamp_min(0).sqrt()
+        inner = self.roots[:, None] * grams * self.roots
+        floor = sum(w * p.floor.double() for p, w in zip(parts, weights))
+        mean = floor + inner.diagonal().sum() / len(parts[0])
+        self.floor = floor + (eps * mean).clamp_min(torch.finfo(torch.float64).tiny)
+        inner.diagonal().add_(self.floor)
+        self.factor = torch.linalg.cholesky(inner)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """[d, r] -> [d, r]"""
+        roots = self.roots[:, None]
+        low = roots * torch.cat([p.vectors.double().mT @ x for p in self.parts])
+        low = roots * torch.cholesky_solve(low, self.factor)
+        for part, share in zip(self.parts, low.split([len(p.values) for p in self.parts])):
+            x = x - part.vectors.double() @ share
+        return x / self.floor
 
 
 def _cut(vectors: Tensor, values: Tensor, trace: Tensor, energy: float) -> Sketch:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .adapter import Adapter, LayerDelta
+from .linalg import ridge
 
 SPIKE = 10.0  # times the median of an adapter's layers
 
@@ -23,17 +24,17 @@ class Spike:
 
 
 def largest_values(adapter: Adapter) -> dict[str, float]:
-    """Layer -> spectral norm of its change: the root of the largest eigenvalue of the r x r matrix up^T up down down^T"""
-    products: dict[int, list[tuple[str, torch.Tensor]]] = {}
-    for name, delta in adapter.without_token_tables().layers.items():
-        up, down = delta.up.double(), delta.down.double()
-        products.setdefault(delta.rank, []).append((name, (up.mT @ up) @ (down @ down.mT)))
-    found = {}
-    for named in products.values():
-        names, matrices = zip(*named)
-        largest = torch.linalg.eigvals(torch.stack(matrices)).real.amax(1).clamp_min(0).sqrt()
-        found |= dict(zip(names, largest.tolist()))
-    return found
+    """Layer -> spectral norm of its change: the root of the largest eigenvalue of the r x r matrix up^T up down down^T.
+
+    With up^T up = L L^T that is the symmetric L^T down down^T L's, which is found several times as fast.
+    """
+    return {n: _largest(d) if d.acts else 0.0 for n, d in adapter.without_token_tables().layers.items()}
+
+
+def _largest(delta: LayerDelta) -> float:
+    up, down = delta.up.double(), delta.down.double()
+    root = torch.linalg.cholesky(ridge(up.mT @ up, 1e-12))
+    return torch.linalg.eigvalsh(root.mT @ (down @ down.mT) @ root)[-1].clamp_min(0).sqrt().item()
 
 
 def spikes(adapter: Adapter, times: float = SPIKE) -> list[Spike]:

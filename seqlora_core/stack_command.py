@@ -11,7 +11,10 @@ from .terminal import open_model, say
 
 
 def _adapters(items: list[str], library: Path | None):
-    """(name, adapter, strength, moments or None) of files or of a whole library, and what the base model sees"""
+    """(name, adapter, strength, moments or None) of files or of a whole library, and what the base model sees.
+
+    What has strength 0 takes no part, as in the nodes: nothing gives way to it.
+    """
     from .adapter import load_adapter, one_spelling
     from .library import Library
     from .lora_moments import kept_general, kept_moments
@@ -33,8 +36,25 @@ def _adapters(items: list[str], library: Path | None):
             moments, base = kept
             general = general or kept_general(path.parent, base)
         out.append((path.stem, adapter, strength, moments))
+    out = [part for part in out if part[2]] or out
     adapters = one_spelling([adapter for _, adapter, *_ in out])
-    return [(name, adapter, *rest) for (name, _, *rest), adapter in zip(out, adapters)], general
+    parts = [(name, adapter, *rest) for (name, _, *rest), adapter in zip(out, adapters)]
+    _check_widths(parts)
+    return parts, general
+
+
+def _check_widths(parts: list[tuple]) -> None:
+    """UserError for files that have a layer of one name in different widths"""
+    first: dict[str, tuple[str, list[int]]] = {}
+    for name, adapter, *_ in parts:
+        for layer, delta in adapter.layers.items():
+            shape = [delta.up.shape[0], delta.down.shape[1]]
+            other, theirs = first.setdefault(layer, (name, shape))
+            if shape != theirs:
+                raise UserError(
+                    f"{other} and {name} were trained on different kinds of models: layer {layer} is {theirs} in {other} and "
+                    f"{shape} in {name}; stack LoRAs of one kind"
+                )
 
 
 def _with_strength(item: str) -> tuple[Path, float]:
@@ -74,9 +94,9 @@ def stack(args):
     known = None if any(m is None for m in moments) else moments
     projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
-    together = concatenate(
-        [p.scaled(s) for p, (_, _, s, _) in zip(norm_controlled(projected) if args.norm_control else projected, parts)]
-    )
+    if args.norm_control and (args.mode != "weights" or args.order != "symmetric"):  # which divides by it already
+        projected = norm_controlled(projected)
+    together = concatenate([p.scaled(s) for p, (_, _, s, _) in zip(projected, parts)])
     together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
     written, lost = truncated(together, args.rank)
     if args.diffusers:

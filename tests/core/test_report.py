@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqlora_core.adapter import Adapter, LayerDelta
-from seqlora_core.composition import project
+from seqlora_core.composition import Wishes, project
 from seqlora_core.interference import dense_energy, energies, overlaps, residual_energy
 from seqlora_core.linalg import orthonormal_basis
 from seqlora_core.report import Report, interference_report, percent
@@ -59,6 +59,24 @@ def test_overlaps_of_all_pairs_equal_those_of_each():
         for j in range(3):
             assert found[i, j].item() == pytest.approx(plain_overlap(deltas[i].down, deltas[j].down), rel=1e-6)
     assert found[3].isnan().all()
+
+
+@pytest.mark.parametrize("mode, order", [("weights", "symmetric"), ("weights", "first"), ("data", "symmetric")])
+def test_layers_that_were_never_trained_overlap_with_nothing(mode, order):
+    """lora_up is zero there, as in every file's start: neither as a plain sum nor with a projection"""
+    adapters, moments = stack_of(2)
+    wanted = interference_report({n: Adapter({"l": a.layers["l"]}) for n, a in adapters.items()})
+    silent = adapters["c0"].layers["m"]
+    adapters["c0"].layers["m"] = LayerDelta(silent.down, torch.zeros_like(silent.up))
+    parts = list(adapters.values())
+    projected = project(parts, mode, 1.0, list(moments.values()), wishes=Wishes(order))
+    report = interference_report(adapters, None, None, projected, mode)
+    assert report.overlap[0][1] == pytest.approx(wanted.overlap[0][1])
+    part = [Adapter({"l": a.layers["l"]}) for a in projected]
+    apart = interference_report(dict(zip(adapters, part)))
+    assert report.overlap_after[0][1] == pytest.approx(apart.overlap[0][1], abs=1e-9)
+    if mode == "weights":
+        assert torch.allclose(projected[1].layers["m"].dense(), parts[1].layers["m"].dense())
 
 
 def test_crosstalk_and_disturbance_are_shares_of_the_concepts_own_effect():

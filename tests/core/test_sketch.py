@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seqlora_core import linalg, statistics, trainer
 from seqlora_core import sketch as module
+from seqlora_core.adapter import Adapter, LayerDelta, channel_rows, kernel_rows
 from seqlora_core.attach import Attachment
 from seqlora_core.calibration import Calibration
+from seqlora_core.composition import closed_form
 from seqlora_core.concept import Concept
 from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import load_subject
@@ -119,6 +123,61 @@ def test_operators_are_their_matrices():
     assert torch.allclose(Operator.identity(40) @ x[0], x[0])
     for ours, theirs in zip(a.whitening(1e-2), linalg.whitening(dense_a, 1e-2)):
         assert (ours @ torch.eye(40) - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def dense_closed_form(parts, seen, general, beta):
+    """The formula on the matrices that the sketches stand for, in float64"""
+    matrices = [linalg.sym(torch.linalg.multi_dot([s.vectors.double(), torch.diag(s.values.double() - s.floor), s.vectors.double().mT]))
+                + s.floor.double() * torch.eye(len(s)) for s in [*seen, *general]]  # fmt: skip
+    total, found = sum(matrices), []
+    for part, own in zip(parts, matrices):
+        inverse = torch.linalg.inv(linalg.ridge(own + beta * (total - own), 1e-2))
+        rows = channel_rows(part.down, len(own))
+        found.append(kernel_rows(rows @ own @ inverse, part.rank))
+    return found
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.7])
+@pytest.mark.parametrize("kernel", [(), (2, 2)])
+@pytest.mark.parametrize("general", [0, 1])
+def test_the_closed_form_of_sketches_is_that_of_their_matrices_in_little_room(monkeypatch, beta, kernel, general):
+    generator, d = torch.Generator().manual_seed(3), 160
+    parts = [
+        LayerDelta(torch.randn(4, d * (4 if kernel else 1), generator=generator, dtype=torch.float64), torch.ones(5, 4), kernel)
+        for _ in range(3)
+    ]
+    seen = [low(seed, d, 12 + seed)[0] for seed in range(3 + general)]
+    moments, base = [Moments({"l": s}) for s in seen[:3]], Moments({"l": seen[3]}) if general else None
+    wanted = dense_closed_form(parts, seen[:3], seen[3:], beta)
+    monkeypatch.setattr(Sketch, "dense", None)
+    with Largest() as largest:
+        found = closed_form([Adapter({"l": p}) for p in parts], moments, base, beta, {1})
+    assert largest.numbers <= max(p.down.numel() for p in parts) + d * 15  # nothing of d x d
+    for i in (0, 2):
+        assert (found[i].layers["l"].down - wanted[i]).norm() < 1e-6 * wanted[i].norm()
+    assert found[1].layers["l"] is parts[1]
+
+
+def test_the_closed_form_of_more_pairs_than_inputs():
+    """And of a layer that one LoRA alone has, whose inputs the others' moments know as well"""
+    parts = [LayerDelta(torch.randn(2, 24, dtype=torch.float64), torch.ones(5, 2)) for _ in range(2)]
+    seen = [low(seed, 24, 12)[0] for seed in range(3)]
+    wanted = dense_closed_form(parts, seen[:2], seen[2:], 1.0)
+    moments, base = [Moments({"l": s}) for s in seen[:2]], Moments({"l": seen[2]})
+    for others in ({"l": parts[1]}, {}):
+        found = closed_form([Adapter({"l": parts[0]}), Adapter(others)], moments, base)
+        assert (found[0].layers["l"].down - wanted[0]).norm() < 1e-5 * wanted[0].norm()
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that is made meanwhile"""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        made = function(*arguments, **(named or {}))
+        self.numbers = max([self.numbers, *(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor))])
+        return made
 
 
 @pytest.mark.parametrize("exact", [2048, 30])

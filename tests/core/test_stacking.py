@@ -93,6 +93,24 @@ def test_without_data_the_sum_has_about_one_adapters_energy():
         assert torch.allclose(dense(after, name), dense(before, name))  # no layer that both change
 
 
+def untrained(seed):
+    """As trainers start them: lora_up is zero"""
+    return adapter(seed, scale=0.0)
+
+
+@pytest.mark.parametrize("protected", [(), {1}, {0, 1}])
+def test_nobody_gives_way_to_a_layer_that_was_never_trained(protected):
+    stack, alone = [adapter(0), untrained(1), adapter(2)], [adapter(0), adapter(2)]
+    less = {0} & set(protected)  # of the two that act
+    for projection in (without_data, symmetric, lambda a, p: gram_schmidt(a, None, p)):
+        found, wanted = projection(stack, protected), projection(alone, less)
+        assert torch.allclose(dense(found[0]), dense(wanted[0])) and torch.allclose(dense(found[2]), dense(wanted[1]))
+        assert not dense(found[1]).any() and found[1].layers["l"].down.any()
+    whole = without_data([untrained(1), adapter(0)])
+    assert torch.allclose(dense(whole[1]), dense(adapter(0))) and not dense(whole[0]).any()
+    assert not any(dense(p).any() for p in without_data([untrained(1), untrained(2)]))
+
+
 def test_a_convolution_is_projected_by_its_channels():
     """Against the unfolded inputs' moment, channels x unrelated places of the kernel"""
     down, up, width, places = randn(1, 2, 6 * 4), randn(2, 5, 2), 6, 4

@@ -1,0 +1,63 @@
+"""`seqlora stack` and `report` of LoRA files: as the nodes do it."""
+
+import json
+
+import pytest
+import torch
+
+from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
+
+from .test_cli import run
+
+LAYER = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes a LoRA of one layer"""
+
+    def write(name, seed, width=16):
+        generator = torch.Generator().manual_seed(seed)
+        delta = LayerDelta(torch.randn(2, width, generator=generator), torch.randn(8, 2, generator=generator))
+        save_adapter(tmp_path / f"{name}.safetensors", Adapter({LAYER: delta}))
+        return tmp_path / f"{name}.safetensors"
+
+    return write
+
+
+def stacked(capsys, tmp_path, *arguments):
+    code, _, err = run(capsys, "stack", *arguments, "--output", tmp_path / "stacked.safetensors")
+    assert code == 0, err
+    return load_adapter(tmp_path / "stacked.safetensors").layers[LAYER].dense()
+
+
+def test_norm_control_divides_once(capsys, files, tmp_path):
+    """Mode weights divides by the root of their number itself, but in an order"""
+    both = files("a", 1), files("b", 2)
+    for options, share in ((("weights",), 1), (("weights", "--order", "first"), 0.5**0.5), (("sum",), 0.5**0.5)):
+        plain = stacked(capsys, tmp_path, *both, "--mode", *options)
+        found = stacked(capsys, tmp_path, *both, "--norm-control", "--mode", *options)
+        assert torch.allclose(found, plain * share, atol=1e-5), options
+
+
+def test_what_has_strength_0_takes_no_part(capsys, files, tmp_path):
+    a, b = files("a", 1), files("b", 2)
+    for options in (("--mode", "weights"), ("--norm-control",)):
+        assert torch.allclose(
+            stacked(capsys, tmp_path, a, f"{b}:0", *options), load_adapter(a).layers[LAYER].dense(), atol=1e-5
+        )
+    code, out, _ = run(capsys, "report", a, f"{b}:0", "--json")
+    assert code == 0 and json.loads(out)["names"] == ["a"]
+    code, _, err = run(capsys, "stack", f"{a}:0", "--output", tmp_path / "none.safetensors")
+    assert code == 2 and "give a strength other than 0" in err
+
+
+@pytest.mark.parametrize("mode", ["sum", "weights"])
+@pytest.mark.parametrize("command", ["stack", "report"])
+def test_loras_of_different_kinds_of_models_are_told_apart(capsys, files, tmp_path, command, mode):
+    old, new = files("old", 1, 768), files("new", 2, 2048)
+    code, _, err = run(capsys, command, old, new, "--mode", mode, "--output", tmp_path / "x.safetensors")
+    assert code == 2 and len(err.strip().splitlines()) == 1
+    assert (
+        f"old and new were trained on different kinds of models: layer {LAYER} is [8, 768] in old and [8, 2048] in new" in err
+    )
