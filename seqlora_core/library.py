@@ -26,7 +26,7 @@ from .checkpoint import FOLDER, SUFFIX
 from .concept import Concept
 from .concept_files import read_concept, write_concept_statistics
 from .errors import UserError
-from .names import safe_name, safe_text
+from .names import concept_name, safe_text
 from .statistics import StoredMoments
 from .storage import PART, digest, sync_folder
 from .tensor_file import tensors_hash
@@ -143,12 +143,12 @@ class Library:
 
     def paths(self, name: str) -> tuple[Path, Path]:
         """The concept's LoRA file and its statistics file"""
-        name = safe_name(name, "concept name")
+        name = concept_name(name)
         return self.folder / f"{name}.safetensors", self.folder / f"{name}.stats.safetensors"
 
     def checkpoints(self, name: str) -> Path:
         """The folder of the concept's unfinished run"""
-        return self.folder / FOLDER / safe_name(name, "concept name")
+        return self.folder / FOLDER / concept_name(name)
 
     def unfinished(self, name: str) -> bool:
         """Whether a run of this name was stopped before its end"""
@@ -188,7 +188,7 @@ class Library:
 
     def add(self, concept: Concept, replace_existing: bool = False) -> None:
         """Write a concept and append it to the order, or put it in the place of the one it replaces."""
-        name = safe_name(concept.name, "concept name")
+        name = concept_name(concept.name)
         trigger, class_noun = safe_text(concept.trigger, "trigger"), safe_text(concept.class_noun, "class noun")
         lora, stats = self.paths(name)
         check_useful(lora, concept.adapter)

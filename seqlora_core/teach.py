@@ -18,7 +18,7 @@ from .errors import UserError
 from .library import Library
 from .live_prompts import is_text
 from .metadata import curves, datasets, tag_frequency, training
-from .names import safe_name, safe_text
+from .names import concept_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
 from .references import TEMPLATE, caption_from, complete_captions
@@ -45,7 +45,7 @@ def train_concept(
     Raises UserError before any work for a name that is taken, a missing trigger and the like.
     """
     name, trigger, class_noun = (
-        safe_name(name, "concept name"),
+        concept_name(name),
         safe_text(trigger, "trigger"),
         safe_text(class_noun, "class noun"),
     )
