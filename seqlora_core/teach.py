@@ -78,6 +78,9 @@ def train_concept(
         kept = slice(0, config.keep_latents)
         every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
         alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
+        if library.note:  # once, of a run of many concepts
+            result.notes.append(library.note)
+            library.note = ""
         if alike is not None:
             result.notes.append(f"the trigger {trigger!r} calls {alike!r} of this library too: use one of them at a time")
         result.adapter.metadata = _metadata(
