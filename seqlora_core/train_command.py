@@ -87,7 +87,7 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     args.device, args.quiet = workers.device or args.device, not workers.first
     if workers.count > 1:
         say(args)(f"{workers.count} processes share each batch")
-    shown = RunPictures(args.pictures, args.preview_every) if args.pictures and workers.first else None
+    shown = RunPictures(args.pictures, args.preview_every, say(args)) if args.pictures and workers.first else None
     model = open_model(args)
     # all, before any work: a mistake shows at once
     pictures = [load(job.images, model.size, options) for job, (_, options, _) in zip(jobs, configs)]
