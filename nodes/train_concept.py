@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..seqlora_core.config import TrainingConfig
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
-from ..seqlora_core.names import safe_name
+from ..seqlora_core.names import concept_name
 from ..seqlora_core.pictures import Pictures
 from ..seqlora_core.plots import kept_curves_picture
 from ..seqlora_core.preview import Preview, sample_sheet
@@ -99,7 +99,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
         interference_weight, seed, if_trained=USE, batch_size=8, preview_every=50, planned_concepts=32, after=None,
         drift_budget=TrainingConfig.drift_budget, options=None, regularisation=None,
     ) -> io.NodeOutput:  # fmt: skip
-        name = safe_name(name, "concept name")
+        name = concept_name(name)
         if if_trained not in (USE, AGAIN):  # not every server checks a combo of a prompt sent by POST
             raise UserError(f"if_trained is {if_trained!r}: choose '{USE}' or '{AGAIN}'")
         options = options or Options()

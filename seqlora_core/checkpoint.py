@@ -32,12 +32,14 @@ class Checkpoints:
     """The last `keep` checkpoints of one run; every: steps between them, 0 for none.
 
     run: what must be the same for a run to be gone on with (options, pictures, the library), each as text.
+    resume: else an earlier run's are passed over, and give way to the first of this one.
     """
 
     folder: Path
     run: dict[str, str]
     every: int = 0
     keep: int = 2
+    resume: bool = True
 
     def due(self, number: int) -> bool:
         return self.every > 0 and number % self.every == 0
@@ -47,16 +49,18 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         outline = _outline(state, "", tensors)
         metadata = {"format": str(FORMAT), "run": json.dumps(self.run), "state": json.dumps(outline)}
-        write_safetensors(self.folder / f"step-{number:06d}{SUFFIX}", tensors, metadata)
-        for path in self._files()[: -self.keep]:
-            path.unlink(missing_ok=True)
+        path = self.folder / f"step-{number:06d}{SUFFIX}"
+        write_safetensors(path, tensors, metadata)
+        for old in self._files()[: -self.keep] if self.resume else set(self._files()) - {path}:
+            old.unlink(missing_ok=True)
+        self.resume = True
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest checkpoint that is whole; None if there is none.
 
         Raises UserError if it is of a run with other options, other pictures, or on another state of the library.
         """
-        for path in reversed(self._files()):
+        for path in reversed(self._files() if self.resume else []):
             try:
                 tensors, metadata = read_safetensors(path)
             except UserError:
@@ -78,7 +82,7 @@ class Checkpoints:
             if was != now:
                 raise UserError(
                     f"the unfinished run of {self.folder.name!r}, stopped after step {number}, began with {key} {was}, not {now}: "
-                    "give it as it was, or start anew without resuming"
+                    "give it as it was, or start anew, with --no-resume or, in ComfyUI, with if_trained 'start anew'"
                 )
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from . import calibrate_command, library_command, stack_command, train_command
-from .config import TrainingConfig
+from .config import LARGEST_SEED, TrainingConfig
 from .errors import UserError
 from .options import GROUPS, add_options, build
 from .terminal import bar, open_model, say
@@ -35,8 +35,8 @@ def _common(seed: int | str = 0) -> argparse.ArgumentParser:
 
 def _seed(text: str) -> int:
     number = int(text)
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError("give a whole number from 0 to 9223372036854775807")
+    if not 0 <= number <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"give a whole number from 0 to {LARGEST_SEED}")
     return number
 
 

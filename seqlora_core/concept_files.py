@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,26 @@ def read_concept(entry: dict[str, Any], lora: Path, stats: Path) -> Concept:
     if unfit or latents.ndim == 0 or len(captions) != len(latents) or not all(isinstance(c, str) for c in captions):
         raise UserError(f"{stats} does not belong to {lora.name}: one of them is damaged or from another run, get both again")
     return Concept(entry["name"], entry["trigger"], entry["class_noun"], adapter, moments, bases, latents, captions)
+
+
+def holds_concepts(folder: Path) -> bool:
+    """Whether a concept's statistics are there; NAME.BASE.stats.safetensors are of someone's LoRA (`lora_moments`)."""
+    return any(not re.search(r"\.[0-9a-f]{16}\.stats", p.name) for p in folder.glob("[!.]*.stats.safetensors"))
+
+
+def lora_metadata(entry: dict[str, Any], library: dict[str, Any], identity: str) -> dict[str, str]:
+    """What a concept's LoRA file says of its place in the library, whose manifest and `identity` these are"""
+    return {
+        "ss_output_name": entry["name"],
+        "modelspec.title": entry["name"],
+        "modelspec.trigger_phrase": entry["trigger"],
+        "seqlora.name": entry["name"],
+        "seqlora.trigger": entry["trigger"],
+        "seqlora.class_noun": entry["class_noun"],
+        "seqlora.library": identity,
+        "seqlora.order": str(entry["order"]),
+        "seqlora.base": library["base"],
+    }
 
 
 def write_concept_statistics(path: Path, concept: Concept, entry: dict[str, Any], library: dict[str, Any]) -> None:

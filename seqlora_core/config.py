@@ -11,6 +11,7 @@ from .linalg import RETRACTIONS
 from .optimisers import OPTIMISERS, SCHEDULES
 from .references import TEMPLATE
 
+LARGEST_SEED = 2**63 - 1
 TIMESTEPS = ("model", "uniform", "logit_normal", "shifted")
 
 
@@ -73,6 +74,8 @@ class TrainingConfig:
         for name, few in {**least, "keep_latents": 0, "seed": 0}.items():
             if getattr(self, name) < few:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {few}")
+        if self.seed > LARGEST_SEED:
+            raise UserError(f"seed is {self.seed}: give at most {LARGEST_SEED}")
         for name in ("learning_rate", "basis_rate", "trigger_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a number between 0 and 1, such as 0.001")

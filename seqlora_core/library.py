@@ -24,11 +24,12 @@ from .adapter import check_useful, save_adapter
 from .calibration import FILE, Calibration
 from .checkpoint import FOLDER, SUFFIX
 from .concept import Concept
-from .concept_files import read_concept, write_concept_statistics
+from .concept_files import holds_concepts, lora_metadata, read_concept, write_concept_statistics
+from .config import TrainingConfig
 from .errors import UserError
-from .names import safe_name, safe_text
+from .names import concept_name, safe_text
 from .statistics import StoredMoments
-from .storage import PART, digest, sync_folder
+from .storage import PART, digest, locked, sync_folder
 from .tensor_file import tensors_hash
 
 LOCK_SECONDS = 10
@@ -37,23 +38,32 @@ READS = 5  # a concept that is replaced while it is read is read again
 
 
 class Library:
-    """Open (or, with `create`, start) the library in a folder; `base` is the base model's fingerprint.
+    """Open (or, with `create`, start) the library in a folder; `base` is the base model's fingerprint, `planned` how many
+    concepts it is meant to hold (None: as it was begun, or 32), which changes only until it holds one.
 
-    Raises UserError if the folder is missing, its manifest is damaged, or it belongs to another base model.
+    Raises UserError if the folder is missing, its manifest is lost or damaged, or it belongs to another base model.
     """
 
-    def __init__(self, folder: Path | str, base: str | None = None, planned: int = 32, create: bool = False):
+    note = ""  # a sentence for the user, of what was asked for and is not so
+
+    def __init__(self, folder: Path | str, base: str | None = None, planned: int | None = None, create: bool = False):
         self.folder = Path(folder)
+        if planned is not None:
+            TrainingConfig(planned=planned).validate()
         if not self.manifest_path.exists():
+            if holds_concepts(self.folder):
+                raise UserError(f"the library {self.folder} has lost its manifest: run 'seqlora library repair {self.folder}'")
             if not create:
                 raise UserError(f"no library at {self.folder}: train a concept into it first, or check the path")
-            self._make(base or "", planned)
+            self._make(base or "", planned or TrainingConfig.planned)
         self.reload()
         if base and self.manifest["base"] and base != self.manifest["base"]:
             raise UserError(
                 f"the library {self.folder.name!r} was trained on another base model ({self.manifest['base']}, not {base}): "
                 "load that model, in that precision, or start a new library"
             )
+        if planned not in (None, self.planned):
+            self._plan(planned)
 
     @property
     def manifest_path(self) -> Path:
@@ -80,6 +90,16 @@ class Library:
             if not self.manifest_path.exists():
                 self.rewrite({"base": base, "planned": planned, "concepts": []})
 
+    def _plan(self, planned: int) -> None:
+        """Concepts that are there were given the room that they have by the number it was begun with"""
+        if self.names:
+            begun = f"was planned for {self.planned} when it was begun"
+            self.note = f"the library {self.folder.name!r} {begun}; {planned} is ignored"
+            return
+        with self.changing():
+            if not self.names:
+                self.rewrite({**self.manifest, "planned": planned})
+
     def reload(self) -> None:
         """Read the manifest anew; finish a change that a killed process left half done."""
         self.manifest = manifest.read(self.folder)
@@ -87,26 +107,13 @@ class Library:
             with self.changing():
                 pass
 
-    @contextlib.contextmanager
-    def lock(self, kind: str = "writing to", file: str = ".lock") -> Iterator[None]:
-        """One writer at a time, over all processes; waits LOCK_SECONDS, then says so.  A killed process holds no lock."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(str(self.folder / file), timeout=LOCK_SECONDS)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(f"another process is {kind} the library {self.folder.name!r}: wait until it is done") from error
-        except (OSError, NotImplementedError) as error:
-            raise UserError(f"cannot write to the library {self.folder}: {error}; make the folder writable") from error
-        try:
-            yield
-        finally:
-            lock.release()
+    def lock(self):
+        """One writer at a time, over all processes"""
+        return locked(self.folder / ".lock", LOCK_SECONDS, "writing to")
 
     def training(self):
         """Held for the length of a run: two at once in one library would not stand beside one another."""
-        return self.lock("training into", ".training.lock")
+        return locked(self.folder / ".training.lock", LOCK_SECONDS, "training into")
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -143,12 +150,12 @@ class Library:
 
     def paths(self, name: str) -> tuple[Path, Path]:
         """The concept's LoRA file and its statistics file"""
-        name = safe_name(name, "concept name")
+        name = concept_name(name)
         return self.folder / f"{name}.safetensors", self.folder / f"{name}.stats.safetensors"
 
     def checkpoints(self, name: str) -> Path:
         """The folder of the concept's unfinished run"""
-        return self.folder / FOLDER / safe_name(name, "concept name")
+        return self.folder / FOLDER / concept_name(name)
 
     def unfinished(self, name: str) -> bool:
         """Whether a run of this name was stopped before its end"""
@@ -179,16 +186,21 @@ class Library:
             calibration.save(self.folder / FILE, self.manifest["base"])
 
     def check_free(self, name: str, replace_existing: bool = False) -> None:
-        """UserError if the name is taken (in any case: file systems differ)."""
+        """UserError if the name is taken (in any case: file systems differ), or a file that is not this library's has it."""
         taken = next((n for n in self.names if n.lower() == name.lower()), None)
         if taken is not None and not (replace_existing and taken == name):
             raise UserError(
                 f"the library {self.folder.name!r} has a concept {taken!r} already: remove it first, or use another name"
             )
+        strange = next((p for p in self.paths(name) if os.path.lexists(p)), None)
+        if taken is None and strange is not None:
+            raise UserError(
+                f"{strange} is not of this library: use another name, move it, or run 'seqlora library repair {self.folder}'"
+            )
 
     def add(self, concept: Concept, replace_existing: bool = False) -> None:
         """Write a concept and append it to the order, or put it in the place of the one it replaces."""
-        name = safe_name(concept.name, "concept name")
+        name = concept_name(concept.name)
         trigger, class_noun = safe_text(concept.trigger, "trigger"), safe_text(concept.class_noun, "class noun")
         lora, stats = self.paths(name)
         check_useful(lora, concept.adapter)
@@ -197,18 +209,8 @@ class Library:
             entries = list(self.manifest["concepts"])
             place = self.names.index(name) if name in self.names else len(entries)
             order = 1 + max((e["order"] for e in entries if e["name"] != name), default=-1)  # what is trained anew comes last
-            concept.adapter.metadata |= {
-                "ss_output_name": name,
-                "modelspec.title": name,
-                "modelspec.trigger_phrase": trigger,
-                "seqlora.name": name,
-                "seqlora.trigger": trigger,
-                "seqlora.class_noun": class_noun,
-                "seqlora.library": self.identity(),
-                "seqlora.order": str(order),
-                "seqlora.base": self.manifest["base"],
-            }
             entry = {"name": name, "trigger": trigger, "class_noun": class_noun, "order": order}
+            concept.adapter.metadata |= lora_metadata(entry, self.manifest, self.identity())
             try:
                 save_adapter(_aside(lora), concept.adapter)
                 entry["lora"] = tensors_hash(_aside(lora))
@@ -289,11 +291,9 @@ class Library:
             self.calibration()
         except UserError as error:
             problems.append(f"calibration: {error}")
-        stray = [p.name for p in self.folder.glob("*.safetensors") if p.stem not in self._known_stems()]
+        known = {"calibration", *self.names, *(f"{n}.stats" for n in self.names)}
+        stray = [p.name for p in self.folder.glob("*.safetensors") if p.stem not in known]
         return problems + [f"{name} is not in the manifest" for name in sorted(stray)]
-
-    def _known_stems(self) -> set[str]:
-        return {"calibration", *self.names, *(f"{n}.stats" for n in self.names)}
 
 
 def _aside(path: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import strict_json
 from .errors import UserError
-from .names import safe_name
+from .names import concept_name
 from .storage import written_aside
 
 FORMAT = 2
@@ -48,7 +48,7 @@ def _checked(found: dict[str, Any]) -> dict[str, Any]:
     """Every field of its type; what older formats lack filled in (format 1 had no hashes, its first no order)."""
     concepts, names = [], set()
     for index, entry in enumerate(_typed(found["concepts"], list)):
-        name = safe_name(entry["name"], "concept name")
+        name = concept_name(entry["name"])
         if name.casefold() in names:
             raise ValueError(f"it names {name!r} twice")
         names.add(name.casefold())
@@ -62,7 +62,7 @@ def _checked(found: dict[str, Any]) -> dict[str, Any]:
         ((kind, name),) = _typed(found["pending"], dict).items()
         if kind not in ("write", "remove"):
             raise ValueError(f"it holds an unknown change {kind!r}")
-        manifest["pending"] = {kind: safe_name(name, "concept name")}
+        manifest["pending"] = {kind: concept_name(name)}
     return manifest
 
 

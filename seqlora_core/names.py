@@ -35,6 +35,14 @@ def safe_name(name: str, what: str = "name") -> str:
     return stripped
 
 
+def concept_name(name: str) -> str:
+    """`safe_name` for a concept, whose files must not take the place of the library's own"""
+    name = safe_name(name, "concept name")
+    if name.casefold() == "calibration":
+        raise UserError(f"a concept cannot be called {name!r}, as the library's calibration is: use another name")
+    return name
+
+
 def safe_text(text: str, what: str) -> str:
     """Words that go into files and prompts, stripped: one line that can be written, else UserError."""
     stripped = text.strip()

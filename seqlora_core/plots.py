@@ -6,11 +6,13 @@ matplotlib is imported when the first picture is drawn; without it the pictures 
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .triggers import json_object
 
 
@@ -19,6 +21,15 @@ def to_pil(picture: Tensor):
     from PIL import Image
 
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
+
+
+def save_picture(picture, path: Path) -> None:
+    """A PIL image as a file; UserError if it cannot be written there"""
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:  # ValueError: the suffix is no picture's
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the picture {path}: {reason}; choose another place") from error
 
 
 def new_figure(width: float, height: float):

@@ -7,16 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapter import Adapter, concatenate
+from .adapter import Adapter, concatenate, is_token_table, renamed
 from .attach import Attachment, attached
 from .concept import Concept
 from .denoiser import Denoiser
 from .labelled import labelled_grid
 from .library import Library
+from .live_prompts import is_text
 
 STEPS, GUIDANCE, SEED = 20, 4.0, 7
 PREVIEW_TILE, SMALLEST_TILE = 200, 128  # pixels a picture gets in the preview, and at least in the sheet
 UNRELATED = "a castle, blue background"
+
+
+def acting(denoiser: Denoiser, adapters: list[Adapter]) -> list[Adapter]:
+    """The adapters under the names of the denoiser's layers, of whose text encoders from here on those that they move act"""
+    text = [layer for a in adapters for layer in a.layers if is_text(layer)]
+    denoiser.adapt_text(not all(map(is_token_table, text)), any(map(is_token_table, text)))
+    names = [s.name for s in denoiser.sites()]
+    return [renamed(a, names) for a in adapters]
 
 
 @torch.no_grad()
@@ -62,11 +71,12 @@ class Preview:
 
 def sample_sheet(denoiser: Denoiser, library: Library, name: str, references: Tensor, count: int = 4) -> Tensor:
     """[1, height, width, 3], a row each: references, the concept alone, and the concept within the whole library."""
-    concept, everything = library.load(name), library.concepts(stored_moments=True)
+    concept, concepts = library.load(name), library.concepts(stored_moments=True)
+    alone, *everything = acting(denoiser, [concept.adapter, *(c.adapter for c in concepts)])
     prompts = [f"a {concept.trigger} {concept.class_noun}".strip()] * count
     first = references[:count].cpu()
     rows = [F.pad(first, (0, 0) * 3 + (0, count - len(first)), value=1.0)]
-    for adapter in (concept.adapter, concatenate([c.adapter for c in everything])):
+    for adapter in (alone, concatenate(everything)):
         rows.append(draw_with(denoiser, adapter, prompts, tuple(references.shape[1:3])))
     names = ["references", "alone", "alone in its library" if len(everything) == 1 else f"all {len(everything)} on"]
     tile = max(SMALLEST_TILE, references.shape[2])

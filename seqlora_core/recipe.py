@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .names import safe_name
+from .names import concept_name
 from .options import from_recipe
 
 EXAMPLE = """\
@@ -93,7 +93,7 @@ def _job(entry: dict[str, Any], where: str, folder: Path, for_all: dict[str, Any
     if missing:
         raise UserError(f'{where}: {missing} is missing: add a line {missing} = "..."')
     images = options.pop("images")
-    name = safe_name(options.pop("name", images.resolve().name), "concept name")
+    name = concept_name(options.pop("name", images.resolve().name))
     return Job(
         images, name, options.pop("trigger"), options.pop("class_noun", ""), options.pop("regularisation", None), options
     )

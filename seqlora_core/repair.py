@@ -9,7 +9,7 @@ from . import manifest
 from .adapter import load_adapter
 from .errors import UserError
 from .library import Library
-from .names import safe_name, safe_text
+from .names import concept_name, safe_text
 from .statistics import read_statistics
 from .tensor_file import tensors_hash
 
@@ -42,7 +42,7 @@ def _whole_concepts(folder: Path) -> tuple[list[dict], str, int]:
         name = stats.name.removesuffix(".stats.safetensors")
         lora = folder / f"{name}.safetensors"
         try:
-            safe_name(name)
+            concept_name(name)
             load_adapter(lora)
             _, _, metadata = read_statistics(stats)
             hashes = {"lora": tensors_hash(lora), "stats": tensors_hash(stats)}

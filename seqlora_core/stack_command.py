@@ -131,10 +131,10 @@ def report(args):
     found = interference_report(adapters, moments, [s for _, _, s, _ in parts], projected, args.mode)
     say(args)(found.text())
     if args.output is not None and args.output.suffix.lower() == ".png":
-        from .plots import to_pil
+        from .plots import save_picture, to_pil
         from .report_picture import report_picture
 
-        to_pil(report_picture(found)[0]).save(args.output)
+        save_picture(to_pil(report_picture(found)[0]), args.output)
     elif args.output is not None:
         args.output.write_text(json.dumps(asdict(found), indent=1, ensure_ascii=False), encoding="utf-8")
     return asdict(found)
@@ -143,26 +143,23 @@ def report(args):
 def sample(args):
     import torch
 
-    from .adapter import concatenate, is_token_table, load_adapter, renamed
+    from .adapter import concatenate, load_adapter
     from .denoiser import check_size
     from .library import Library
-    from .live_prompts import is_text
-    from .plots import to_pil
-    from .preview import draw_with
+    from .plots import save_picture, to_pil
+    from .preview import acting, draw_with
 
     adapters = [load_adapter(p).scaled(s) for p, s in map(_with_strength, args.adapter)]
     if args.library is not None:
         adapters += [c.adapter for c in Library(args.library).concepts()]
     model = open_model(args)
     check_size(model, (args.size or model.size,) * 2)
-    text = [layer for a in adapters for layer in a.layers if is_text(layer)]
-    model.adapt_text(not all(map(is_token_table, text)), any(map(is_token_table, text)))
-    adapters = [renamed(a, [s.name for s in model.sites()]) for a in adapters]
+    adapters = acting(model, adapters)
     given = {"steps": args.steps, "guidance": args.guidance}
     drawn = draw_with(
         model, concatenate(adapters) if adapters else None, args.prompts, (args.size or model.size,) * 2, args.seed,
         **{k: v for k, v in given.items() if v is not None},
     )  # fmt: skip
-    to_pil(torch.cat(list(drawn), 1)).save(args.output)
+    save_picture(to_pil(torch.cat(list(drawn), 1)), args.output)
     say(args)(f"written to {args.output}")
     return {"output": str(args.output)}

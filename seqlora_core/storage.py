@@ -39,6 +39,24 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextlib.contextmanager
+def locked(path: Path, seconds: float, kind: str) -> Iterator[None]:
+    """One process at a time; others wait, and then hear that one is `kind` the library.  A killed process holds no lock."""
+    from filelock import FileLock, Timeout
+
+    lock, folder = FileLock(str(path), timeout=seconds), path.parent
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another process is {kind} the library {folder.name!r}: wait until it is done") from error
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"cannot write to the library {folder}: {error}; make the folder writable") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder last through a power cut; Windows has no such call and needs none."""
     if os.name == "nt":

@@ -19,7 +19,7 @@ from .errors import UserError
 from .library import Library
 from .live_prompts import is_text
 from .metadata import curves, datasets, tag_frequency, training
-from .names import safe_name, safe_text
+from .names import concept_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
 from .references import TEMPLATE, captions_of_class, complete_captions
@@ -40,13 +40,13 @@ def train_concept(
     None for the template.  An exception that `on_step` raises ends training: the concept is saved as it is then, and
     `Fit.stopped` holds the exception.
     With `replace_existing` a concept of this name is trained anew beside all others, and replaced only then.
-    A run that was stopped or killed goes on from its last checkpoint, to the same file as if it had not been; a
-    concept that was saved as it was then is replaced by the whole one.
+    A run that was stopped or killed goes on from its last checkpoint, to the same file as if it had not been, or without
+    `checkpointing.resume` is begun anew; a concept that was saved as it was then is replaced by the whole one.
     regularisation: pictures of the class on which the model must stay as it is.  Of several `workers` the first writes.
     Raises UserError before any work for a name that is taken, a missing trigger and the like.
     """
     name, trigger, class_noun = (
-        safe_name(name, "concept name"),
+        concept_name(name),
         safe_text(trigger, "trigger"),
         safe_text(class_noun, "class noun"),
     )
@@ -56,7 +56,7 @@ def train_concept(
     checkpointing.validate()
     with library.training() if workers.first else contextlib.nullcontext():
         library.reload()
-        unfinished = checkpointing.resume and library.unfinished(name)
+        unfinished = library.unfinished(name)
         library.check_free(name, replace_existing or unfinished)
         sets = images if isinstance(images, list) else [Pictures(images, captions or [None] * len(images))]
         if not sets or any(s.images.ndim != 4 or len(s.images) == 0 for s in sets):
@@ -76,13 +76,14 @@ def train_concept(
         every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
         cut_off = _cut_off(denoiser, sets, every, trigger)
         run = _identity(library, name, references, [*sets, *regularisation], trigger, config)
-        checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep)
-        if not checkpointing.resume:
-            checkpoints.clear()
+        checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep, checkpointing.resume)
         result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
         kept = slice(0, config.keep_latents)
         result.notes += cut_off
         alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
+        if library.note:  # once, of a run of many concepts
+            result.notes.append(library.note)
+            library.note = ""
         if alike is not None:
             result.notes.append(f"the trigger {trigger!r} calls {alike!r} of this library too: use one of them at a time")
         result.adapter.metadata = _metadata(

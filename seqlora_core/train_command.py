@@ -68,6 +68,7 @@ def run(args) -> dict:
 def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     """skip: concepts that the library holds whole are left as they are"""
     from .library import Library
+    from .manifest import FILE
     from .parallel import launched
     from .pictures import load
     from .preview import Preview
@@ -75,6 +76,8 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     from .run_pictures import RunPictures
     from .teach import train_concept
 
+    if args.planned is not None:
+        TrainingConfig(planned=args.planned).validate()
     configs = [[build(kind, job.options) for kind in (TrainingConfig, PictureOptions, Checkpointing)] for job in jobs]
     if args.library is None:
         raise UserError("no library: name its folder with --library")
@@ -84,7 +87,7 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     args.device, args.quiet = workers.device or args.device, not workers.first
     if workers.count > 1:
         say(args)(f"{workers.count} processes share each batch")
-    shown = RunPictures(args.pictures, args.preview_every) if args.pictures and workers.first else None
+    shown = RunPictures(args.pictures, args.preview_every, say(args)) if args.pictures and workers.first else None
     model = open_model(args)
     # all, before any work: a mistake shows at once
     pictures = [load(job.images, model.size, options, model) for job, (_, options, _) in zip(jobs, configs)]
@@ -97,7 +100,10 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
             complete_captions(some.captions, job.trigger, job.class_noun, options.caption)
         for some in regularisation:
             captions_of_class(some.captions, job.trigger, job.class_noun, options.caption)
-    library = Library(args.library, model.fingerprint(), args.planned or max(TrainingConfig.planned, len(jobs)), create=True)
+    planned = args.planned
+    if planned is None and not (args.library / FILE).exists():
+        planned = max(TrainingConfig.planned, len(jobs))
+    library = Library(args.library, model.fingerprint(), planned, create=True)
     done = []
     for job, (config, options, checkpointing), (sets, notes), (regularisation, more) in zip(jobs, configs, pictures, classes):
         if skip and job.name in library.names and not library.unfinished(job.name):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,10 @@ from PIL import Image
 from seqlora_core.adapter import load_adapter
 from seqlora_core.cli import main
 from seqlora_core.demo_model import DEMO_FOLDER
+from seqlora_core.errors import UserError
+from seqlora_core.plots import save_picture
+from seqlora_core.run_pictures import RunPictures
+from seqlora_core.trainer import Step
 
 from ..conftest import few_generic
 
@@ -82,6 +87,34 @@ def test_a_run_is_shown_in_pictures(library, tmp_path, model):
         "ghost.curves.png", "ghost.sheet.png", "ghost.step-000001.png", "ghost.step-000002.png", "ghost.step-000004.png",
     ]  # fmt: skip
     assert Image.open(tmp_path / "p" / "ghost.sheet.png").width > 500
+
+
+class Drawn:
+    """In the place of previews, which take long"""
+
+    def draw(self, name, adapter):
+        return Image.new("RGB", (8, 8))
+
+
+def test_a_preview_that_cannot_be_written_ends_no_run(tmp_path):
+    told, steps = [], []
+    shown = RunPictures(tmp_path / "p", 2, told.append)
+    (tmp_path / "p").rmdir()
+    on_step = shown.watch("fox", Drawn(), steps.append)
+    for number in (1, 2, 3):
+        on_step(Step(number, 3, 0.0, 0.0, 0.0, lambda: None))
+    assert len(steps) == 3 and len(told) == 2
+    assert re.fullmatch("cannot write the picture .*fox.step-000001.png: No such file.*; training goes on", told[0])
+
+
+def test_pictures_that_cannot_be_written_are_told(library, model, tmp_path):
+    shown = RunPictures(tmp_path / "p")
+    (tmp_path / "p").rmdir()
+    with pytest.raises(UserError, match="cannot write the picture .*octopus.curves.png: No such file.*; choose another place"):
+        shown.after(model, library, "octopus", torch.rand(1, 64, 64, 3))
+    for name in ("absent/x.png", "x.what"):
+        with pytest.raises(UserError, match="cannot write the picture .*; choose another place"):
+            save_picture(Drawn().draw("", None), tmp_path / name)
 
 
 def run(capsys, *arguments):
@@ -266,8 +299,6 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys, folder, tmp_pat
     filled = [a.replace("{tmp}", str(tmp_path)).replace("{folder}", str(folder)) for a in arguments]
     code, out, err = run(capsys, *filled)
     assert code == 2 and err.count("\n") == 1 and err.startswith("seqlora: ")
-    import re
-
     assert re.search(message, err)
 
 

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter, write_safetensors
+from seqlora_core.editing import rename
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.names import safe_name
+from seqlora_core.recipe import read_recipe
 from seqlora_core.references import complete_captions, load_pictures
 from seqlora_core.repair import repair
 from seqlora_core.storage import Kept
+from seqlora_core.teach import train_concept
 
 
 def adapter(up=1.0):
@@ -43,6 +47,32 @@ def test_whatever_passes_is_one_plain_file_name(name):
     except UserError:
         return
     assert not set(passed) & set('/\\:*?"<>|\0\n') and passed not in (".", "..") and len(passed.encode()) <= 200
+
+
+@pytest.mark.parametrize("name", ["calibration", "Calibration", " CALIBRATION "])
+def test_no_concept_takes_the_place_of_the_calibration(copy, name, tmp_path):
+    """Neither trained nor renamed nor from a recipe, a manifest or a repair"""
+    path, before = copy.folder / "calibration.safetensors", (copy.folder / "calibration.safetensors").read_bytes()
+    told = pytest.raises(UserError, match="a concept cannot be called '(?i:calibration)'.*use another name")
+    with told:
+        rename(copy, "fox", name)
+    with told:
+        copy.add(replace(copy.load("fox"), name=name))
+    with told:
+        train_concept(None, copy, [], name, "octzu")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'[[concept]]\nimages = "x"\ntrigger = "y"\nname = "{name}"\n')
+    with told:
+        read_recipe(recipe)
+    assert path.read_bytes() == before and copy.names == ["octopus", "penguin", "fox"] and copy.verify() == []
+    stem = name.strip()
+    for old, new in zip(copy.paths("fox"), (f"{stem}.safetensors", f"{stem}.stats.safetensors")):
+        shutil.copy(old, copy.folder / new)
+    assert repair(copy.folder).names == ["octopus", "penguin", "fox"]
+    text = copy.manifest_path.read_text().replace('"fox"', f'"{stem}"')
+    copy.manifest_path.write_text(text)
+    with told:
+        Library(copy.folder)
 
 
 def test_round_trip_with_alpha(tmp_path):

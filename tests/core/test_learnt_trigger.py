@@ -14,6 +14,7 @@ from seqlora_core.demo_model import DEMO_MODEL, DemoModel
 from seqlora_core.errors import UserError
 from seqlora_core.learnt_trigger import LearntTrigger, tokens_of
 from seqlora_core.low_rank import truncated
+from seqlora_core.preview import sample_sheet
 from seqlora_core.report import interference_report
 from seqlora_core.spectrum import capped
 from seqlora_core.teach import train_concept
@@ -136,6 +137,14 @@ def test_reports_and_ranks_are_of_the_other_layers(taught):
     cut, _ = truncated(concatenate(list(adapters.values())), 1)
     assert torch.allclose(cut.layers[TABLE].dense(), sum(a.layers[TABLE].dense() for a in adapters.values()))
     assert load_adapter(taught.paths("octopus")[0]).metadata["ss_network_dim"] == "2"
+
+
+def test_a_contact_sheet_of_a_concept_that_was_there_shows_it_too(own, taught):
+    references = torch.zeros(1, 64, 64, 3)
+    own.adapt_text(False, tokens=True)  # as training left it
+    trained = sample_sheet(own, taught, "octopus", references, 1)
+    own.adapt_text(False)  # as a model is that was opened anew
+    assert torch.equal(sample_sheet(own, taught, "octopus", references, 1), trained)
 
 
 def test_a_file_does_what_was_trained(own, taught):

@@ -142,6 +142,7 @@ ONE = '[[concept]]\nimages = "x"\ntrigger = "y"\n'
         (ONE + ONE, "two concepts are called 'x'"),
         (ONE + 'name = "../x"', "cannot be a file name"),
         (ONE + "steps = 0", "steps is 0"),
+        (ONE + f"seed = {2**64}", "seed is 18446744073709551616: give at most"),
         (ONE, "no library"),
         ('library = "l"\n' + ONE, "no folder"),
         (b"\xff\xfe", "not UTF-8"),

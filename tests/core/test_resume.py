@@ -13,6 +13,9 @@ from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.teach import train_concept
 
+from ..reliability.toy import ToyDenoiser, start
+from ..reliability.toy import teach as teach_toy
+
 STEPS = 6
 QUICK = {"use_decoys": False, "replay_batch": 4, "batch": 2}
 
@@ -119,6 +122,38 @@ def test_a_run_begun_otherwise_is_not_gone_on_with(model, subjects, begin, chang
         replace_existing=True, checkpointing=Checkpointing(resume=False),
     )  # fmt: skip
     assert len(fit.losses) == options["steps"]
+
+
+def test_without_resuming_an_unfinished_run_is_begun_anew_and_replaced_at_its_end(tmp_path):
+    """Nothing of it goes before the new run has a checkpoint or is done, so that a kill between loses neither"""
+    model = ToyDenoiser()
+    library = start(tmp_path / "toy", model)
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(number):
+        def on_step(step):
+            held.append(sorted(p.name for p in library.checkpoints("fox").glob("*")))
+            if step.number == number:
+                raise Stop
+
+        return on_step
+
+    held = []
+    teach_toy(model, library, "fox", steps=6, on_step=stop_at(4))
+    before, partial = [p.read_bytes() for p in library.paths("fox")], library.load("fox")
+    with pytest.raises(UserError, match="began with seed 0, not 1: .*--no-resume.*if_trained 'start anew'"):
+        teach_toy(model, library, "fox", 1, steps=6)
+    held = []
+    _, fit = teach_toy(model, library, "fox", 1, steps=6, resume=False, every=2, on_step=stop_at(3))
+    assert held == [[f"step-000004{SUFFIX}"], [f"step-000002{SUFFIX}"], [f"step-000002{SUFFIX}"]] and len(fit.losses) == 3
+    assert [p.read_bytes() for p in library.paths("fox")] != before and partial.name in library.names
+    steps = []
+    _, fit = teach_toy(model, library, "fox", 1, steps=6, on_step=steps.append)
+    assert steps[0].number == 4 and len(fit.losses) == 6 and not library.unfinished("fox")
+    with pytest.raises(UserError, match="has a concept 'fox' already"):
+        teach_toy(model, library, "fox", 1, steps=6, resume=False)
 
 
 def test_a_full_disk_stops_the_run_with_one_sentence_and_leaves_the_last_checkpoint(model, subjects, begin, monkeypatch):

@@ -166,6 +166,18 @@ def test_a_learnt_trigger_is_read_by_the_stock_loader_and_acts_on_it_alone(serve
     assert np.abs(drawn("an octzu animal", ours) - drawn("an octzu animal", both)).mean() < 1.0
 
 
+def test_the_samples_of_a_learnt_trigger_that_was_there_are_those_of_its_run(server):
+    """What training switched on is off again when the concept is only used"""
+    shown = []
+    for if_trained in ("train again", "use it"):
+        graph = train_with({"learn_trigger": True}, library="called", learning_rate=0.01) | {
+            "12": {"class_type": "PreviewImage", "inputs": {"images": ["3", 3]}}
+        }
+        graph["3"]["inputs"]["if_trained"] = if_trained
+        shown.append(pixels(server, server.run(graph), "12"))
+    assert np.array_equal(*shown)
+
+
 def test_both_levels_and_pictures_of_the_class(server):
     graph = train_with({"lower_steps": 1, "hypergradient": "neumann:1"}, library="levels")
     graph["10"] = images("demo/fox")
