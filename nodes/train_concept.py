@@ -20,7 +20,7 @@ from .comfy_denoiser import ComfyDenoiser
 from .folders import library_folder, open_library
 from .types import CATEGORY, Entry, ImagesType, Options, OptionsType, Stack, StackType, advanced
 
-USE, AGAIN = "use it", "train again"
+USE, AGAIN, ANEW = "use it", "train again", "start anew"
 
 
 class SeqLoRATrainConcept(io.ComfyNode):
@@ -56,7 +56,10 @@ class SeqLoRATrainConcept(io.ComfyNode):
                     "seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
                     tooltip="The same seed trains the same concept.",
                 )),
-                io.Combo.Input("if_trained", options=[USE, AGAIN], default=USE, optional=True, tooltip="If the library has this concept."),
+                io.Combo.Input(
+                    "if_trained", options=[USE, AGAIN, ANEW], default=USE, optional=True,
+                    tooltip="If the library has this concept. train again goes on with a run that was stopped; start anew does not.",
+                ),
                 advanced(io.Int.Input("batch_size", default=default.batch, min=1, max=64, optional=True, tooltip="Lower it if memory runs out.")),
                 advanced(io.Int.Input(
                     "preview_every", default=50, min=0, max=10_000, optional=True, tooltip="Steps between previews; 0 for none."
@@ -100,8 +103,8 @@ class SeqLoRATrainConcept(io.ComfyNode):
         drift_budget=TrainingConfig.drift_budget, options=None, regularisation=None,
     ) -> io.NodeOutput:  # fmt: skip
         name = concept_name(name)
-        if if_trained not in (USE, AGAIN):  # not every server checks a combo of a prompt sent by POST
-            raise UserError(f"if_trained is {if_trained!r}: choose '{USE}' or '{AGAIN}'")
+        if if_trained not in (USE, AGAIN, ANEW):  # not every server checks a combo of a prompt sent by POST
+            raise UserError(f"if_trained is {if_trained!r}: choose '{USE}', '{AGAIN}' or '{ANEW}'")
         options = options or Options()
         config = TrainingConfig(
             rank=rank,
@@ -120,13 +123,14 @@ class SeqLoRATrainConcept(io.ComfyNode):
             opened = Library(library_folder(library), denoiser.fingerprint(), planned_concepts, create=True)
             trained = name in opened.names
             notes = []
-            if not trained or if_trained == AGAIN:
+            if not trained or if_trained != USE:
                 earlier = opened.concepts(without=name, stored_moments=True)
                 preview = Preview(denoiser, trigger, class_noun, earlier, tuple(images.images.shape[1:3]))
                 progress = _Progress(cls.hidden.unique_id, preview, steps, preview_every)
                 _, fit = train_concept(
                     denoiser, opened, _ordinary(images.sets), name, trigger, class_noun, None, config,
-                    progress.step, replace_existing=trained, checkpointing=options.checkpointing,
+                    progress.step, replace_existing=trained,
+                    checkpointing=replace(options.checkpointing, resume=if_trained != ANEW),
                     regularisation=_ordinary(regularisation.sets) if regularisation else (),
                 )  # fmt: skip
                 losses, notes = fit.losses, fit.notes + images.notes
@@ -138,7 +142,8 @@ class SeqLoRATrainConcept(io.ComfyNode):
                 report = f"{name} is in the library already: using it. Set 'if_trained' to '{AGAIN}' to train it anew."
                 if opened.unfinished(name):
                     report = (
-                        f"{name} was stopped before its end: using it as it is. Set 'if_trained' to '{AGAIN}' to go on with it."
+                        f"{name} was stopped before its end: using it as it is. Set 'if_trained' to '{AGAIN}' to go on with it, "
+                        f"or to '{ANEW}' to begin it once more."
                     )
             samples = sample_sheet(denoiser, opened, name, images.images)
             curves = kept_curves_picture(opened.load(name).adapter.metadata)

@@ -81,7 +81,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "stopping": {
         "every": "steps between checkpoints (0: only when stopped with Ctrl-C)",
         "keep": "checkpoints kept",
-        "resume": "go on with an unfinished run of this concept; without, it is begun anew and replaced at the new run's end",
+        "resume": "go on with an unfinished run of this concept; without, it is begun anew, and what it left replaced at the end",
     },
 }
 CLASSES = (TrainingConfig, PictureOptions, Checkpointing)

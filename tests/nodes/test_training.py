@@ -156,8 +156,16 @@ def test_cancel_keeps_what_was_trained(server, trained):
     outputs = server.run(train("cancelled", steps=20000))  # "use it": nothing is trained again
     assert outputs["3"]["images"]
     assert len(list((folder / ".checkpoints" / "octopus").iterdir())) >= 1  # "train again" would go on from there
-    with pytest.raises(Failed, match="unfinished run of 'octopus'.* began with steps 20000, not 5"):
+    with pytest.raises(Failed, match="unfinished run of 'octopus'.* began with steps 20000, not 5.*if_trained 'start anew'"):
         server.run(train("cancelled", steps=5, if_trained="train again"))
+    before = (folder / "octopus.safetensors").read_bytes()
+    with pytest.raises(Failed, match="lacks the trigger"):
+        server.run(train("cancelled", "octopus", "nowhere", steps=5, if_trained="start anew"))
+    assert (folder / "octopus.safetensors").read_bytes() == before and any((folder / ".checkpoints" / "octopus").iterdir())
+    look = {"8": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}}
+    said = server.run(train("cancelled", steps=5, if_trained="start anew", planned_concepts=7) | look)["8"]["text"][0]
+    assert "octopus: trained 5 steps" in said and "was planned for 32 when it was begun; 7 is ignored" in said
+    assert (folder / "octopus.safetensors").read_bytes() != before and not (folder / ".checkpoints" / "octopus").exists()
 
 
 def test_a_second_concept_stands_beside_the_first(server, trained):
