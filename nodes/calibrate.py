@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.lora_moments import general_calibration, keep_moments, kept_moments, kept_trigger, see_trigger
+from ..seqlora_core.same_layers import moments_under
 from ..seqlora_core.storage import stamp
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
@@ -89,7 +90,11 @@ class SeqLoRACalibrate(io.ComfyNode):
                 path = lora_file(entry.name)
                 kept = kept_moments(path, base)
                 # what it sees in the other LoRAs' layers counts too
-                if kept is None or not seen <= set(kept[0].layers) or kept_trigger(path, base) != calls[entry.name]:
+                if (
+                    kept is None
+                    or not seen <= set(moments_under(kept[0], seen).layers)
+                    or kept_trigger(path, base) != calls[entry.name]
+                ):
                     fitted = loras[entry.name]
                     part = Part(entry.name, 1.0, fitted.adapter, fitted.patches)
                     patched, text, missing = patch_model(model, clip, [part], weights)
