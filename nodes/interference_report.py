@@ -10,7 +10,7 @@ from ..seqlora_core.composition import MODES
 from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
 from .comfy_weights import Weights
-from .loading import Composed, by_file, compose_stack, load_members, names_of
+from .loading import Composed, by_file, compose_stack, load_members, names_of, unrecorded
 from .types import CATEGORY, StackType
 
 AUTO = "auto"
@@ -47,7 +47,9 @@ class SeqLoRAInterferenceReport(io.ComfyNode):
         weights = Weights(model, clip) if model is not None else None
         if mode == AUTO:
             mode = "data" if all(m.concept.moments is not None for m in load_members(stack, weights)) else "weights"
-        report = report_of(compose_stack(stack, mode, amount, weights=weights), mode)
+        composed = compose_stack(stack, mode, amount, weights=weights)
+        report = report_of(composed, mode)
+        report.advice += filter(None, [unrecorded(composed.members)])
         picture = report_picture(report)
         data = json.dumps(asdict(report), ensure_ascii=False)
         return io.NodeOutput(report.text(), picture, data, ui=ui.PreviewImage(picture, cls=cls))

@@ -13,6 +13,7 @@ from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.lora_moments import kept_general, kept_moments, kept_trigger
+from ..seqlora_core.same_layers import moments_under, one_spelling, under_names, unseen
 from ..seqlora_core.selection import acts, selected
 from ..seqlora_core.spectrum import spikes
 from ..seqlora_core.statistics import Moments
@@ -41,11 +42,13 @@ class Member:
 
 @dataclass
 class Composed:
-    """A stack ready for a model.  members: those that act.  kept: energy that the projection leaves each of `parts`, as shares."""
+    """A stack ready for a model.  members: those that act.  kept: energy that the projection leaves each of `parts`, as shares.
+    unrecorded: of mode "data", `unrecorded`."""
 
     members: list[Member]
     parts: list[Part]
     kept: list[float]
+    unrecorded: str = ""
 
     @property
     def concepts(self) -> list[Concept]:
@@ -58,7 +61,7 @@ class Composed:
 
     def notes(self, mode: str, cap: float | None = None) -> list[str]:
         """What of the files does not act as one might think, a sentence each"""
-        out = []
+        out = [self.unrecorded] if self.unrecorded else []
         for member in self.members:
             name, unknown = member.concept.name, member.fitted.unknown
             if unknown:
@@ -103,7 +106,17 @@ def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
     members = [m for m in members if m.fitted.acts or not m.entry.part]
     if not members:
         raise UserError(f"nothing of the stack acts: {stack.entries[0].name} changes no {stack.entries[0].part} layer")
-    return members
+    return _spelt_alike(members, weights)
+
+
+def _spelt_alike(members: list[Member], weights: Weights | None) -> list[Member]:
+    """The members with one name for each layer, in what they change and in what they see"""
+    ask = "" if weights else "connect the model and the clip that they are for"
+    adapters, moments = one_spelling([m.fitted.adapter for m in members], [m.concept.moments for m in members], ask)
+    return [
+        replace(m, fitted=replace(m.fitted, adapter=a), concept=replace(m.concept, moments=seen))
+        for m, a, seen in zip(members, adapters, moments)
+    ]
 
 
 def _load(entry: Entry, weights: Weights | None) -> Member:
@@ -118,6 +131,8 @@ def _load(entry: Entry, weights: Weights | None) -> Member:
         if weights and not entry.base and len(state) > 1:  # what it sees on another model is not what it sees here
             entry = replace(entry, base=weights.fingerprint)
         moments, called = _moments.get((path, entry.base), state, lambda: _read_moments(path, entry.base))
+        if moments and not weights:  # which tell what the model that they were recorded on calls its layers
+            fitted = replace(fitted, adapter=under_names(fitted.adapter, moments.layers))
         metadata = fitted.adapter.metadata
         if called and not metadata.get("seqlora.trigger"):
             metadata = metadata | {"modelspec.trigger_phrase": called}  # what the user says it is called goes before its file
@@ -144,7 +159,7 @@ def _selected(fitted: Fitted, entry: Entry, weights: Weights | None) -> dict:
 
 
 def _read_file(path: Path, weights: Weights | None) -> Fitted:
-    return fit(*read_safetensors(path), weights, path.name) if weights else Fitted(load_adapter(path))
+    return fit(*read_safetensors(path), weights, path.name) if weights else Fitted(under_names(load_adapter(path)))
 
 
 def compose_stack(
@@ -175,7 +190,7 @@ def compose_stack(
         Part(m.concept.name, m.entry.strength * share, a, m.fitted.patches, m.entry.start, m.entry.end)
         for m, a in zip(members, projected)
     ]
-    return Composed(members, pieces, kept)
+    return Composed(members, pieces, kept, unrecorded(members) if mode == "data" else "")
 
 
 def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str) -> Fitted:
@@ -201,6 +216,8 @@ def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, ex
     if mode == "data" and silent:
         raise UserError(f"mode 'data' needs to know what {silent[0]!r} sees: put a Calibrate node before, or use 'weights'")
     general = general_moments([m.entry for m in members]) if mode == "data" else None
+    if general is not None:
+        general = moments_under(general, [n for a in adapters for n in a.layers])
     projected = project(adapters, mode, amount, None if silent else moments, general, wishes=wishes)
     kept = [1.0 if a is p else energy_kept(a, p) for a, p in zip(adapters, projected)]
     pieces: list[Adapter] = [None] * len(members)
@@ -219,6 +236,13 @@ def by_file(members: list[Member]) -> list[list[int]]:
     for place, member in enumerate(members):
         found.setdefault(entry_file(member.entry), []).append(place)
     return list(found.values())
+
+
+def unrecorded(members: list[Member]) -> str:
+    """Layers of which the moments that are known say nothing, as `unseen` puts it; UserError for a LoRA of all of whose layers"""
+    wholes = [[members[i] for i in group] for group in by_file(members)]
+    known = [whole for whole in wholes if whole[0].concept.moments is not None]
+    return unseen([_whole(w) for w in known], [w[0].concept.moments for w in known], [w[0].concept.name for w in known])
 
 
 def _whole(members: list[Member]) -> Adapter:

@@ -5,7 +5,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.adapter import concatenate, one_spelling, save_adapter
+from ..seqlora_core.adapter import concatenate, save_adapter
 from ..seqlora_core.composition import MODES, Wishes
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.low_rank import truncated
@@ -71,7 +71,7 @@ class SeqLoRASaveStack(io.ComfyNode):
         if timed:
             raise UserError(f"{timed} acts on some steps only, which a file cannot say: take that off, or use Apply Stack")
         adapters = [p.adapter.scaled(p.strength) for p in composed.parts]
-        adapter, lost = truncated(concatenate(one_spelling(adapters)), rank or None)
+        adapter, lost = truncated(concatenate(adapters), rank or None)
         adapter.metadata = {
             "seqlora.trigger": ", ".join(filter(None, (c.trigger for c in composed.concepts))),
             "modelspec.title": "SeqLoRA stack",
@@ -79,6 +79,8 @@ class SeqLoRASaveStack(io.ComfyNode):
         extra, left = full_differences(composed.parts, weights)
         save_adapter(path, adapter, extra=extra)
         said = f"saved {path.name}" + (f", {lost:.2%} of its energy lost to rank {rank}" if rank else "")
+        if composed.unrecorded:
+            said += f"; {composed.unrecorded}"
         if left:
             said += f"; {len(left)} changes that no file can hold are not in it, first {left[0]}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(said))

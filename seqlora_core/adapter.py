@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .metadata import file_hashes, network
-from .spelling import Factors, canonical, factors, other_kind, plain
+from .spelling import Factors, canonical, factors, other_kind
 from .tensor_file import read_safetensors, write_safetensors
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -127,18 +126,6 @@ def concatenate(adapters: list[Adapter]) -> Adapter:
 def joined(parts: list[LayerDelta]) -> LayerDelta:
     """The sum of several changes of one weight as one of summed rank"""
     return LayerDelta(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1), parts[0].kernel)
-
-
-def renamed(adapter: Adapter, names: Iterable[str]) -> Adapter:
-    """The adapter with its layers under those of the names that mean the same weights; others keep theirs."""
-    wanted = {plain(n): n for n in names}
-    return Adapter({wanted.get(plain(n), n): d for n, d in adapter.layers.items()}, adapter.metadata)
-
-
-def one_spelling(adapters: list[Adapter]) -> list[Adapter]:
-    """Kohya's underscored names of a model's own modules and the dotted ones are the same layers: the dotted ones for both"""
-    dotted = [n for a in adapters for n in a.layers if n.startswith("diffusion_model.")]
-    return [renamed(a, dotted) for a in adapters]
 
 
 def check_useful(path: Path, adapter: Adapter) -> None:

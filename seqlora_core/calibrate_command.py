@@ -29,6 +29,7 @@ def run(args):
 def _calibrate_loras(args):
     from .adapter import load_adapter
     from .lora_moments import general_calibration, keep_moments, kept_moments, kept_trigger, see_trigger
+    from .same_layers import on_model
     from .triggers import trigger_of
 
     if args.trigger and len(args.trigger) != len(args.loras):
@@ -40,11 +41,13 @@ def _calibrate_loras(args):
             raise UserError(f"{path.name} does not say what calls it: give its trigger with --trigger")
     tell, model, done = say(args), open_model(args), []
     base, size = model.fingerprint(), (model.size, model.size)
-    for path, adapter, trigger in zip(args.loras, adapters, triggers):
+    placed = [on_model(adapter, model.sites(), path.name) for path, adapter in zip(args.loras, adapters)]
+    for path, (adapter, missing), trigger in zip(args.loras, placed, triggers):
         new = kept_moments(path, base) is None or kept_trigger(path, base) != trigger.strip()
         if new:
             keep_moments(path, base, see_trigger(model, adapter, trigger, size, args.pictures or 0, args.seed), trigger.strip())
-        tell(f"{path.stem}: {f'drew {trigger!r}, moments kept beside it' if new else 'was recorded before'}")
+        said = f"drew {trigger!r}, moments kept beside it" if new else "was recorded before"
+        tell(f"{path.stem}: {said}" + (f", {len(missing)} layers have no place here, first {missing[0]}" if missing else ""))
         done.append({"lora": str(path), "trigger": trigger, "new": new})
     for folder in dict.fromkeys(path.parent for path in args.loras):
         general_calibration(model, folder, size, seed=args.seed)

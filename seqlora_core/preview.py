@@ -20,10 +20,15 @@ PREVIEW_TILE, SMALLEST_TILE = 200, 128  # pixels a picture gets in the preview, 
 UNRELATED = "a castle, blue background"
 
 
-def acting(denoiser: Denoiser, adapters: list[Adapter]) -> list[Adapter]:
-    """The adapters under the names of the denoiser's layers, of whose text encoders from here on those that they move act"""
+def let_texts_act(denoiser: Denoiser, adapters: list[Adapter]) -> None:
+    """Those layers of the denoiser's text encoders that the adapters move are among its sites from here on"""
     text = [layer for a in adapters for layer in a.layers if is_text(layer)]
     denoiser.adapt_text(not all(map(is_token_table, text)), any(map(is_token_table, text)))
+
+
+def acting(denoiser: Denoiser, adapters: list[Adapter]) -> list[Adapter]:
+    """The adapters under the names of the denoiser's layers, those of its text encoders among them"""
+    let_texts_act(denoiser, adapters)
     names = [s.name for s in denoiser.sites()]
     return [renamed(a, names) for a in adapters]
 

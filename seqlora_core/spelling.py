@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
 from .errors import UserError
+from .transformer_names import PREFIX
 
 PAIRS = (
     (".lora_down.weight", ".lora_up.weight"),  # kohya, musubi, OneTrainer, LyCORIS
@@ -73,6 +75,9 @@ def other_kind(tensors: dict[str, Tensor]) -> str | None:
     return next((kind for part, kind in _OTHER_KINDS.items() if re.search(part, keys, re.MULTILINE)), None)
 
 
+_BEGINNINGS = r"(unet|text_encoder(_\d)?|transformer|diffusion_model)\."
+
+
 def canonical(stem: str, two_encoders: bool = False) -> str:
     """The one name of a layer: kohya's spelling of diffusers' modules for U-Nets and CLIP, else the file's own.
 
@@ -85,6 +90,12 @@ def canonical(stem: str, two_encoders: bool = False) -> str:
         name = f"unet.{name}"
     elif name.startswith("text_model."):
         name = f"text_encoder.{name}"
+    elif re.match(r"(single_|joint_)?transformer_blocks\.", name):
+        name = f"transformer.{name}"
+    elif re.match(r"(joint|double|single)_blocks\.", name):
+        name = f"diffusion_model.{name}"
+    elif stem.startswith("base_model.model.") and not re.match(_BEGINNINGS, name):
+        name = stem  # of a model that is not known here: what reads the file may need the prefix
     first_encoder = "lora_te1_" if two_encoders else "lora_te_"
     for prefix, short in (("unet.", "lora_unet_"), ("text_encoder.", first_encoder), ("text_encoder_2.", "lora_te2_")):
         if name.startswith(prefix):
@@ -124,6 +135,10 @@ def _diffusers_block(name: str) -> str:
     return f"{stem}_{block}_attentions_{layer}_{rest}"
 
 
+@lru_cache(1 << 16)
 def plain(name: str) -> str:
-    """A name without its trainer's prefix and punctuation: `diffusion_model.a.b` and `lora_unet_a_b` are both `a_b`"""
-    return re.sub(r"^(diffusion_model\.|lora_unet_)", "", name).replace(".", "_")
+    """A name without its trainer's prefix and punctuation: `diffusion_model.a.b` and `lora_unet_a_b` are both `a_b`; the first
+    of several text encoders is the only one of others, and CLIP's two have their numbers"""
+    name = re.sub(r"^(lora_te1_|text_encoders\.clip_l\.transformer\.)", "lora_te_", name)
+    name = re.sub(r"^text_encoders\.clip_g\.transformer\.", "lora_te2_", name)
+    return PREFIX.sub("", name).replace(".", "_")

@@ -10,24 +10,27 @@ from .errors import UserError
 from .terminal import open_model, say
 
 
-def _adapters(items: list[str], library: Path | None):
+def _adapters(args):
     """(name, adapter, strength, moments or None) of files or of a whole library, and what the base model sees.
 
     What has strength 0 takes no part, as in the nodes: nothing gives way to it.
     """
-    from .adapter import load_adapter, one_spelling
+    from .adapter import load_adapter
     from .library import Library
     from .lora_moments import kept_general, kept_moments
+    from .same_layers import moments_under, one_spelling, under_names
     from .statistics import read_statistics
 
-    if bool(items) == bool(library):
+    if bool(args.adapters) == bool(args.library):
         raise UserError("name LoRA files or give --library, one of the two")
-    if library:
-        opened = Library(library)
+    if args.library:
+        opened = Library(args.library)
         calibration = opened.calibration()
         return [(c.name, c.adapter, 1.0, c.moments) for c in opened.concepts()], calibration and calibration.moments
-    out, general = [], None
-    for item in items:
+    names, out, general, ask = [], [], None, "give their model with --model, or use the node Save Stack with it"
+    if args.model is not None:
+        names, ask = [s.name for s in open_model(args).sites()], "use the node Save Stack with their model"
+    for item in args.adapters:
         path, strength = _with_strength(item)
         adapter, stats, moments = load_adapter(path), path.with_name(f"{path.stem}.stats.safetensors"), None
         if stats.exists():
@@ -35,11 +38,12 @@ def _adapters(items: list[str], library: Path | None):
         elif kept := kept_moments(path):
             moments, base = kept
             general = general or kept_general(path.parent, base)
-        out.append((path.stem, adapter, strength, moments))
+        out.append((path.stem, under_names(adapter, [*names, *(moments.layers if moments else ())]), strength, moments))
     out = [part for part in out if part[2]] or out
-    adapters = one_spelling([adapter for _, adapter, *_ in out])
-    parts = [(name, adapter, *rest) for (name, _, *rest), adapter in zip(out, adapters)]
+    adapters, moments = one_spelling([a for _, a, *_ in out], [m for *_, m in out], ask)
+    parts = [(name, a, strength, m) for (name, _, strength, _), a, m in zip(out, adapters, moments)]
     _check_widths(parts)
+    general = general and moments_under(general, [n for a in adapters for n in a.layers])
     return parts, general
 
 
@@ -75,10 +79,11 @@ def stack(args):
     from .composition import Wishes, energy_kept, norm_controlled, project
     from .diffusers_names import as_diffusers
     from .low_rank import truncated
+    from .same_layers import unseen
     from .selection import selected
     from .tensor_file import write_safetensors
 
-    parts, general = _adapters(args.adapters, args.library)
+    parts, general = _adapters(args)
     names, adapters, moments = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts], [m for *_, m in parts]
     if not parts:
         raise UserError(f"the library {args.library} is empty: train a concept into it first")
@@ -87,11 +92,12 @@ def stack(args):
             raise UserError(f"the filter {args.layers!r} leaves no layer of {name}: use words that its layers' names hold")
     if args.rank is not None and args.rank < 1:
         raise UserError(f"rank is {args.rank}: give a number of at least 1")
-    unknown = set(args.protect) - set(names)
-    if unknown:
-        raise UserError(f"no {sorted(unknown)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")
+    strangers = set(args.protect) - set(names)
+    if strangers:
+        raise UserError(f"no {sorted(strangers)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")
     wishes = Wishes(args.order, frozenset(i for i, n in enumerate(names) if n in args.protect), args.restore, args.cap)
     known = None if any(m is None for m in moments) else moments
+    left_out = unseen(adapters, known, names) if known and args.mode == "data" else ""
     projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
     if args.norm_control and (args.mode != "weights" or args.order != "symmetric"):  # which divides by it already
@@ -105,6 +111,8 @@ def stack(args):
     else:
         save_adapter(args.output, written)
     tell = say(args)
+    if left_out:
+        tell(left_out)
     if args.mode != "sum":
         tell("energy kept: " + ", ".join(f"{n} {k:.0%}" for n, k in zip(names, kept)))
     tell(
@@ -119,16 +127,19 @@ def report(args):
 
     from .composition import project
     from .report import interference_report
+    from .same_layers import unseen
 
-    parts, general = _adapters(args.adapters, args.library)
+    parts, general = _adapters(args)
     if not parts:
         raise UserError(f"the library {args.library} is empty: train a concept into it first")
     adapters, moments = {n: a for n, a, *_ in parts}, {n: m for n, *_, m in parts if m is not None}
     if len(adapters) < len(parts):
         raise UserError("two of the LoRA files have the same name: a report tells them apart by name, rename one")
     known = list(moments.values()) if len(moments) == len(parts) else None
+    left_out = unseen([adapters[n] for n in moments], list(moments.values()), list(moments))
     projected = project(list(adapters.values()), args.mode, args.amount, known, general)
     found = interference_report(adapters, moments, [s for _, _, s, _ in parts], projected, args.mode)
+    found.advice += [left_out] if left_out else []
     say(args)(found.text())
     if args.output is not None and args.output.suffix.lower() == ".png":
         from .plots import save_picture, to_pil
@@ -147,17 +158,24 @@ def sample(args):
     from .denoiser import check_size
     from .library import Library
     from .plots import save_picture, to_pil
-    from .preview import acting, draw_with
+    from .preview import draw_with, let_texts_act
+    from .same_layers import on_model
 
-    adapters = [load_adapter(p).scaled(s) for p, s in map(_with_strength, args.adapter)]
+    files = [_with_strength(item) for item in args.adapter]
+    adapters, names = [load_adapter(path).scaled(strength) for path, strength in files], [path.name for path, _ in files]
     if args.library is not None:
-        adapters += [c.adapter for c in Library(args.library).concepts()]
+        concepts = Library(args.library).concepts()
+        adapters, names = adapters + [c.adapter for c in concepts], names + [c.name for c in concepts]
     model = open_model(args)
     check_size(model, (args.size or model.size,) * 2)
-    adapters = acting(model, adapters)
+    let_texts_act(model, adapters)
+    placed = [on_model(a, model.sites(), name) for a, name in zip(adapters, names)]
+    for name, (_, missing) in zip(names, placed):
+        if missing:
+            say(args)(f"{name}: {len(missing)} layers have no place here, first {missing[0]}")
     given = {"steps": args.steps, "guidance": args.guidance}
     drawn = draw_with(
-        model, concatenate(adapters) if adapters else None, args.prompts, (args.size or model.size,) * 2, args.seed,
+        model, concatenate([a for a, _ in placed]) if placed else None, args.prompts, (args.size or model.size,) * 2, args.seed,
         **{k: v for k, v in given.items() if v is not None},
     )  # fmt: skip
     save_picture(to_pil(torch.cat(list(drawn), 1)), args.output)

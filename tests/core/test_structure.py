@@ -10,13 +10,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
 # a module may import modules of earlier lines only
 LAYERS = [
-    {"errors", "linalg", "prompts", "sketch", "tables", "triggers", "metadata"},
+    {"errors", "linalg", "prompts", "sketch", "tables", "triggers", "metadata", "transformer_names"},
     {"spelling", "strict_json", "names", "references", "storage"},
     {"tensor_file", "manifest"},
     {"adapter", "optimisers"},
     {"attach", "diffusers_names", "low_rank", "selection", "spectrum"},
     {"denoiser", "statistics", "subspace", "recompute"},
-    {"live_prompts", "drawing", "transformer_sites"},
+    {"live_prompts", "drawing", "transformer_sites", "same_layers"},
     {"interference", "composition", "calibration", "demo_model", "unet_model", "transformer_model", "evaluation", "judge"},
     {"diffusers_folder", "bilevel", "hypergradient", "lora_moments", "report"},
     {"concept", "config", "plots"},
