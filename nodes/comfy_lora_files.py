@@ -227,11 +227,12 @@ def _shape_of(patch, shape: tuple[int, ...]) -> tuple[int, int] | None:
     return None
 
 
-def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False) -> Fitted:
+def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False, strength: float = 1.0) -> Fitted:
     """The LoRA with those of its patches that are nearly low-rank as layers of the adapter; the others stay patches.
 
     Done weight by weight in float64: what ComfyUI makes of the weight, less the weight.  exact: every matrix becomes
-    factors, of full rank if need be.
+    factors, of full rank if need be.  strength: at which the LoRA will act; the change is taken there and is told at strength
+    1, for ComfyUI's OFT does not do twice as much at twice the strength.
     """
     layers, left, changes = dict(fitted.adapter.layers), {}, {}
     for target, patch in fitted.patches.items():
@@ -241,11 +242,11 @@ def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False) -> Fitted
             left[target] = patch
             continue
         before = weights.original(key)
-        after = comfy.lora.calculate_weight([(1.0, patch, 1.0, rows, layout)], before.clone(), key)
+        after = comfy.lora.calculate_weight([(strength, patch, 1.0, rows, layout)], before.clone(), key)
         if after.shape != before.shape:
             left[target] = patch
             continue
-        changes.setdefault(key, []).append((target, patch, after - before))
+        changes.setdefault(key, []).append((target, patch, (after - before) / strength))
     for key, made in changes.items():
         name = weights.name_of[key]
         total = sum(change for *_, change in made)

@@ -164,8 +164,9 @@ def compose_stack(
     members = [m for m in members if m.entry.strength] or members
     for member in members:
         if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
-            read.append(weights.digest(parts(next(iter(member.fitted.patches)))[0]))
-            member.fitted = in_low_rank(member.fitted, weights, exact)
+            strength = member.entry.strength or 1.0
+            read.append((weights.digest(parts(next(iter(member.fitted.patches)))[0]), strength))
+            member.fitted = in_low_rank(member.fitted, weights, exact, strength)
     states = tuple(
         (entry_file(m.entry), _changed(entry_file(m.entry), m.entry.base), m.entry.layers, m.entry.part, m.entry.protected)
         for m in members
