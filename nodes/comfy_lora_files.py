@@ -50,6 +50,11 @@ class Fitted:
         changed = (weights.name_of.get(parts(target)[0]) for target in self.patches)
         return list(dict.fromkeys([*self.adapter.layers, *filter(None, changed)]))
 
+    def bends_at(self, strength: float) -> float:
+        """The strength at which its change is to be measured: 1, but where twice the strength is not twice the change"""
+        bent = any(isinstance(patch, (OFTAdapter, BOFTAdapter)) for patch in self.patches.values())
+        return strength or 1.0 if bent else 1.0
+
     def read_weights(self) -> list[str]:
         """Keys of the weights that decide what its patches change"""
         return sorted({parts(target)[0] for target, patch in self.patches.items() if _reads_weight(patch)})
@@ -246,11 +251,12 @@ def _shape_of(patch, shape: tuple[int, ...]) -> tuple[int, int] | None:
     return None
 
 
-def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False) -> Fitted:
+def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False, strength: float = 1.0) -> Fitted:
     """The LoRA with those of its patches that are nearly low-rank as layers of the adapter; the others stay patches.
 
     Done weight by weight in float64: what ComfyUI makes of the weight, less the weight.  exact: every matrix becomes
-    factors, of full rank if need be.
+    factors, of full rank if need be.  strength: at which the LoRA will act; the change is taken there and is told at strength
+    1, for ComfyUI's OFT does not do twice as much at twice the strength.
     """
     layers, left, changes = dict(fitted.adapter.layers), {}, {}
     for target, patch in fitted.patches.items():
@@ -260,11 +266,11 @@ def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False) -> Fitted
             left[target] = patch
             continue
         before = weights.original(key)
-        after = comfy.lora.calculate_weight([(1.0, patch, 1.0, rows, layout)], before.clone(), key)
+        after = comfy.lora.calculate_weight([(strength, patch, 1.0, rows, layout)], before.clone(), key)
         if after.shape != before.shape:
             left[target] = patch
             continue
-        changes.setdefault(key, []).append((target, patch, after - before))
+        changes.setdefault(key, []).append((target, patch, (after - before) / strength))
     for key, made in changes.items():
         name = weights.name_of[key]
         total = sum(change for *_, change in made)

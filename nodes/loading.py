@@ -175,8 +175,8 @@ def compose_stack(
     members = [m for m in members if m.entry.strength] or members
     for member in members:
         if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
-            read.append(weights.digest(member.fitted.read_weights()))
-            member.fitted = _as_low_rank(member, weights, exact, read[-1])
+            read.append((weights.digest(member.fitted.read_weights()), member.fitted.bends_at(member.entry.strength)))
+            member.fitted = _as_low_rank(member, weights, exact, *read[-1])
     states = tuple(
         (file_stamps(entry_file(m.entry)), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected) for m in members
     )
@@ -193,11 +193,14 @@ def compose_stack(
     return Composed(members, pieces, kept, unrecorded(members) if mode == "data" else "")
 
 
-def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str) -> Fitted:
-    """`in_low_rank`, which decomposes every weight, done once for all strengths.  read: digest of the weights that it rests on"""
+def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str, strength: float) -> Fitted:
+    """`in_low_rank`, which decomposes every weight, done once for all strengths where the LoRA allows.
+
+    read: digest of the weights that it rests on.  strength: at which it is measured.
+    """
     path, entry, fitted = entry_file(member.entry), member.entry, member.fitted
-    key = (path, weights.signature, entry.layers, entry.part, exact, read)
-    found = _low_rank.get(key, stamp(path), lambda: in_low_rank(fitted, weights, exact))
+    key = (path, weights.signature, entry.layers, entry.part, exact, read, strength)
+    found = _low_rank.get(key, stamp(path), lambda: in_low_rank(fitted, weights, exact, strength))
     return replace(found, adapter=Adapter(found.adapter.layers, fitted.adapter.metadata))  # what calls it may be new
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
+from .adapter import Adapter, joined
 from .interference import dense_energy, energies, overlaps
 from .spectrum import spikes
 from .statistics import Moments
@@ -161,11 +161,7 @@ class _Sums:
                 width = next((len(s) for s in seen if s is not None), None)
                 deltas, own = ([d and width and d.by_channel(width) for d in ds] for ds in (deltas, own))
                 self.energies.append(energies(deltas, seen))
-                whole = sum(s * d.dense() for d, s in zip(deltas, strengths) if d is not None)
-                for j, moment in enumerate(seen):
-                    if moment is not None:
-                        alone = 0 if own[j] is None else strengths[j] * own[j].dense()
-                        self.moved[j] += dense_energy(whole - alone, moment)
+                self.moved += _moved(deltas, own, stack is plain, seen, strengths)
 
     def own(self) -> Tensor:
         """Energy of each on its own inputs; of its weights, where no moments are known"""
@@ -195,6 +191,30 @@ class _Sums:
         shares = values[order].cumsum(0) / values.sum().clamp_min(LEAST)
         count = min(3, int((shares < 0.5).sum()) + 1)
         return [self.layers[i].removeprefix("diffusion_model.").removeprefix("lora_unet_") for i in order[:count].tolist()]
+
+
+def _moved(deltas: list, own: list, plain: bool, seen: list, strengths: list[float]) -> Tensor:
+    """[j]: energy on j's inputs, in one layer, of all that the stack does there and j alone would not.
+
+    By r x r products where that has far fewer directions than the weight, else by the weight's own change.
+    plain: the stack is not projected, so that j alone does just what it does there.
+    """
+    out = torch.zeros(len(seen), dtype=torch.float64)
+    parts = {i: replace(d, up=d.up * s) for i, (d, s) in enumerate(zip(deltas, strengths)) if d is not None}
+    whole = None
+    for j, moment in enumerate(seen):
+        unchanged = plain or deltas[j] is own[j]
+        others = [p for i, p in parts.items() if not (unchanged and i == j)]
+        if own[j] is not None and not unchanged:
+            others.append(replace(own[j], up=own[j].up * -strengths[j]))
+        if moment is None or not others:
+            continue
+        if sum(p.rank for p in others) < min(others[0].up.shape[0], others[0].down.shape[1]) / 2:
+            out[j] = energies([joined(others)], [moment])[0, 0].clamp_min(0)
+            continue
+        whole = sum(p.dense() for p in parts.values()) if whole is None else whole
+        out[j] = dense_energy(whole if own[j] is None else whole - strengths[j] * own[j].dense(), moment)
+    return out
 
 
 def _worst(report: Report, before: _Sums) -> list[dict]:

@@ -103,6 +103,22 @@ def test_crosstalk_and_disturbance_are_shares_of_the_concepts_own_effect():
         assert report.energy_kept[j] == pytest.approx(float(kept / own[j]), rel=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["sum", "data"])
+def test_what_moves_a_concept_is_found_without_the_weights_own_size(monkeypatch, mode):
+    """Of few directions in a wide layer, by r x r products: the same figures as by the whole change"""
+    generator = torch.Generator().manual_seed(1)
+    parts = {n: Adapter({"l": LayerDelta(*(torch.randn(*s, generator=generator) for s in ((2, 64), (48, 2))))}) for n in "abc"}
+    moments = {n: Moments({"l": torch.diag(torch.rand(64, generator=generator))}) for n in "abc"}
+    strengths, plain = [1.0, 0.5, -2.0], [a.layers["l"].dense() for a in parts.values()]
+    projected = project(list(parts.values()), mode, 1.0, list(moments.values()))
+    total = sum(s * p.layers["l"].dense() for s, p in zip(strengths, projected))
+    own = sum(dense_energy(p, m["l"]) for p, m in zip(plain, moments.values())) / 3
+    wanted = [dense_energy(total - s * p, m["l"]) / own for s, p, m in zip(strengths, plain, moments.values())]
+    monkeypatch.setattr(LayerDelta, "dense", None)
+    report = interference_report(parts, moments, strengths, projected, mode)
+    assert (report.disturbance_after or report.disturbance) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_disjoint_concepts_do_not_disturb():
     metric = Metric.of(moment_of(anisotropic(3)), eps=1e-12)
     both = orthonormal_basis(randn(4, IN, 2 * R))

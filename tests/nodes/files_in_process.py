@@ -107,6 +107,18 @@ def compare_stack(model, names, strengths):
     }  # fmt: skip
 
 
+def compare_factors(model, name, strength):
+    """One file's changes as factors of full rank, as a saved stack has them, against the stock loader"""
+    path = folder / "good" / f"{name}.safetensors"
+    fitted, weights = read(path, model, None)
+    fitted = in_low_rank(fitted, weights, True, strength)
+    ours = patch_model(model, None, [Part(name, strength, fitted.adapter, fitted.patches)], weights)[0]
+    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    stock = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0]
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    return difference(patched_weights(ours), patched_weights(stock), before.get)
+
+
 found = {}
 with torch.inference_mode():
     unet = small_unet()
@@ -120,6 +132,9 @@ with torch.inference_mode():
         found[path.stem] = compare(path, unet, None, stock)
     found["stack"] = compare_stack(unet, ["dora", "kohya", "loha", "locon"], [1.0, 0.5, -0.7, 1.3])
     found["stack_plain"] = compare_stack(unet, ["kohya", "locon", "locon_tucker", "kohya_float16"], [1.0, 0.5, -0.7, 0.1])
+    found["factors"] = {
+        f"{name} at {s}": compare_factors(unet, name, s) for name in ("oft", "boft", "loha") for s in (0.5, -1.0)
+    }
     small = small_unet()
     for module in small.model.diffusion_model.modules():
         if type(module).__name__ == "Linear":

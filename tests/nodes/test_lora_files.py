@@ -67,6 +67,12 @@ def test_what_is_plain_and_what_becomes_low_rank(found):
     assert found["dora"]["patches_left"] == found["dora"]["patches"]  # every column scaled at random
 
 
+def test_factors_are_taken_at_the_strength_at_which_they_act(found):
+    """ComfyUI's OFT applies the strength twice: what it changes at strength 1 is not twice of what it does at 0.5"""
+    for case, one in found["factors"].items():
+        assert one["difference"] < 1e-5 < one["change"], case
+
+
 def test_many_files_are_one_patch_a_weight(found):
     assert found["stack_plain"]["per_weight"] == 1 and found["stack_plain"]["stock_per_weight"] == 4
     assert found["stack_plain"]["difference"] < 1e-6 and found["stack_plain"]["same_weights"]
