@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapter import Adapter, LayerDelta
 from .errors import UserError
-from .transformer_names import parts, turned
+from .transformer_names import family_of, parts, turned
 
 
 def as_diffusers(adapter: Adapter) -> dict[str, Tensor]:
@@ -18,11 +18,12 @@ def as_diffusers(adapter: Adapter) -> dict[str, Tensor]:
     UserError for a layer that none of these models has.
     """
     tensors: dict[str, Tensor] = {}
+    family = family_of(adapter.layers)
     for name, delta in adapter.layers.items():
-        modules = [name] if name.startswith("transformer.") else parts(name)
+        modules = [name] if name.startswith("transformer.") else parts(name, family)
         if not modules:
             raise UserError(
-                f"{name} is no layer of SD3's or Flux.1's blocks: diffusers reads other models' files as they are, "
+                f"{name} is no layer of SD3 or Flux.1: diffusers reads other models' files as they are, "
                 "and token tables not at all (leave them out with --layers=-token_embedding)"
             )
         for module, up in zip(modules, _rows(delta, len(modules))):

@@ -35,6 +35,23 @@ _BLOCKS = {
         "linear1": (*_QKV, "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",),
     }),
 }  # fmt: skip
+# of each family ComfyUI's layers outside the blocks, and diffusers'
+_OUTER = {
+    SD3: {
+        "x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1", "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
+    },
+    FLUX: {
+        "img_in": "x_embedder", "txt_in": "context_embedder",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1", "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1", "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
+    },
+}  # fmt: skip
 _NUMBERED = re.compile(r"([a-z_]+?_blocks)[._](\d+)[._](.+)")
 # beginnings of one layer's name that say who wrote the file: diffusers, OneTrainer, SimpleTuner, PEFT, kohya, ComfyUI
 PREFIX = re.compile(r"^(base_model\.model\.)?(diffusion_model\.|lora_unet_|transformer\.|lora_transformer_|lycoris_)?")
@@ -45,10 +62,14 @@ def place(name: str, family: str | None) -> tuple[str, int, tuple[str, ...]] | N
     """ComfyUI's name of the layer that a name of any trainer's means, which of its parts that is, and diffusers' names of all
     its parts; None of a layer that is none of these models'.
 
-    family: SD3 or FLUX, which diffusers' names do not say; without it only ComfyUI's and kohya's are known.
+    family: SD3 or FLUX, which diffusers' names do not say; without it only ComfyUI's and kohya's of blocks are known.
     """
-    numbered = _NUMBERED.fullmatch(PREFIX.sub("", name))
+    bare = PREFIX.sub("", name)
+    numbered = _NUMBERED.fullmatch(bare)
     if numbered is None:
+        for ours, theirs in _OUTER.get(family, {}).items():
+            if bare.replace(".", "_") in (ours.replace(".", "_"), theirs.replace(".", "_")):
+                return f"diffusion_model.{ours}", -1 if bare.replace(".", "_") == ours.replace(".", "_") else 0, (theirs,)
         return None
     block, index, rest = numbered.groups()
     for ours, (kind, theirs, layers) in _BLOCKS.items():
@@ -61,18 +82,20 @@ def place(name: str, family: str | None) -> tuple[str, int, tuple[str, ...]] | N
 
 
 def turned(module: str, up: Tensor, width: int) -> Tensor:
-    """lora_up of a module of diffusers as the layer of ComfyUI's has it, and back: the last block of SD3's text has scale and
-    shift, no more, and each library its own order of the two"""
-    return up.roll(width, 0) if module.endswith("norm1_context.linear") and len(up) == 2 * width else up
+    """lora_up of a module of diffusers as the layer of ComfyUI's has it, and back: of scale and shift alone, as of the last norm
+    and of SD3's last block of text, each library has an order of its own"""
+    both = module.endswith(("norm1_context.linear", "norm_out.linear")) and len(up) == 2 * width
+    return up.roll(width, 0) if both else up
 
 
-def parts(name: str) -> list[str]:
+def parts(name: str, family: str | None) -> list[str]:
     """diffusers' names of the modules that a layer of ComfyUI's name is made of; none of a layer that is none of these models'"""
-    found = place(name, None)
+    found = place(name, family)
     if found is None:
         return []
-    _, ours, index, _ = found[0].split(".", 3)
-    return [f"transformer.{_BLOCKS[ours][1]}.{index}.{module}" for module in found[2]]
+    numbered = _NUMBERED.fullmatch(found[0].removeprefix("diffusion_model."))
+    block = f"{_BLOCKS[numbered[1]][1]}.{numbered[2]}." if numbered else ""
+    return [f"transformer.{block}{module}" for module in found[2]]
 
 
 def family_of(names: Iterable[str]) -> str | None:

@@ -53,11 +53,13 @@ def test_q_k_and_v_of_diffusers_are_the_rows_of_the_fused_layer(stem):
 def test_layers_are_written_for_diffusers_and_read_back():
     """Of SD3 and Flux.1, of equal ranks before and after"""
     layers = {"joint_blocks.0.x_block.attn.qkv": (576, 192), "joint_blocks.0.x_block.mlp.fc1": (768, 192),
-              "joint_blocks.0.context_block.adaLN_modulation.1": (1152, 192), "joint_blocks.2.context_block.adaLN_modulation.1": (384, 192)}  # fmt: skip
+              "joint_blocks.0.context_block.adaLN_modulation.1": (1152, 192), "joint_blocks.2.context_block.adaLN_modulation.1": (384, 192),
+              "final_layer.linear": (64, 192), "final_layer.adaLN_modulation.1": (384, 192)}  # fmt: skip
     flux = {
         "double_blocks.0.txt_attn.qkv": (576, 192),
         "single_blocks.3.linear1": (1344, 192),
         "single_blocks.3.linear2": (192, 960),
+        "img_in": (192, 64),
     }
     for family in (layers, flux):
         whole = Adapter({f"diffusion_model.{n}": layer(i, *size) for i, (n, size) in enumerate(family.items())})
