@@ -32,6 +32,7 @@ TABLES = {
     "method": of_method.method_table,
     "strengths": of_method.strengths_table,
     "editing": of_method.editing_table,
+    "late": of_method.late_table,
     "orders": of_method.orders_table,
     "ablations": lambda: of_method.method_table("ablations"),
     "method_large": lambda: of_method.method_table("method_large"),

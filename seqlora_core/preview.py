@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapter import Adapter, concatenate, is_token_table, renamed
+from .adapter import Adapter, concatenate, is_token_table
 from .attach import Attachment, attached
 from .concept import Concept
 from .denoiser import Denoiser
 from .labelled import labelled_grid
 from .library import Library
 from .live_prompts import is_text
+from .same_layers import under_names
 
 STEPS, GUIDANCE, SEED = 20, 4.0, 7
 PREVIEW_TILE, SMALLEST_TILE = 200, 128  # pixels a picture gets in the preview, and at least in the sheet
@@ -30,7 +31,7 @@ def acting(denoiser: Denoiser, adapters: list[Adapter]) -> list[Adapter]:
     """The adapters under the names of the denoiser's layers, those of its text encoders among them"""
     let_texts_act(denoiser, adapters)
     names = [s.name for s in denoiser.sites()]
-    return [renamed(a, names) for a in adapters]
+    return [under_names(a, names) for a in adapters]
 
 
 @torch.no_grad()

@@ -134,6 +134,18 @@ def strengths_table() -> str:
     return "\n".join(["| strength of all | kept | worst | generic drift |", "|---|---|---|---|", *lines])
 
 
+def late_table() -> str:
+    data = load("late")
+    lines = [
+        f"| {r['row']} | {r['steps']} | {r['gain']:.3f} | "
+        + (f"{r['share']:.2f} | {r['weight']:.0f} | {r['drift']:+.2%} |" if "share" in r else "1.00 | - | - |")
+        for r in data["rows"]
+    ]
+    head = ["| taught | steps | gain alone | over ordinary | weight at the end | drift added |", "|---|---|---|---|---|---|"]
+    about = f"From `{data['meta']['command']}`: {' and '.join(data['meta']['concepts'])}, after {data['meta']['after']} others."
+    return "\n".join([*head, *lines]) + f"\n\n{about}"
+
+
 def editing_table() -> str:
     data = load("editing")
     lines = [
