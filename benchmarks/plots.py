@@ -35,13 +35,13 @@ def method(rows: list[dict], path: Path) -> None:
     figure, axes = new_figure(14, 5.4, 3)
     names = list(dict.fromkeys(r["row"] for r in rows))
     names = [n for n in names if not n.startswith("seqlora_") or n in SHOWN]
-    plain = list(dict.fromkeys(n.removesuffix(LEARNT) for n in names))  # a row and the same with a learnt trigger: one colour
+    plain = list(dict.fromkeys(map(_plain, names)))
     for name in names:
         own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])
-        style = {"linewidth": 1.3, "color": f"C{plain.index(name.removesuffix(LEARNT))}"}
+        style = {"linewidth": 1.3, "color": f"C{plain.index(_plain(name))}"}
         if name.startswith("seqlora"):
             style = {"linewidth": 3, "color": "darkred" if "text" in name else "black", "zorder": 5}
-        if name.endswith(LEARNT):
+        if LEARNT in name:
             style |= {"linestyle": "--"}
         counts = [r["n"] for r in own]
         for plot, key in zip(axes, ("kept_mean", "kept_worst", "generic_drift")):
@@ -63,6 +63,12 @@ def method(rows: list[dict], path: Path) -> None:
     axes[2].set(yscale="log")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=6)
     figure.savefig(path)
+
+
+def _plain(name: str) -> str:
+    """The row of the same without a learnt trigger, which has one colour with it"""
+    plain = name.replace(LEARNT, "")
+    return {"ordinary": "ordinary_sum", "ordinary_closed_form": "closed_form"}.get(plain, plain)
 
 
 def costs(series: dict[str, list[dict]], path: Path) -> None:

@@ -55,10 +55,9 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_budget_20": dict(drift_budget=0.2),
     "seqlora_no_kept_latents": dict(keep_latents=0),
     "seqlora_replay_every_2": dict(replay_every=2),
-    "seqlora_image_stream": dict(layers="-context_block"),  # of the demo model's two streams
-    "seqlora_text_stream": dict(layers="context_block"),
+    "seqlora_image_stream": dict(layers="-@text"),
+    "seqlora_text_stream": dict(layers="@text"),
     "seqlora_text_learnt_trigger": dict(layers="@text", learn_trigger=True),
-    "seqlora_text_learnt_trigger_budget_3": dict(layers="@text", learn_trigger=True, drift_budget=0.03),
     "seqlora_rank_2": dict(rank=2),
     "seqlora_rank_8": dict(rank=8),
     "seqlora_learnt_trigger": dict(learn_trigger=True),
