@@ -13,7 +13,7 @@ from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
 from ..seqlora_core.lora_moments import kept_general, kept_moments, kept_trigger
-from ..seqlora_core.same_layers import moments_under, one_spelling, under_names, unseen
+from ..seqlora_core.same_layers import check_widths, moments_under, one_spelling, under_names, unseen
 from ..seqlora_core.selection import acts, selected
 from ..seqlora_core.spectrum import spikes
 from ..seqlora_core.statistics import Moments
@@ -113,6 +113,7 @@ def _spelt_alike(members: list[Member], weights: Weights | None) -> list[Member]
     """The members with one name for each layer, in what they change and in what they see"""
     ask = "" if weights else "connect the model and the clip that they are for"
     adapters, moments = one_spelling([m.fitted.adapter for m in members], [m.concept.moments for m in members], ask)
+    check_widths([m.concept.name for m in members], adapters)
     return [
         replace(m, fitted=replace(m.fitted, adapter=a), concept=replace(m.concept, moments=seen))
         for m, a, seen in zip(members, adapters, moments)

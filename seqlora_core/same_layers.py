@@ -126,6 +126,20 @@ def one_spelling(
     return spelt, [m if m is None else moments_under(m, chosen.values()) for m in moments]
 
 
+def check_widths(names: list[str], adapters: list[Adapter]) -> None:
+    """UserError for adapters of these names that have a layer of one name in different widths"""
+    first: dict[str, tuple[str, list[int]]] = {}
+    for name, adapter in zip(names, adapters):
+        for layer, delta in adapter.layers.items():
+            shape = [delta.up.shape[0], delta.down.shape[1]]
+            other, theirs = first.setdefault(layer, (name, shape))
+            if shape != theirs:
+                raise UserError(
+                    f"{other} and {name} were trained on different kinds of models: layer {layer} is {theirs} in {other} and "
+                    f"{shape} in {name}; stack LoRAs of one kind"
+                )
+
+
 def moments_under(moments: Moments, names: Iterable[str]) -> Moments:
     """The moments with those of the names that mean the same layers"""
     wanted = {plain(n): n for n in names}

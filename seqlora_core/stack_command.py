@@ -18,7 +18,7 @@ def _adapters(args):
     from .adapter import load_adapter
     from .library import Library
     from .lora_moments import kept_general, kept_moments
-    from .same_layers import moments_under, one_spelling, under_names
+    from .same_layers import check_widths, moments_under, one_spelling, under_names
     from .statistics import read_statistics
 
     if bool(args.adapters) == bool(args.library):
@@ -41,24 +41,9 @@ def _adapters(args):
         out.append((path.stem, under_names(adapter, [*names, *(moments.layers if moments else ())]), strength, moments))
     out = [part for part in out if part[2]] or out
     adapters, moments = one_spelling([a for _, a, *_ in out], [m for *_, m in out], ask)
-    parts = [(name, a, strength, m) for (name, _, strength, _), a, m in zip(out, adapters, moments)]
-    _check_widths(parts)
+    check_widths([name for name, *_ in out], adapters)
     general = general and moments_under(general, [n for a in adapters for n in a.layers])
-    return parts, general
-
-
-def _check_widths(parts: list[tuple]) -> None:
-    """UserError for files that have a layer of one name in different widths"""
-    first: dict[str, tuple[str, list[int]]] = {}
-    for name, adapter, *_ in parts:
-        for layer, delta in adapter.layers.items():
-            shape = [delta.up.shape[0], delta.down.shape[1]]
-            other, theirs = first.setdefault(layer, (name, shape))
-            if shape != theirs:
-                raise UserError(
-                    f"{other} and {name} were trained on different kinds of models: layer {layer} is {theirs} in {other} and "
-                    f"{shape} in {name}; stack LoRAs of one kind"
-                )
+    return [(name, a, strength, m) for (name, _, strength, _), a, m in zip(out, adapters, moments)], general
 
 
 def _with_strength(item: str) -> tuple[Path, float]:

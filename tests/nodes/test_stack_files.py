@@ -164,3 +164,12 @@ def test_a_spike_is_told_and_cut_where_the_user_asks_for_it(server, folder):
         load_adapter(folder / "tame.safetensors"),
     )
     assert all(torch.allclose(d.dense(), wanted.layers[n].dense(), rtol=1e-3, atol=1e-4) for n, d in saved.layers.items())
+
+
+def test_loras_of_unlike_models_are_not_saved_together(server, folder):
+    """Without a model nothing else tells them apart"""
+    for name, width in (("sd15", 768), ("sdxl", 2048)):
+        layer = LayerDelta(torch.ones(1, width), torch.ones(8, 1))
+        save_adapter(folder / f"{name}.safetensors", Adapter({"lora_unet_mid_block_attn2_to_k": layer}))
+    with pytest.raises(Failed, match="trained on different kinds of models: layer lora_unet_mid_block_attn2_to_k"):
+        server.run({"2": concept("sd15"), "3": concept("sdxl", "2")} | save("3", "unlike"))
