@@ -116,7 +116,7 @@ def guessed_family(widths: dict[str, int]) -> str | None:
     family = FLUX if "single_transformer_blocks" in blocks else SD3
     if not found or not all(place(n, family) for n in found):
         return None
-    first = [widths[n] for n in found if re.search(r"(to|add)_[qkv](_proj)?$", n)]
+    first = [widths[n] for n in found if re.search(r"attn2?[._](to|add)_", n)]
     if family == SD3 and not (first and first[0] != 3072 and max(int(m[2]) for m in found.values()) < first[0] // 64):
         return None
     return family

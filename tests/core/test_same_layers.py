@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
 from seqlora_core.cli import main
-from seqlora_core.demo_model import DEMO_FOLDER
+from seqlora_core.demo_model import DEMO_FOLDER, DEMO_MODEL
 from seqlora_core.diffusers_names import as_diffusers
 from seqlora_core.errors import UserError
 from seqlora_core.lora_moments import keep_moments, see_trigger
@@ -20,6 +20,7 @@ from seqlora_core.statistics import Moments
 
 FOX, PENGUIN = (DEMO_FOLDER / "loras" / f"seqlora_demo_{n}.safetensors" for n in ("fox", "penguin"))
 QKV = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+MLP = "diffusion_model.joint_blocks.0.x_block.mlp.fc1"
 TE = "text_model_encoder_layers_0_self_attn_q_proj"
 
 
@@ -208,6 +209,13 @@ def test_names_that_may_mean_one_layer_are_refused(tmp_path, capsys, one, two):
     assert main(["stack", *map(str, files), "--output", str(tmp_path / "o.safetensors")]) == 2
     said = capsys.readouterr().err
     assert f"{one} and {two} may be one layer under two names" in said and "--model" in said
+
+
+def test_the_model_that_is_given_tells_what_layers_are_called(tmp_path):
+    given = file(tmp_path, "a", transformer__transformer_blocks__0__ff__net__0__proj=layer(0, 768))
+    for more, name in (([], "transformer.transformer_blocks.0.ff.net.0.proj"), (["--model", str(DEMO_MODEL)], MLP)):
+        assert main(["stack", str(given), *more, "--output", str(tmp_path / "o.safetensors")]) == 0
+        assert list(load_adapter(tmp_path / "o.safetensors").layers) == [name]
 
 
 def test_files_that_diffusers_wrote_are_stacked_for_it(tmp_path):
