@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from functools import cached_property
 
 import comfy.lora
@@ -56,11 +55,12 @@ class Weights:
         weight, convert = self._kept(key)
         return convert(weight.to(torch.float32, copy=True), inplace=True).cpu().double()
 
-    def digest(self, keys: Iterable[str]) -> str:
+    def digest(self, keys: list[str]) -> str:
         """Tells these unpatched weights from those of another model, by `SAMPLE` numbers or more of each: reading them whole
         would take seconds of a large model, and training or merging leaves no weight's numbers as they were"""
-        kept = (self.clip.patcher.get_key_patches() if self.clip is not None else {}) | self.model.get_key_patches()
-        total = hashlib.sha256()
+        total, kept = hashlib.sha256(), {}
+        if keys:  # of LoHa and the like none: all of a model's keys need not be listed for them
+            kept = (self.clip.patcher.get_key_patches() if self.clip is not None else {}) | self.model.get_key_patches()
         for key in keys:
             weight = kept[key][0][0].detach().flatten()
             some = weight[:: max(1, len(weight) // SAMPLE)].cpu().contiguous()

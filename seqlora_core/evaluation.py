@@ -102,7 +102,8 @@ def summed(adapters: list[Adapter]) -> Callable[[list[int]], Adapter]:
 def row(name: str, losses: Losses, base: list[float], best_alone: list[float], base_generic: float) -> dict:
     """One row of a table: the protocol's columns, fractions rather than percent.
 
-    alone_gain and stack_gain: shares of what the ordinary LoRAs gain, of the losses' means; kept_*: concept by concept.  Of what is kept no concept counts on which the ordinary LoRA gains less than LEAST_GAIN: a share of next to nothing says
+    alone_gain and stack_gain: shares of what the ordinary LoRAs gain, of the losses' means; kept_*: concept by concept.  Of
+    what is kept no concept counts on which the ordinary LoRA gains less than LEAST_GAIN: a share of next to nothing says
     nothing; `counted` is how many do (all, where none gains as much).
     """
     gain = [b - o for b, o in zip(base, best_alone)]

@@ -13,7 +13,8 @@ import torch
 # key of a row -> (head, format)
 COLUMNS = {
     "row": ("row", "{}"), "alone": ("alone", "{:.4f}"), "stack": ("stack", "{:.4f}"), "alone_gain": ("gain alone", "{:.2f}"),
-    "stack_gain": ("gain of the stack", "{:.2f}"), "kept_mean": ("kept", "{:.2f}"), "kept_worst": ("worst", "{:.2f}"), "kept_subset": ("subsets", "{:.2f}"),
+    "stack_gain": ("gain of the stack", "{:.2f}"), "kept_mean": ("kept", "{:.2f}"), "kept_worst": ("worst", "{:.2f}"),
+    "kept_subset": ("subsets", "{:.2f}"),
     "generic_drift": ("generic drift", "{:+.1%}"), "pairs": ("pairs", "{:.4f}"),
     "identity_alone": ("identity alone", "{:.2f}"), "identity_stack": ("identity stack", "{:.2f}"),
     "pixel_control_stack": ("pixel control", "{:.2f}"), "one_nn_stack": ("1-NN", "{:.0%}"),
