@@ -19,22 +19,10 @@ from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.references import load_pictures
 
-from .toy import ToyDenoiser, start, teach
+from .toy import start, teach
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX")
 fork = multiprocessing.get_context("fork") if os.name != "nt" else None
-
-
-@pytest.fixture(scope="module")
-def model():
-    return ToyDenoiser()
-
-
-@pytest.fixture
-def library(model, tmp_path):
-    library = start(tmp_path / "library", model)
-    teach(model, library, "fox", steps=2)
-    return library
 
 
 def state(folder):

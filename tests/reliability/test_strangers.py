@@ -11,19 +11,7 @@ from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.repair import repair
 
-from ..reliability.toy import ToyDenoiser, start, teach
-
-
-@pytest.fixture(scope="module")
-def model():
-    return ToyDenoiser()
-
-
-@pytest.fixture
-def library(model, tmp_path):
-    library = start(tmp_path / "library", model)
-    teach(model, library, "fox", steps=2)
-    return library
+from .toy import teach
 
 
 @pytest.mark.parametrize("file", ["cat.safetensors", "cat.stats.safetensors"])
