@@ -24,7 +24,6 @@ from seqlora_core.evaluation import held_out_loss, mean, summed
 from seqlora_core.library import Library
 from seqlora_core.storage import written_aside
 from seqlora_core.tables import meta
-from seqlora_core.teach import train_concept
 
 ROW, COUNT = "seqlora_learnt_trigger", 10
 
@@ -51,10 +50,8 @@ class Measured:
 
 
 def trained_anew(bench: Bench, library: Library, name: str, rate: float) -> None:
-    s = bench.subject(name)
     config = replace(TrainingConfig(steps=bench.steps, learning_rate=rate), **bench.options[ROW])
-    given = s.images, name, s.trigger, s.class_noun, s.references.captions
-    train_concept(bench.model, library, *given, config, replace_existing=True)
+    bench.teach(library, name, config, replace_existing=True)
 
 
 def main() -> None:

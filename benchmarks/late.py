@@ -19,12 +19,11 @@ from pathlib import Path
 from benchmarks import concepts
 from benchmarks.method import ROOT, Bench
 from seqlora_core.config import TrainingConfig
-from seqlora_core.evaluation import held_out_loss, mean, summed
+from seqlora_core.evaluation import mean, summed
 from seqlora_core.library import Library
 from seqlora_core.ordinary import train_ordinary
 from seqlora_core.storage import written_aside
 from seqlora_core.tables import meta
-from seqlora_core.teach import train_concept
 
 ROW, RATE, PLANNED, CHAIN_STEPS, TOKENS = "seqlora_learnt_trigger", 3e-3, 101, 160, 4
 WAYS = {"as usual": {}, "without orthogonality": {"orthogonal": False}}
@@ -37,12 +36,10 @@ class Late:
         self.earlier, self.names = names[:after], names[after : after + count]
         if len(Library(self.chain)) < after:
             raise SystemExit(f"{self.chain} holds fewer than {after} concepts: run benchmarks.method first")
-        self.bench._measuring()
-        self.base = [held_out_loss(self.bench.model, self.bench.subject(n).held_out) for n in self.names]
+        self.base = [self.bench.loss(n, None) for n in self.names]
         self.before = self.drift(Library(self.chain), self.earlier)
 
     def drift(self, library: Library, names: list[str]) -> float:
-        self.bench._measuring()
         return self.bench.drift(summed([library.load(n).adapter for n in names])(list(range(len(names)))))
 
     def gains(self, adapters: list) -> list[float]:
@@ -63,9 +60,7 @@ class Late:
             for name in reversed(library.names[len(self.earlier) :]):
                 library.remove(name)
             for name in self.names:
-                s = self.bench.subject(name)
-                given = library, s.images, name, s.trigger, s.class_noun, s.references.captions
-                weights.append(train_concept(self.bench.model, *given, config)[1].weights[-1])
+                weights.append(self.bench.teach(library, name, config).weights[-1])
             drift = self.drift(library, library.names)
             return self.gains([library.load(n).adapter for n in self.names]), mean(weights), drift - self.before
 

@@ -40,6 +40,7 @@ from seqlora_core.ordinary import combined, train_ordinary
 from seqlora_core.storage import written_aside
 from seqlora_core.tables import markdown, meta
 from seqlora_core.teach import train_concept
+from seqlora_core.trainer import Fit
 
 ROOT = Path(__file__).resolve().parent.parent
 # what --model may name: (what opens it, its results)
@@ -119,21 +120,27 @@ class Bench:
         config = TrainingConfig(steps=self.steps, learning_rate=rate, seed=seed, planned=planned)
         config = replace(config, **self.options[row])
         for name in names[len(library) :]:
-            s, start = self.subject(name), time.process_time()
-            given = library, s.images, name, s.trigger, s.class_noun, s.references.captions
+            self.subject(name)  # whose pictures are no part of the cost
+            start = time.process_time()
             try:
-                _, fit = train_concept(self.model, *given, config)
+                fit = self.teach(library, name, config)
             except UserError as error:  # of many triggers made by chance, some consist of the others' tokens
                 if not config.learn_trigger:
                     raise
                 print(f"{name}: {error}", flush=True)
-                _, fit = train_concept(self.model, *given, replace(config, learn_trigger=False))
+                fit = self.teach(library, name, replace(config, learn_trigger=False))
             seconds = time.process_time() - start
             with open(folder / "costs.jsonl", "a", encoding="utf-8") as f:
                 size = sum(p.stat().st_size for p in library.paths(name))
                 f.write(json.dumps({"name": name, "seconds": seconds, "bytes": size, "weight": fit.weights[-1]}) + "\n")
             print(f"{row} {rate:g} seed {seed} of {planned}: {name} in {seconds:.0f} s", flush=True)
         return library
+
+    def teach(self, library: Library, name: str, config: TrainingConfig, **given) -> Fit:
+        """One more concept into a library; given: as `train_concept` takes it"""
+        s = self.subject(name)
+        told = s.images, name, s.trigger, s.class_noun, s.references.captions
+        return train_concept(self.model, library, *told, config, **given)[1]
 
     def costs(self, library: Library) -> list[dict]:
         lines = (library.folder / "costs.jsonl").read_text(encoding="utf-8").splitlines()
@@ -144,28 +151,30 @@ class Bench:
     def rate(self, row: str, planned: int = SEARCH) -> float:
         """The one given, or the best of RATES on tuning concepts, seed 0: ordinary LoRAs by what they gain alone, others by
         what is kept in a library planned as the table's is.  The method's ablations take the method's, but for `seqlora_budget_*`."""
-        if row not in self.rates and row in ABLATIONS and not row.startswith("seqlora_budget"):
+        if row in self.rates:
+            return self.rates[row]
+        if row in ABLATIONS and not row.startswith("seqlora_budget"):
             return self.rate("seqlora", planned)
-        if row not in self.rates:
-            names = concepts.names("tuning")[:SEARCH]
-            if row == "ordinary":
-                scores = {r: -evaluation.mean([self.loss(n, self.ordinary(n, r, 0)) for n in names]) for r in RATES}
-            else:
-                scores = {}
-                for r in RATES:
-                    library = self.chain(row, r, 0, names, planned)
-                    stack = summed([c.adapter for c in library.concepts()])(list(range(len(names))))
-                    scores[r] = -evaluation.mean([self.loss(n, stack) for n in names])
-            self.rates[row] = max(scores, key=scores.get)
-            print(f"{row}: learning rate {self.rates[row]:g}, of {scores}", flush=True)
+        names = concepts.names("tuning")[:SEARCH]
+        if row == "ordinary":
+            scores = {r: -evaluation.mean([self.loss(n, self.ordinary(n, r, 0)) for n in names]) for r in RATES}
+        else:
+            scores = {}
+            for r in RATES:
+                library = self.chain(row, r, 0, names, planned)
+                stack = summed([c.adapter for c in library.concepts()])(list(range(len(names))))
+                scores[r] = -evaluation.mean([self.loss(n, stack) for n in names])
+        self.rates[row] = max(scores, key=scores.get)
+        print(f"{row}: learning rate {self.rates[row]:g}, of {scores}", flush=True)
         return self.rates[row]
 
-    def loss(self, name: str, adapter: Adapter) -> float:
+    def loss(self, name: str, adapter: Adapter | None) -> float:
         self._measuring()
         return held_out_loss(self.model, self.subject(name).held_out, adapter)
 
     def drift(self, stack: Adapter) -> float:
         """How much worse it makes unrelated prompts, as a share of the bare model's loss on them"""
+        self._measuring()
         return held_out_loss(self.model, self.generic, stack) / self.generic_base - 1
 
     # --- one table -----------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from seqlora_core.config import TrainingConfig
 from seqlora_core.evaluation import held_out_loss, mean, summed
 from seqlora_core.library import Library
 from seqlora_core.options import from_recipe
-from seqlora_core.teach import train_concept
 
 CONCEPTS = ["octopus", "panda", "ghost"]
 
@@ -58,7 +57,7 @@ def main() -> None:
         library = Library(folder, model.fingerprint(), args.planned, create=True)
         library.keep_calibration(calibration)
         for s in subjects:
-            train_concept(model, library, s.images, s.name, s.trigger, s.class_noun, s.references.captions, config)
+            bench.teach(library, s.name, config)
         adapters = [c.adapter for c in library.concepts()]
     stack = summed(adapters)(list(range(len(subjects))))
     alone, kept = (
