@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in args.seeds:
         for count in args.counts:
             if missing := ledger.missing(count, longest, seed, rows):
-                for result in bench.table(names[:count], longest, seed, missing, names[:longest]):
+                for result in bench.table(names[:count], longest, seed, missing, names[:count]):
                     ledger.add([result], bench)
     print(markdown(summary(ledger.runs)))
 

@@ -8,8 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..seqlora_core.errors import UserError
-from ..seqlora_core.lora_moments import drawing, general_calibration, is_recorded, keep_moments, kept_moments, see_trigger
-from ..seqlora_core.same_layers import moments_under
+from ..seqlora_core.lora_moments import drawing, general_calibration, is_recorded, keep_moments, see_trigger
 from ..seqlora_core.triggers import trigger_of
 from .comfy_denoiser import ComfyDenoiser
 from .comfy_patches import Part, patch_model
@@ -86,10 +85,8 @@ class SeqLoRACalibrate(io.ComfyNode):
             for entry in files:
                 management.throw_exception_if_processing_interrupted()
                 path = lora_file(entry.name)
-                kept = kept_moments(path, base)
                 # what it sees in the other LoRAs' layers counts too
-                recorded = kept is not None and seen <= set(moments_under(kept[0], seen).layers)
-                if not recorded or not is_recorded(path, base, calls[entry.name], drawn):
+                if not is_recorded(path, base, calls[entry.name], drawn, seen):
                     fitted = loras[entry.name]
                     part = Part(entry.name, 1.0, fitted.adapter, fitted.patches)
                     patched, text, missing = patch_model(model, clip, [part], weights)

@@ -37,7 +37,7 @@ class ComfyDenoiser:
     file: what the model was loaded from, if that is known.
     """
 
-    pixel_step, largest_side = 1, 0  # ComfyUI crops and pads to what a model takes
+    pixel_step = 1  # ComfyUI crops and pads to what a model takes
 
     def __init__(self, model, clip, vae, layers: Iterable[str] | None = None, offloads: int = 0, file: Path | None = None):
         dynamic = getattr(model, "is_dynamic", lambda: False)()
@@ -62,6 +62,14 @@ class ComfyDenoiser:
     @property
     def base(self):
         return self.patcher.model
+
+    @property
+    def largest_side(self) -> int:
+        """Of a picture in pixels: as far as a table of positions reaches, if the model has one; else 0"""
+        network = self.network()
+        if self.vae is None or getattr(network, "pos_embed", None) is None:
+            return 0
+        return (getattr(network, "pos_embed_max_size", None) or 0) * network.patch_size * self.vae.spacial_compression_encode()
 
     def _load(self) -> None:
         models = [self.patcher, self.clip.patcher] if self._live else [self.patcher]

@@ -146,7 +146,7 @@ def _layers(places: list[Place], tensors: dict[str, Tensor], weights: Weights, s
         alpha = None if place.alpha is None else alpha_of(tensors[place.alpha], where)
         delta = layer_delta(Factors(tensors[place.down], tensors[place.up], mid, alpha), where, halves=True)
         delta.kernel = shape[2:]
-        _check_size((delta.up.shape[0], delta.down.shape[1]), _rows_shape(shape, place.rows), where)
+        _check_size(tuple(delta.shape), _rows_shape(shape, place.rows), where)
         if place.rows:
             whole = delta.up.new_zeros(shape[0], delta.rank)
             whole[place.rows[1] : place.rows[1] + place.rows[2]] = delta.up

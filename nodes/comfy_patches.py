@@ -111,9 +111,9 @@ def _patches(group: list[Part], weights: Weights, missing: list[str]):
                 missing.append(name)
                 continue
             shape = weights.shapes[key]
-            if (delta.up.shape[0], delta.down.shape[1]) != (shape[0], int(torch.Size(shape[1:]).numel())):
+            if delta.shape != [shape[0], int(torch.Size(shape[1:]).numel())]:
                 raise UserError(
-                    f"{part.source}: {name} is for a weight of {[delta.up.shape[0], delta.down.shape[1]]}, this model's is "
+                    f"{part.source}: {name} is for a weight of {delta.shape}, this model's is "
                     f"{list(shape)}: it was trained on another kind of model, load that one"
                 )
             joined.setdefault(key, []).append((part.strength, delta))

@@ -44,6 +44,11 @@ class LayerDelta:
         return self.down.shape[0]
 
     @property
+    def shape(self) -> list[int]:
+        """Of the weight that it changes, [out, in]"""
+        return [self.up.shape[0], self.down.shape[1]]
+
+    @property
     def acts(self) -> bool:
         """Whether it changes anything: of a layer that was never trained lora_up is zero"""
         return bool(self.up.abs().amax() and self.down.abs().amax())  # several times as fast as any()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .errors import UserError
-from .terminal import open_model, say
+from .terminal import on_this_model, open_model, say
 
 
 def run(args):
@@ -27,27 +27,26 @@ def run(args):
 
 
 def _calibrate_loras(args):
-    from .adapter import load_adapter
-    from .lora_moments import general_calibration, keep_moments, kept_moments, kept_trigger, see_trigger
-    from .same_layers import on_model
+    from .adapter import is_token_table, load_adapter
+    from .lora_moments import drawing, general_calibration, is_recorded, keep_moments, see_trigger
     from .triggers import trigger_of
 
     if args.trigger and len(args.trigger) != len(args.loras):
         raise UserError(f"{len(args.trigger)} triggers for {len(args.loras)} LoRAs: give one for each, in their order")
     adapters = [load_adapter(path) for path in args.loras]
-    triggers = args.trigger or [trigger_of(a.metadata) for a in adapters]
+    triggers = [t.strip() for t in args.trigger or [trigger_of(a.metadata) for a in adapters]]
     for path, trigger in zip(args.loras, triggers):
-        if not trigger.strip():
+        if not trigger:
             raise UserError(f"{path.name} does not say what calls it: give its trigger with --trigger")
     tell, model, done = say(args), open_model(args), []
-    base, size = model.fingerprint(), (model.size, model.size)
-    placed = [on_model(adapter, model.sites(), path.name) for path, adapter in zip(args.loras, adapters)]
-    for path, (adapter, missing), trigger in zip(args.loras, placed, triggers):
-        new = kept_moments(path, base) is None or kept_trigger(path, base) != trigger.strip()
+    base, size, pictures = model.fingerprint(), (model.size, model.size), args.pictures or 0
+    adapters, drawn = on_this_model(model, adapters, [p.name for p in args.loras], tell), drawing(size, pictures, args.seed)
+    layers = [s.name for s in model.sites() if not is_token_table(s.name)]  # whose inputs are no vectors
+    for path, adapter, trigger in zip(args.loras, adapters, triggers):
+        new = not is_recorded(path, base, trigger, drawn, layers)
         if new:
-            keep_moments(path, base, see_trigger(model, adapter, trigger, size, args.pictures or 0, args.seed), trigger.strip())
-        said = f"drew {trigger!r}, moments kept beside it" if new else "was recorded before"
-        tell(f"{path.stem}: {said}" + (f", {len(missing)} layers have no place here, first {missing[0]}" if missing else ""))
+            keep_moments(path, base, see_trigger(model, adapter, trigger, size, pictures, args.seed), trigger, drawn)
+        tell(f"{path.stem}: " + (f"drew {trigger!r}, moments kept beside it" if new else "was recorded before"))
         done.append({"lora": str(path), "trigger": trigger, "new": new})
     for folder in dict.fromkeys(path.parent for path in args.loras):
         general_calibration(model, folder, size, seed=args.seed)

@@ -203,10 +203,8 @@ def check_size(denoiser: Denoiser, size: tuple[int, int]) -> None:
     """UserError for pictures of a size that the model cannot take; size: height and width in pixels"""
     step, most = denoiser.pixel_step, denoiser.largest_side
     if any(n % step for n in size) or most and max(size) > most:
-        limit = f", at most {most}" if most else ""
-        raise UserError(
-            f"pictures of {size[1]} x {size[0]} pixels do not fit this model: choose sides that are multiples of {step}{limit}"
-        )
+        wanted = [f"that are multiples of {step}"] * (step > 1) + [f"of at most {most}"] * bool(most)
+        raise UserError(f"pictures of {size[1]} x {size[0]} pixels do not fit this model: choose sides {' and '.join(wanted)}")
 
 
 def loss(denoiser: Denoiser, latents: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .attach import Attachment, attached
-from .denoiser import Denoiser
+from .denoiser import Denoiser, check_size
 from .statistics import Moments, Recorder
 
 # drawn without guidance the pictures are the model's own distribution: its loss on them, and how far a concept moves
@@ -31,8 +31,9 @@ def draw(
 
     Each picture is seen at one noise level of each of `steps` parts of the schedule, which are equally likely in training;
     a first step from pure noise, which training never has, is not recorded, nor is what guidance asks about no prompt.
-    Deterministic DDIM (Song et al. 2021), which for flow models is Euler's method.
+    Deterministic DDIM (Song et al. 2021), which for flow models is Euler's method.  UserError for a size that the model cannot take.
     """
+    check_size(denoiser, size)
     generator, count, shape = torch.Generator().manual_seed(seed), len(prompts), denoiser.latent_shape(size)
     levels = denoiser.even_sigmas(count * steps).sort(descending=True).values.view(steps, count)
     dealt = torch.stack([torch.randperm(count, generator=generator) for _ in range(steps)])

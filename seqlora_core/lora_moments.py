@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
-from .adapter import Adapter
+from .adapter import Adapter, is_token_table
 from .calibration import Calibration, calibrate, record_moments, record_text
 from .denoiser import Denoiser
 from .drawing import draw
 from .errors import UserError
 from .prompts import trigger_prompts
+from .same_layers import moments_under
 from .statistics import Moments, read_statistics
 from .tensor_file import read_metadata, tensors_hash, write_safetensors
 
@@ -71,9 +73,12 @@ def drawing(size: tuple[int, int], pictures: int = 0, seed: int = 0) -> str:
     return f"{size[0]}x{size[1]}, {pictures or trigger_count(size)} pictures, seed {seed}"
 
 
-def is_recorded(lora: Path, base: str, trigger: str, drawn: str) -> bool:
-    """Whether the moments that `kept_moments` found on this base model are of this trigger, drawn this way; those that do not
-    say how they were drawn count as they are"""
+def is_recorded(lora: Path, base: str, trigger: str, drawn: str, layers: Collection[str]) -> bool:
+    """Whether moments of all these layers are kept that were recorded with this very LoRA on this base model, with this trigger
+    and drawn this way; those that do not say how they were drawn count as they are"""
+    kept = kept_moments(lora, base)
+    if kept is None or not set(layers) <= moments_under(kept[0], layers).layers.keys():
+        return False
     found = read_metadata(moments_path(lora, base))
     return found.get("seqlora.trigger", "") == trigger and found.get("seqlora.drawn", drawn) == drawn
 
@@ -122,7 +127,8 @@ def general_calibration(
         calibration.moments.layers |= record_text(denoiser, calibration.prompts).layers
     else:
         calibration = Calibration.load(path)
-        if all(s.name in calibration.moments.layers for s in [*denoiser.sites(), *denoiser.text_sites()]):
+        sites = [*denoiser.sites(), *denoiser.text_sites()]
+        if all(s.name in calibration.moments.layers or is_token_table(s.name) for s in sites):
             return calibration
         prompts = denoiser.encode_prompts(calibration.prompts)
         calibration.moments.layers |= record_moments(denoiser, calibration.latents, prompts, seed=seed).layers

@@ -209,7 +209,7 @@ def _moved(deltas: list, own: list, plain: bool, seen: list, strengths: list[flo
             others.append(replace(own[j], up=own[j].up * -strengths[j]))
         if moment is None or not others:
             continue
-        if sum(p.rank for p in others) < min(others[0].up.shape[0], others[0].down.shape[1]) / 2:
+        if sum(p.rank for p in others) < min(others[0].shape) / 2:
             out[j] = energies([joined(others)], [moment])[0, 0].clamp_min(0)
             continue
         whole = sum(p.dense() for p in parts.values()) if whole is None else whole

@@ -69,7 +69,7 @@ def _fused(name: str, parts: dict[int, LayerDelta], modules: tuple[str, ...]) ->
         return replace(first, up=turned(modules[0], first.up, width))
     rows = [width * (MLP_RATIO if module == "proj_mlp" else 1) for module in modules]
     for i, delta in parts.items():
-        if (found := [len(delta.up), delta.down.shape[1]]) != [rows[i], width]:
+        if (found := delta.shape) != [rows[i], width]:
             raise UserError(
                 f"{modules[i]} of {name} is for a weight of {found}, not {[rows[i], width]}: the file was trained on another kind "
                 "of model, or it is damaged"
@@ -97,7 +97,7 @@ def on_model(adapter: Adapter, sites: list[Site], source: str) -> tuple[Adapter,
             f"{source} has none of its {len(missing)} layers on this model, first {missing[0]}: give the model that it was trained on"
         )
     for name, delta in adapter.layers.items():
-        if name in places and (found := [len(delta.up), delta.down.shape[1]]) != _size(places[name], delta):
+        if name in places and (found := delta.shape) != _size(places[name], delta):
             raise UserError(
                 f"{source}: {name} is for a weight of {found}, this model's is {_size(places[name], delta)}: give the model that it "
                 "was trained on"
@@ -117,13 +117,18 @@ def one_spelling(
     ask: how to give the model, whose own names would tell; with it UserError where layers of two adapters may be one and their
     names do not say.
     """
-    known = [n for a in adapters for n in a.layers if place(n, None)]
+    known = [n for n in _all_names(adapters) if place(n, None)]
     adapters = [under_names(a, known) for a in adapters]
-    chosen = _chosen(n for a in adapters for n in a.layers)
+    chosen = _chosen(_all_names(adapters))
     spelt = [under_names(a, chosen.values()) for a in adapters]
     if ask:
         _check_apart(spelt, ask)
     return spelt, [m if m is None else moments_under(m, chosen.values()) for m in moments]
+
+
+def _all_names(adapters: list[Adapter]) -> list[str]:
+    """Each once"""
+    return list(dict.fromkeys(n for a in adapters for n in a.layers))
 
 
 def check_widths(names: list[str], adapters: list[Adapter]) -> None:
@@ -131,12 +136,11 @@ def check_widths(names: list[str], adapters: list[Adapter]) -> None:
     first: dict[str, tuple[str, list[int]]] = {}
     for name, adapter in zip(names, adapters):
         for layer, delta in adapter.layers.items():
-            shape = [delta.up.shape[0], delta.down.shape[1]]
-            other, theirs = first.setdefault(layer, (name, shape))
-            if shape != theirs:
+            other, theirs = first.setdefault(layer, (name, delta.shape))
+            if delta.shape != theirs:
                 raise UserError(
                     f"{other} and {name} were trained on different kinds of models: layer {layer} is {theirs} in {other} and "
-                    f"{shape} in {name}; stack LoRAs of one kind"
+                    f"{delta.shape} in {name}; stack LoRAs of one kind"
                 )
 
 
@@ -152,7 +156,7 @@ def moments_under(moments: Moments, names: Iterable[str]) -> Moments:
 def _chosen(names: Iterable[str]) -> dict[str, str]:
     """Plain name -> the one of the names that all are to have"""
     groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
+    for name in names:
         groups.setdefault(plain(name), []).append(name)
     numbered = any(n.startswith("lora_te2_") for n in groups)  # as files of SDXL have their encoders
 
@@ -184,7 +188,7 @@ def _marked(adapter: Adapter) -> dict[tuple, list[str]]:
         for system, pattern in enumerate(_SYSTEMS):
             if match := re.match(pattern, name):
                 tail = "" if match["model"] else name[match.end() :].replace(".", "_")
-                names = found.setdefault((tail, len(delta.up), delta.down.shape[1]), ["", ""])
+                names = found.setdefault((tail, *delta.shape), ["", ""])
                 names[system] = names[system] or name
     return found
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from .errors import UserError
-from .terminal import open_model, say
+from .terminal import on_this_model, open_model, say
 
 
 def _adapters(args):
@@ -143,8 +143,7 @@ def sample(args):
     from .denoiser import check_size
     from .library import Library
     from .plots import save_picture, to_pil
-    from .preview import draw_with, let_texts_act
-    from .same_layers import on_model
+    from .preview import draw_with
 
     files = [_with_strength(item) for item in args.adapter]
     adapters, names = [load_adapter(path).scaled(strength) for path, strength in files], [path.name for path, _ in files]
@@ -153,14 +152,10 @@ def sample(args):
         adapters, names = adapters + [c.adapter for c in concepts], names + [c.name for c in concepts]
     model = open_model(args)
     check_size(model, (args.size or model.size,) * 2)
-    let_texts_act(model, adapters)
-    placed = [on_model(a, model.sites(), name) for a, name in zip(adapters, names)]
-    for name, (_, missing) in zip(names, placed):
-        if missing:
-            say(args)(f"{name}: {len(missing)} layers have no place here, first {missing[0]}")
+    placed = on_this_model(model, adapters, names, say(args))
     given = {"steps": args.steps, "guidance": args.guidance}
     drawn = draw_with(
-        model, concatenate([a for a, _ in placed]) if placed else None, args.prompts, (args.size or model.size,) * 2, args.seed,
+        model, concatenate(placed) if placed else None, args.prompts, (args.size or model.size,) * 2, args.seed,
         **{k: v for k, v in given.items() if v is not None},
     )  # fmt: skip
     save_picture(to_pil(torch.cat(list(drawn), 1)), args.output)

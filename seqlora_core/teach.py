@@ -75,7 +75,7 @@ def train_concept(
         others_of_class = [_references(denoiser, s, t) for s, t in zip(regularisation, of_class)]
         every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
         cut_off = _cut_off(denoiser, sets, every, trigger)
-        run = _identity(library, name, references, [*sets, *regularisation], trigger, config)
+        run = _identity(library, name, [*references, *others_of_class], [*sets, *regularisation], trigger, config)
         checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep, checkpointing.resume)
         result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
         kept = slice(0, config.keep_latents)
@@ -109,10 +109,16 @@ def _size(pictures: Pictures) -> tuple[int, int]:
 
 
 def _cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigger: str) -> list[str]:
-    """A note on captions that teach nothing of the trigger; none if there are none.  captions: of each picture once"""
+    """A note on captions that teach nothing of the trigger, none if there are none; UserError if no caption does.
+    captions: of each picture once"""
     found = unread(denoiser, captions, trigger)
     if not found:
         return []
+    if len(found) == len(captions):
+        raise UserError(
+            f"the text encoder gets as far as the trigger {trigger!r} in none of the {len(captions)} captions, so nothing would "
+            "learn to answer to it: put it at their beginning"
+        )
     names = [n for s in sets for n in (s.names or ["a picture"] * len(s.images))[:: 2 if s.mirrored else 1]]
     return [
         f"the text encoder does not get as far as the trigger {trigger!r} in {len(found)} of {len(captions)} captions, such as "

@@ -39,6 +39,20 @@ def usable_device(named: str | None) -> str:
     return named
 
 
+def on_this_model(model, adapters: list, names: list[str], tell) -> list:
+    """The adapters under the names of the model's layers, those of its text encoders among them, without what it has no place
+    for, which is told.  names: the adapters', for messages"""
+    from .preview import let_texts_act
+    from .same_layers import on_model
+
+    let_texts_act(model, adapters)
+    placed = [on_model(a, model.sites(), name) for a, name in zip(adapters, names)]
+    for name, (_, missing) in zip(names, placed):
+        if missing:
+            tell(f"{name}: {len(missing)} layers have no place here, first {missing[0]}")
+    return [a for a, _ in placed]
+
+
 @contextlib.contextmanager
 def bar(name: str, steps: int, quiet: bool = False):
     """Function to call after each step: a progress bar, and the place where Ctrl-C (or SIGTERM) ends a run.

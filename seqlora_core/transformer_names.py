@@ -58,15 +58,21 @@ PREFIX = re.compile(r"^(base_model\.model\.)?(diffusion_model\.|lora_unet_|trans
 
 
 @lru_cache(1 << 16)
+def _numbered(name: str) -> re.Match | None:
+    """A name of a block's layer, of any trainer: the block, its number and the rest"""
+    return _NUMBERED.fullmatch(PREFIX.sub("", name))
+
+
+@lru_cache(1 << 16)
 def place(name: str, family: str | None) -> tuple[str, int, tuple[str, ...]] | None:
     """ComfyUI's name of the layer that a name of any trainer's means, which of its parts that is, and diffusers' names of all
     its parts; None of a layer that is none of these models'.
 
     family: SD3 or FLUX, which diffusers' names do not say; without it only ComfyUI's and kohya's of blocks are known.
     """
-    bare = PREFIX.sub("", name)
-    numbered = _NUMBERED.fullmatch(bare)
+    numbered = _numbered(name)
     if numbered is None:
+        bare = PREFIX.sub("", name)
         for ours, theirs in _OUTER.get(family, {}).items():
             if bare.replace(".", "_") in (ours.replace(".", "_"), theirs.replace(".", "_")):
                 return f"diffusion_model.{ours}", -1 if bare.replace(".", "_") == ours.replace(".", "_") else 0, (theirs,)
@@ -93,14 +99,14 @@ def parts(name: str, family: str | None) -> list[str]:
     found = place(name, family)
     if found is None:
         return []
-    numbered = _NUMBERED.fullmatch(found[0].removeprefix("diffusion_model."))
+    numbered = _numbered(found[0])
     block = f"{_BLOCKS[numbered[1]][1]}.{numbered[2]}." if numbered else ""
     return [f"transformer.{block}{module}" for module in found[2]]
 
 
 def family_of(names: Iterable[str]) -> str | None:
     """The family that ComfyUI's and kohya's names of layers are of; None if they do not say, or contradict one another"""
-    blocks = {m[1] for m in (_NUMBERED.fullmatch(PREFIX.sub("", n)) for n in names) if m}
+    blocks = {m[1] for m in map(_numbered, names) if m}
     families = {_BLOCKS[b][0] for b in blocks if b in _BLOCKS}
     return families.pop() if len(families) == 1 else None
 
@@ -111,7 +117,7 @@ def guessed_family(widths: dict[str, int]) -> str | None:
     Flux.1 alone has single blocks of these modules.  SD3 is as many blocks deep as its width holds heads of 64, and no size
     of it is 3072 wide, as others are whose blocks have the same names (Flux.1's double ones, Qwen-Image's).
     """
-    found = {n: m for n in widths if (m := _NUMBERED.fullmatch(PREFIX.sub("", n))) and m[1].endswith("transformer_blocks")}
+    found = {n: m for n in widths if (m := _numbered(n)) and m[1].endswith("transformer_blocks")}
     blocks = {m[1] for m in found.values()}
     family = FLUX if "single_transformer_blocks" in blocks else SD3
     if not found or not all(place(n, family) for n in found):

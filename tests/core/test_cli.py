@@ -275,7 +275,7 @@ def test_demo_leaves_a_library_that_is_not_its_own(capsys, folder, tmp_path):
         (["train", "--images", OCTOPUS, "--trigger", "octopus", "--library", "{folder}"], "lacks the trigger"),
         (
             ["train", "--images", OCTOPUS, "--trigger", "octzu", "--library", "{tmp}/l", "--resolution", "72"],
-            "pictures of 72 x 72 pixels do not fit this model: choose sides that are multiples of 16, at most 256",
+            "pictures of 72 x 72 pixels do not fit this model: choose sides that are multiples of 16 and of at most 256",
         ),
         (["sample", "x", "--size", "264", "--output", "{tmp}/x.png"], "pictures of 264 x 264 pixels do not fit this model"),
         (

@@ -157,6 +157,10 @@ def test_a_trigger_beyond_what_the_text_encoder_reads_is_told(model, new_library
     _, fit = train_concept(model, new_library(tmp_path / "l"), sets, "x", "zqx", "cat", config=config)
     said = [n for n in fit.notes if "does not get as far as" in n]
     assert len(said) == 1 and "the trigger 'zqx' in 1 of 3 captions, such as that of a.png: put" in said[0]
+    library = new_library(tmp_path / "m")
+    with pytest.raises(UserError, match="as far as the trigger 'zqx' in none of the 1 captions"):
+        train_concept(model, library, [Pictures(sets[0].images[:1], [captions["a"]])], "x", "zqx", "cat", config=config)
+    assert not library.names
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])

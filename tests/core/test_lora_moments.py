@@ -102,6 +102,28 @@ def test_general_moments_are_made_once_and_extended_to_new_layers(model, tmp_pat
     assert dropped in kept_general(tmp_path, model.fingerprint()).layers
 
 
+def test_text_encoders_act_and_are_recorded_on_the_command_line(model, tmp_path, capsys):
+    general_calibration(model, tmp_path, (64, 64), pictures=8)
+    model.adapt_text(True)
+    text = {s.name: s for s in model.live.sites}
+    both = Adapter(adapter_of(model, scale=2.0).layers)  # of the text encoder's layers too
+    model.adapt_text(False)
+    assert set(text) < set(both.layers)
+    alone = Adapter({n: d for n, d in both.layers.items() if n not in text})
+    found = []
+    for name, adapter in (("both", both), ("alone", alone)):
+        path = tmp_path / f"{name}.safetensors"
+        save_adapter(path, adapter)
+        command = ["calibrate", str(path), "--trigger", "ohwx animal", "--pictures", "4", "--json"]
+        assert main(command) == 0 and json.loads(capsys.readouterr().out)["loras"][0]["new"]
+        assert main(command) == 0 and not json.loads(capsys.readouterr().out)["loras"][0]["new"]
+        found.append(kept_moments(path)[0].layers)
+    assert set(text) <= found[0].keys() and not set(text) & found[1].keys()
+    assert set(text) <= kept_general(tmp_path, model.fingerprint()).layers.keys()
+    reads = "diffusion_model.joint_blocks.0.context_block.attn.qkv"  # the prompt, which the text encoder's part changes
+    assert (found[0][reads] - found[1][reads]).norm() > 0.05 * found[1][reads].norm()
+
+
 def test_calibrate_then_stack_by_data_on_the_command_line(model, tmp_path, capsys):
     files = [tmp_path / f"{n}.safetensors" for n in ("one", "two")]
     for seed, path in enumerate(files):
@@ -116,6 +138,8 @@ def test_calibrate_then_stack_by_data_on_the_command_line(model, tmp_path, capsy
     command = ["calibrate", *names, "--trigger", "ohwx animal", "--trigger", "zwx animal", "--pictures", "4", "--json"]
     assert main(command) == 0 and [d["new"] for d in json.loads(capsys.readouterr().out)["loras"]] == [True, True]
     assert main(command) == 0 and not any(d["new"] for d in json.loads(capsys.readouterr().out)["loras"])
+    otherwise = [*command, "--seed", "1"]  # drawn in another way they are recorded anew
+    assert main(otherwise) == 0 and all(d["new"] for d in json.loads(capsys.readouterr().out)["loras"])
     assert main(["stack", *names, "--mode", "data", "--output", str(tmp_path / "s.safetensors")]) == 0
     kept = [kept_moments(p)[0] for p in files]
     general = kept_general(tmp_path, model.fingerprint())

@@ -5,15 +5,17 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from seqlora_core.adapter import load_adapter
 from seqlora_core.checkpoint import SUFFIX
 from seqlora_core.config import Checkpointing, TrainingConfig
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
+from seqlora_core.pictures import Pictures
 from seqlora_core.teach import train_concept
 
-from ..reliability.toy import ToyDenoiser, start
+from ..reliability.toy import SIZE, ToyDenoiser, start
 from ..reliability.toy import teach as teach_toy
 
 STEPS = 6
@@ -154,6 +156,23 @@ def test_without_resuming_an_unfinished_run_is_begun_anew_and_replaced_at_its_en
     assert steps[0].number == 4 and len(fit.losses) == 6 and not library.unfinished("fox")
     with pytest.raises(UserError, match="has a concept 'fox' already"):
         teach_toy(model, library, "fox", 1, steps=6, resume=False)
+
+
+def test_captions_of_the_class_are_held_too(tmp_path):
+    model = ToyDenoiser()
+    library = start(tmp_path / "toy", model)
+
+    def of_class(caption):
+        return [Pictures(torch.full((1, *SIZE, 3), 0.5), [caption])]
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    teach_toy(model, library, "fox", regularisation=of_class("a thing"), on_step=stop)
+    with pytest.raises(UserError, match="began with captions "):
+        teach_toy(model, library, "fox", regularisation=of_class("another thing"))
+    _, fit = teach_toy(model, library, "fox", regularisation=of_class("a thing"))
+    assert fit.stopped is None and not library.unfinished("fox")
 
 
 def test_a_full_disk_stops_the_run_with_one_sentence_and_leaves_the_last_checkpoint(model, subjects, begin, monkeypatch):

@@ -193,6 +193,7 @@ BAD = [
     (dict(triggers="thre: ohwx"), "a trigger is given for 'thre'"),
     (dict(loras="theirs/foreign", triggers="ohwx"), "does not fit this model"),
     (dict(resolution=5), "smaller than min"),
+    (dict(resolution=512), "512 x 512 pixels do not fit this model: choose sides of at most 256"),
 ]
 
 

@@ -235,6 +235,7 @@ def test_links_of_the_wrong_kind_are_refused(server):
         ({"folder": "demo/unknown"}, "no folder"),
         ({"captions": "one octzu\ntwo octzu"}, "2 captions for 10 pictures"),
         ({"resolution": 1}, "smaller than min"),
+        ({"resolution": 512}, "512 x 512 pixels do not fit this model: choose sides of at most 256"),
     ],
 )
 def test_bad_pictures_get_one_clear_sentence(server, change, message):
