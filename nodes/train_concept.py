@@ -21,6 +21,7 @@ from .folders import library_folder, open_library
 from .types import CATEGORY, Entry, ImagesType, Options, OptionsType, Stack, StackType, advanced
 
 USE, AGAIN, ANEW = "use it", "train again", "start anew"
+PLANNED = 32  # concepts of a library, if nobody says how many
 
 
 class SeqLoRATrainConcept(io.ComfyNode):
@@ -65,7 +66,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                     "preview_every", default=50, min=0, max=10_000, optional=True, tooltip="Steps between previews; 0 for none."
                 )),
                 advanced(io.Int.Input(
-                    "planned_concepts", default=32, min=1, max=1000, optional=True,
+                    "planned_concepts", default=PLANNED, min=1, max=1000, optional=True,
                     tooltip="How many concepts a new library is planned for; the fewer, the more each may learn.",
                 )),
                 StackType.Input("after", optional=True, tooltip="Another Train Concept's stack: this one is trained after it."),
@@ -99,7 +100,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, images, library, name, trigger, class_noun, rank, steps, learning_rate,
-        interference_weight, seed, if_trained=USE, batch_size=8, preview_every=50, planned_concepts=32, after=None,
+        interference_weight, seed, if_trained=USE, batch_size=8, preview_every=50, planned_concepts=PLANNED, after=None,
         drift_budget=TrainingConfig.drift_budget, options=None, regularisation=None,
     ) -> io.NodeOutput:  # fmt: skip
         name = concept_name(name)
@@ -121,6 +122,8 @@ class SeqLoRATrainConcept(io.ComfyNode):
         host = ComfyDenoiser(model, clip, vae, offloads=offloads, file=base_file(cls.hidden.prompt, cls.hidden.unique_id))
         with torch.inference_mode(False), torch.enable_grad(), host as denoiser:
             opened = Library(library_folder(library), denoiser.fingerprint(), planned_concepts, create=True)
+            if planned_concepts == PLANNED:  # as the node is put down: nobody asked for it
+                opened.note = ""
             trained = name in opened.names
             notes = []
             if not trained or if_trained != USE:

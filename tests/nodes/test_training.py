@@ -168,6 +168,13 @@ def test_cancel_keeps_what_was_trained(server, trained):
     assert (folder / "octopus.safetensors").read_bytes() != before and not (folder / ".checkpoints" / "octopus").exists()
 
 
+def test_a_library_of_another_plan_is_no_matter_for_who_asks_for_none(server):
+    look = {"8": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}}
+    server.run(train("few", steps=2, planned_concepts=5))
+    said = server.run(train("few", "penguin", "pengvo", steps=2) | {"2": images("demo/penguin")} | look)["8"]["text"][0]
+    assert "penguin: trained 2 steps" in said and "ignored" not in said
+
+
 def test_a_second_concept_stands_beside_the_first(server, trained):
     graph = train("base", "penguin", "pengvo", steps=5)
     graph["2"] = images("demo/penguin")
