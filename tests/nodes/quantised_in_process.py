@@ -33,10 +33,25 @@ weights = comfy.utils.load_torch_file(str(DEMO_MODEL), safe_load=True)
 out = {}
 
 
+FP8, SCALED = torch.float8_e4m3fn, "scaled"
+
+
 def model_of(dtype):
     """The demo's denoiser with weights of this type, as Load Diffusion Model makes it"""
+    given = scaled(weights) if dtype is SCALED else dict(weights)
+    options = {"dtype": dtype} if isinstance(dtype, torch.dtype) else {}
     with torch.inference_mode():
-        return comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype} if dtype else {})
+        return comfy.sd.load_diffusion_model_state_dict(given, model_options=options)
+
+
+def scaled(weights):
+    """As files of scaled fp8 have them: each matrix over a number of its own, which stands beside it"""
+    prefix = "model.diffusion_model."
+    out = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    for name in [n for n, w in out.items() if n.endswith(".weight") and w.ndim == 2]:
+        scale = out[name].float().abs().max() / torch.finfo(FP8).max
+        out[name], out[name.removesuffix("weight") + "scale_weight"] = (out[name].float() / scale).to(FP8), scale
+    return out | {"scaled_fp8": torch.tensor([], dtype=FP8)}
 
 
 class Offloaded(ComfyDenoiser):
@@ -76,7 +91,7 @@ def train(name, model, host=ComfyDenoiser, **options):
 
 
 def same(a, b):
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
 @torch.inference_mode()
@@ -110,14 +125,17 @@ def stack(name, dtype, memory):
 
 
 train("float32", model_of(None))
-train("fp8", model_of(torch.float8_e4m3fn))
+train("fp8", model_of(FP8))
+train("scaled_fp8", model_of(SCALED))
 train("offloaded", model_of(None), Offloaded, offloads=8)
 out["asked"] = {
     "rooms": [room for room, _ in Offloaded.asked], "full": [more["force_full_load"] for _, more in Offloaded.asked],
     "drawing": model_of(None).model.memory_required((8, 16, 8, 8)),
 }  # fmt: skip
-stack("stack_whole", None, 0)
+stack("stack", None, 0)
 stack("stack_offloaded", None, 200_000)
-stack("stack_fp8", torch.float8_e4m3fn, 0)
-stack("stack_fp8_offloaded", torch.float8_e4m3fn, 200_000)
+stack("stack_fp8", FP8, 0)
+stack("stack_fp8_offloaded", FP8, 200_000)
+stack("stack_scaled_fp8", SCALED, 0)
+stack("stack_scaled_fp8_offloaded", SCALED, 200_000)
 output.write_text(json.dumps(out))

@@ -17,12 +17,12 @@ def found(tmp_path_factory):
 
 
 def test_adapters_in_float32_are_trained_on_fp8_weights_that_stay_as_they_are(found):
-    whole, quantised = found["float32"], found["fp8"]
-    assert whole["types"] == ["torch.float32"] and quantised["types"] == ["torch.float8_e4m3fn"]
-    for run in (whole, quantised):
+    whole, *quantised = found["float32"], found["fp8"], found["scaled_fp8"]
+    assert whole["types"] == ["torch.float32"] and all(run["types"] == ["torch.float8_e4m3fn"] for run in quantised)
+    for run in (whole, *quantised):
         assert run["trained"] and run["untouched"]
         assert run["last"] < 0.8 * run["first"]
-    assert quantised["last"] == pytest.approx(whole["last"], rel=0.15)
+        assert run["last"] == pytest.approx(whole["last"], rel=0.15)
 
 
 def test_weights_that_stay_offloaded_are_trained_on_as_they_are(found):
@@ -35,7 +35,9 @@ def test_weights_that_stay_offloaded_are_trained_on_as_they_are(found):
     assert not any(asked["full"]) and max(asked["rooms"]) >= 2 * asked["drawing"] > 0
 
 
-@pytest.mark.parametrize("where", ["stack_whole", "stack_offloaded", "stack_fp8", "stack_fp8_offloaded"])
+@pytest.mark.parametrize(
+    "where", ["stack" + kind + offloaded for kind in ("", "_fp8", "_scaled_fp8") for offloaded in ("", "_offloaded")]
+)
 def test_a_stack_does_what_chained_stock_loaders_do(found, where):
     """Rounding to fp8 is random in the last bit: its seed is the weight's name, so both round alike"""
     run = found[where]
