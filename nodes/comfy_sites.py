@@ -85,4 +85,18 @@ def _is_linear(module) -> bool:
 
 def _site(name: str, module) -> Site:
     out, width = module.weight.shape[:2]
-    return Site(name, (module,), width, out)
+    return Site(name, (module,), width, out, read=numbers)
+
+
+@torch.no_grad()
+def numbers(layer, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """A layer's weight, or another one in its place, as the numbers that it multiplies by: scaled ones (fp8) times their scale,
+    packed ones (ComfyUI-GGUF) unpacked, without the LoRAs that hang on them"""
+    weight = layer.weight if weight is None else weight
+    if hasattr(layer, "convert_weight"):
+        return layer.convert_weight(weight.to(torch.float32, copy=True), inplace=True)
+    if hasattr(layer, "get_weight") and hasattr(weight, "patches"):
+        bare = weight.to(weight.device, copy=True)
+        bare.patches = []
+        return layer.get_weight(bare, torch.float32)
+    return weight

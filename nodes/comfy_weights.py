@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..seqlora_core.denoiser import fingerprint, first_site
-from .comfy_sites import attention_sites, file_names
+from .comfy_sites import attention_sites, file_names, numbers
 
 # a weight's key, or with it the rows that are meant and how a change is laid out in them
 Target = str | tuple
@@ -25,6 +25,7 @@ class Weights:
         self.model, self.clip = model, clip
         self.targets: dict[str, Target] = _more_names(model.model, comfy.lora.model_lora_keys_unet(model.model, {}))
         self.shapes = _shapes(model.model)
+        self._of_model = set(self.shapes)
         if clip is not None:
             self.targets = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, self.targets)
             self.shapes |= _shapes(clip.cond_stage_model)
@@ -52,17 +53,15 @@ class Weights:
 
     def original(self, key: str) -> Tensor:
         """The unpatched weight, in float64, on the processor, where all that is read from LoRA files is, whatever holds the model"""
-        weight, convert = self._kept(key)
-        return convert(weight.to(torch.float32, copy=True), inplace=True).cpu().double()
+        layer, kept = self._kept(key)
+        return (numbers(layer, kept) if key.endswith(".weight") else kept).cpu().double()
 
     def digest(self, keys: list[str]) -> str:
         """Tells these unpatched weights from those of another model, by `SAMPLE` numbers or more of each: reading them whole
         would take seconds of a large model, and training or merging leaves no weight's numbers as they were"""
-        total, kept = hashlib.sha256(), {}
-        if keys:  # of LoHa and the like none: all of a model's keys need not be listed for them
-            kept = (self.clip.patcher.get_key_patches() if self.clip is not None else {}) | self.model.get_key_patches()
+        total = hashlib.sha256()
         for key in keys:
-            weight = kept[key][0][0].detach().flatten()
+            weight = self._kept(key)[1].detach().flatten()
             some = weight[:: max(1, len(weight) // SAMPLE)].cpu().contiguous()
             total.update(some.view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
@@ -73,11 +72,17 @@ class Weights:
         sites = attention_sites(self.model.model)
         modules = first_site(sites).modules
         keys = {m: f"{name}.weight" for name, m in self.model.model.named_modules() if any(m is one for one in modules)}
-        return fingerprint(sites, [self._kept(keys[m])[0] for m in modules])
+        return fingerprint(sites, [self._kept(keys[m])[1] for m in modules])
 
     def _kept(self, key: str):
-        patcher = self.model if key in self.model.model_state_dict() else self.clip.patcher
-        return patcher.get_key_patches(key)[key][0]
+        """The layer of a weight, and that as it is without patches; as `ModelPatcher.get_key_patches` finds it, which lists
+        all of a model's weights each time"""
+        patcher = self.model if key in self._of_model else self.clip.patcher
+        layer, _, name = key.rpartition(".")
+        layer = comfy.utils.get_attr(patcher.model, layer)
+        if key in patcher.hook_backup:
+            return layer, patcher.hook_backup[key][0]
+        return layer, patcher.backup[key].weight if key in patcher.backup else getattr(layer, name)
 
 
 def _more_names(base, targets: dict[str, Target]) -> dict[str, Target]:
@@ -93,7 +98,9 @@ def _more_names(base, targets: dict[str, Target]) -> dict[str, Target]:
 
 
 def _shapes(module) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    """Of a packed weight the one that it is used in, which its place in the model knows and a state dict does not"""
+    held = dict(module.named_parameters(remove_duplicate=False))
+    return {k: tuple(held.get(k, v).shape) for k, v in module.state_dict().items()}
 
 
 def parts(target: Target):

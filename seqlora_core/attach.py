@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import Tensor, nn
 
@@ -28,12 +29,13 @@ class Site:
     in_features: int
     out_features: int
     first: int = 0  # which of the modules a forward pass calls first
+    read: Callable[[nn.Module], Tensor] = attrgetter("weight")  # a module's weight as the numbers that it multiplies by
 
     def weight_energy(self, moment: Tensor) -> Tensor:
         """`tr(W S W^T)`: the energy of the layer's own output on inputs of second moment S [in, in]."""
         total = moment.new_zeros(())
         for module in self.modules:
-            w = module.weight.detach().to(moment)
+            w = self.read(module).detach().to(moment)
             total = total + ((w @ moment) * w).sum()
         return total
 

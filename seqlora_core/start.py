@@ -121,7 +121,7 @@ def _examples(denoiser) -> str:
 def _output_energy(site: Site, moment: Tensor | Sketch, device) -> Tensor:
     if not isinstance(moment, Sketch):
         return site.weight_energy(moment.to(device))
-    return torch.tensor(sum(dense_energy(m.weight.detach().to(device, torch.float32), moment) for m in site.modules))
+    return torch.tensor(sum(dense_energy(site.read(m).detach().to(device, torch.float32), moment) for m in site.modules))
 
 
 def _by_readers(layers: list[tuple]) -> list[list[tuple]]:

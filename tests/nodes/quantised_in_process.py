@@ -73,6 +73,7 @@ def train(name, model, host=ComfyDenoiser, **options):
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     with torch.inference_mode(False), torch.enable_grad(), host(model, clip, vae, **options) as denoiser:
         opened = Library(folder / name, denoiser.fingerprint(), 4, create=True)
+        read = max(far(s.read(*s.modules), f"model.{s.name}.weight") for s in denoiser.sites())
         opened.keep_calibration(calibrate(denoiser, (64, 64), 16))
         images = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
         config = TrainingConfig(
@@ -81,6 +82,7 @@ def train(name, model, host=ComfyDenoiser, **options):
         concept, fit = train_concept(denoiser, opened, images, "toy", "octzu", "animal", config=config)
     after = model.model.state_dict()
     out[name] = {
+        "read": read,
         "first": sum(fit.losses[:6]) / 6,
         "last": sum(fit.losses[-6:]) / 6,
         "trained": all(bool(d.up.any()) and d.up.dtype == torch.float32 for d in concept.adapter.layers.values()),
@@ -88,6 +90,12 @@ def train(name, model, host=ComfyDenoiser, **options):
         "offloaded": sum(hasattr(m, "prev_comfy_cast_weights") for m in model.model.modules()),
         "types": sorted({str(v.dtype) for k, v in after.items() if k.endswith("qkv.weight")}),
     }
+
+
+def far(found, name):
+    """Of a weight from what it is in the file, as a share of that"""
+    wanted = weights[name].float()
+    return ((found.float() - wanted).norm() / wanted.norm()).item()
 
 
 def same(a, b):
