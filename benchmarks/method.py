@@ -76,7 +76,7 @@ class Bench:
         self.pictures = own / "concepts" if own else concepts.ensure(cache)
         self.pairs_folder = (own or cache) / "pairs"
         self.text_encoder = False  # whether its attention is adapted too
-        self._measuring()
+        self.measuring()
         self.generic = load_generic(self.model)
         self.generic_base = held_out_loss(self.model, self.generic)
         self.subjects: dict[str, Subject] = {}
@@ -84,13 +84,13 @@ class Bench:
         self.options = TRAINED | ABLATIONS
         self.series: dict[str, list[dict]] = {}  # what each concept of a row's longest library cost
 
-    def _measuring(self) -> None:
+    def measuring(self) -> None:
         """From here on learnt triggers act in whatever is measured; training sets that anew"""
         self.model.adapt_text(self.text_encoder, tokens=bool(self.model.token_tables()))
 
     def subject(self, name: str) -> Subject:
         if name not in self.subjects:
-            self._measuring()
+            self.measuring()
             self.subjects[name] = load_subject(self.model, name, self.pictures / name)
         return self.subjects[name]
 
@@ -169,12 +169,12 @@ class Bench:
         return self.rates[row]
 
     def loss(self, name: str, adapter: Adapter | None) -> float:
-        self._measuring()
+        self.measuring()
         return held_out_loss(self.model, self.subject(name).held_out, adapter)
 
     def drift(self, stack: Adapter) -> float:
         """How much worse it makes unrelated prompts, as a share of the bare model's loss on them"""
-        self._measuring()
+        self.measuring()
         return held_out_loss(self.model, self.generic, stack) / self.generic_base - 1
 
     # --- one table -----------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class Bench:
         moments = [None] * len(names)
         if "closed_form" in rows:  # minutes for a hundred, and no other row reads them
             moments = [moments_of(self.model, self.subject(n), a, seed) for n, a in zip(names, ordinary)]
-        self._measuring()
+        self.measuring()
         pairs, general = load_pairs(self.model, names, self.pairs_folder), self.calibration().moments
         bank = torch.cat([self.subject(n).images for n in names])
         identity = Identity(self.model, [self.subject(n) for n in names], bank, drawn=4)
@@ -210,7 +210,7 @@ class Bench:
                     stack = combined(COMBINED["closed_form"], alone, [c.moments for c in taught], general)
                 extra = {"learning_rate": self.rate(row_of, planned)}
                 extra |= {k: evaluation.mean([c[k] for c in costs]) for k in ("seconds", "bytes", "weight")}
-            self._measuring()
+            self.measuring()
             losses = measure(
                 self.model, alone, stack, held_outs, self.generic, pairs, seed=seed, subsets=SUBSETS, alone_losses=losses_alone
             )
