@@ -33,6 +33,7 @@ TABLES = {
     "strengths": of_method.strengths_table,
     "editing": of_method.editing_table,
     "late": of_method.late_table,
+    "together": of_method.together_table,
     "orders": of_method.orders_table,
     "ablations": lambda: of_method.method_table("ablations"),
     "method_large": lambda: of_method.method_table("method_large"),

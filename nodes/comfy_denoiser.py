@@ -58,6 +58,9 @@ class ComfyDenoiser:
     def __exit__(self, *_) -> None:
         for part in self._trainable:
             part.close()
+        # When a clone goes ComfyUI goes on with what it was cloned from; where the collector finds both at once, as after an
+        # error, it takes the model for leaked and collects garbage at every load from then on.
+        self.patcher = self.patcher.parent
 
     @property
     def base(self):

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 
 from torch import Tensor, nn
 
 from .adapter import Adapter
+
+
+def _as_it_is(module: nn.Module) -> Tensor:
+    return module.weight
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Site:
     in_features: int
     out_features: int
     first: int = 0  # which of the modules a forward pass calls first
-    read: Callable[[nn.Module], Tensor] = attrgetter("weight")  # a module's weight as the numbers that it multiplies by
+    read: Callable[[nn.Module], Tensor] = _as_it_is  # a module's weight as the numbers that it multiplies by
 
     def weight_energy(self, moment: Tensor) -> Tensor:
         """`tr(W S W^T)`: the energy of the layer's own output on inputs of second moment S [in, in]."""

@@ -14,8 +14,16 @@ from .nodes.comfy_server import Server, find_comfyui
 # libraries that node and workflow tests train into
 LIBRARIES = (
     "base", "unload", "held", "cancelled", "progress", "bad", "workflow_demo", "browser", "options", "levels", "called", "squares",
-    "masked", "black", "checkpoints",
+    "masked", "black", "checkpoints", "few",
 )  # fmt: skip
+
+
+SLOW = {"nodes", "workflows", "benchmarks"}
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest first, so that no worker is left with it while the others are done"""
+    items.sort(key=lambda item: SLOW.isdisjoint(item.path.parts))
 
 
 def few_generic(model) -> HeldOut:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from seqlora_core.tables import markdown
 
 from .results import load, values
@@ -132,6 +134,22 @@ def strengths_table() -> str:
         for r in data["rows"]
     ]
     return "\n".join(["| strength of all | kept | worst | generic drift |", "|---|---|---|---|", *lines])
+
+
+def together_table() -> str:
+    data = load("together")
+    rows = {}
+    for run in data["runs"]:
+        rows.setdefault((run["size"], run["row"]), []).append(run)
+    lines = [
+        f"| {size} | {row} | "
+        + " | ".join(f"{statistics.mean(r[k] for r in runs):.4f}" if k in runs[0] else "-" for k in ("those", "all"))
+        + f" | {statistics.mean(r['found'] for r in runs):.0%} | {statistics.mean(r['found_all'] for r in runs):.0%} |"
+        for (size, row), runs in sorted(rows.items(), key=lambda item: item[0][0])
+    ]
+    head = "| concepts in a picture | row | error with those on | with all ten on | found, each | found, all |"
+    about = f"From `{data['meta']['command']}`, seeds {data['meta']['seeds']}."
+    return "\n".join([head, "|---|---|---|---|---|---|", *lines]) + f"\n\n{about}"
 
 
 def late_table() -> str:

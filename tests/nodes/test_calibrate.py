@@ -207,6 +207,13 @@ def test_bad_input_gets_one_clear_sentence(server, loras, change, message):
         server.run(calibrate(**change))
 
 
+def test_a_failed_run_leaves_no_model_that_comfyui_takes_for_leaked(server, loras):
+    with pytest.raises(Failed, match="do not fit"):
+        server.run(calibrate(resolution=512))
+    server.run(draw(calibrate(), ["1", 0], ["1", 1], "a failed run's next"))
+    assert "memory leak" not in server.log_path.read_text()
+
+
 def test_a_lora_that_changed_is_recorded_again(server, loras):
     server.run(calibrate())
     path = loras / "two.safetensors"
