@@ -213,6 +213,7 @@ def test_calibrate_starts_a_library_and_spares_a_full_one(capsys, folder, tmp_pa
 def test_demo_writes_everything(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("seqlora_core.demo.load_generic", few_generic)
     monkeypatch.setattr("seqlora_core.demo.DRAWN", 1)
+    monkeypatch.setattr("seqlora_core.judge.INPUT", 64)
     monkeypatch.setattr("seqlora_core.teach.picture_count", lambda size: 16)
     monkeypatch.setattr("seqlora_core.evaluation.LEVELS", 2)
     output = tmp_path / "demo"

@@ -161,7 +161,7 @@ def test_ablation_switches_all_train(model, subjects, new_library, tmp_path):
     library = new_library(tmp_path / "l")
     teach(model, library, subjects["penguin"], steps=2)
     for number, switch in enumerate(switches):
-        config = TrainingConfig(steps=3, **switch)
+        config = TrainingConfig(steps=3, batch=2, replay_batch=4, **switch)
         s, trigger = subjects["octopus"], f"octzu{number}"
         captions = [c.replace("octzu", trigger) for c in s.references.captions]
         _, fit = train_concept(model, library, s.images, f"c{number}", trigger, s.class_noun, captions, config)
