@@ -38,6 +38,7 @@ TABLES = {
     "ablations": lambda: of_method.method_table("ablations"),
     "method_large": lambda: of_method.method_table("method_large"),
     "method_own_triggers": lambda: of_method.method_table("method_own_triggers"),
+    "method_own_triggers_320": lambda: of_method.method_table("method_own_triggers_320"),
     "method_unet": lambda: of_method.method_table("method_unet"),
     "demo": of_method.demo_table,
     "demo_other": lambda: of_method.demo_table("demo_other"),
