@@ -20,12 +20,12 @@ from benchmarks import concepts
 from benchmarks.method import ROOT, Bench, given_rates
 from benchmarks.rivals import COMBINED
 from demo import make_concepts, scenes
-from demo.judge_base import to_tensor
+from demo.judge_base import Finder, to_tensor
 from seqlora_core.adapter import Adapter
 from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import moments_of
 from seqlora_core.evaluation import HeldOut, held_out_loss, mean, summed
-from seqlora_core.judge import Judge, nearest
+from seqlora_core.judge import Judge
 from seqlora_core.labelled import labelled_grid
 from seqlora_core.ordinary import combined
 from seqlora_core.preview import draw_with
@@ -72,7 +72,7 @@ class Together:
     """Pictures of `size` concepts, and who is found in what is drawn of them"""
 
     def __init__(self, bench: Bench, names: list[str], judge: Judge, size: int):
-        self.model, self.names, self.judge, self.size = bench.model, names, judge, size
+        self.model, self.names, self.size = bench.model, names, size
         self.groups, rng = groups(len(names), size), np.random.default_rng(size)
         table, colours = concepts.table(), list(scenes.BACKGROUNDS)
         phrases = [f"{bench.subject(n).trigger} {bench.subject(n).class_noun}" for n in names]
@@ -89,14 +89,14 @@ class Together:
             HeldOut.of(self.model, latents[i::count], self.prompts[i::count], seed=1234 + i) for i in range(count)
         ]
         references = [compose(rng, [pose] * size, c) for poses in held_out for pose in poses for c in colours]
-        self.labels = [str(i) for i, poses in enumerate(held_out) for _ in poses for _ in colours]
-        self.bank = judge.features(parts(to_tensor(references), size)[0])
+        labels = [n for n, poses in zip(names, held_out) for _ in poses for _ in colours]
+        self.finder = Finder(judge.features, parts(to_tensor(references), size)[0], labels)
 
     def found(self, drawn: torch.Tensor) -> dict[str, float]:
         """How often each concept is the one most similar to what stands in its place, and all of a picture"""
-        centre = self.bank.mean(0)
-        found = [nearest(self.judge.features(p), self.bank, self.labels, centre) for p in parts(drawn, self.size)]
-        right = np.array([[f[k] == str(i) for f, i in zip(found, g)] for k, g in enumerate(self.groups * PICTURES)])
+        shown = self.groups * PICTURES
+        right = [self.finder.right(p, [self.names[g[i]] for g in shown]) for i, p in enumerate(parts(drawn, self.size))]
+        right = np.stack(right, 1)
         return {"found": float(right.mean()), "found_all": float(right.all(1).mean())}
 
     def row(self, name: str, stack: Stack | None, everything: Adapter | None) -> tuple[dict, torch.Tensor]:
