@@ -179,8 +179,8 @@ class Bench:
 
     # --- one table -----------------------------------------------------------------------------------------------
 
-    def table(self, names: list[str], planned: int, seed: int, rows: list[str], order: list[str]) -> Iterator[dict]:
-        """One row after another of `rows` over these concepts, taught in `order` (of which names are the first)."""
+    def table(self, names: list[str], planned: int, seed: int, rows: list[str]) -> Iterator[dict]:
+        """One row after another of `rows` over these concepts, taught in this order."""
         held_outs = [self.subject(n).held_out for n in names]
         base = [held_out_loss(self.model, h) for h in held_outs]
         ordinary = [self.ordinary(n, self.rate("ordinary"), seed) for n in names]
@@ -202,7 +202,7 @@ class Bench:
                 extra["seconds"] = evaluation.mean([float(a.metadata["seconds"]) for a in ordinary])
             else:
                 row_of = name.removesuffix(REFITTED)
-                library = self.chain(row_of, self.rate(row_of, planned), seed, order, planned)
+                library = self.chain(row_of, self.rate(row_of, planned), seed, names, planned)
                 taught = [library.load(n) for n in names]
                 alone, self.series[row_of] = [c.adapter for c in taught], self.costs(library)
                 stack, costs = summed(alone), self.series[row_of][: len(names)]
@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in args.seeds:
         for count in args.counts:
             if missing := ledger.missing(count, longest, seed, rows):
-                for result in bench.table(names[:count], longest, seed, missing, names[:count]):
+                for result in bench.table(names[:count], longest, seed, missing):
                     ledger.add([result], bench)
     print(markdown(summary(ledger.runs)))
 

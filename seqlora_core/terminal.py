@@ -40,13 +40,14 @@ def usable_device(named: str | None) -> str:
 
 
 def on_this_model(model, adapters: list, names: list[str], tell) -> list:
-    """The adapters under the names of the model's layers, those of its text encoders among them, without what it has no place
-    for, which is told.  names: the adapters', for messages"""
+    """The adapters under the names of the model's layers, those of its text encoders among them; what it has no place for is
+    told.  names: the adapters', for messages"""
     from .preview import let_texts_act
     from .same_layers import on_model
 
     let_texts_act(model, adapters)
-    placed = [on_model(a, model.sites(), name) for a, name in zip(adapters, names)]
+    sites = model.sites()
+    placed = [on_model(a, sites, name) for a, name in zip(adapters, names)]
     for name, (_, missing) in zip(names, placed):
         if missing:
             tell(f"{name}: {len(missing)} layers have no place here, first {missing[0]}")

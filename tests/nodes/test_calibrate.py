@@ -21,6 +21,7 @@ from seqlora_core.teach import train_concept
 
 from .comfy_server import Failed
 from .lora_files import text_files
+from .test_stack_files import save
 from .test_training import BASE, draw, pixels
 
 TRIGGERS = {"one": "octzu animal", "two": "pengvo animal"}
@@ -161,16 +162,7 @@ def test_text_encoders_and_convolutions_are_recorded_and_projected(server, model
     wanted = x.mT @ x / len(x)
     assert (files["text_kohya"][query] - wanted).norm() < 2e-2 * wanted.norm()
 
-    save = {
-        "stack": ["3", 0],
-        "name": "projected",
-        "mode": "data",
-        "amount": 1.0,
-        "overwrite": True,
-        "model": ["1", 0],
-        "clip": ["1", 1],
-    }
-    server.run(calibrate(both, calls) | {"6": {"class_type": "SeqLoRASaveStack", "inputs": save}})
+    server.run(calibrate(both, calls) | save("3", "projected", mode="data", overwrite=True, model=["1", 0], clip=["1", 1]))
     found = load_adapter(server.base / "models" / "loras" / "projected.safetensors")
     general = kept_general(server.base / "models" / "loras" / "seqlora", base)
     conv_name = "diffusion_model.x_embedder.proj"

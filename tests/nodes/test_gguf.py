@@ -19,6 +19,7 @@ from seqlora_core.demo_model import DEMO_FOLDER, DEMO_MODEL
 
 from .comfy_server import Server, find_comfyui
 from .test_other_packs import pack
+from .test_stack_files import save
 from .test_training import BASE, draw, pixels, train
 
 FILES = ("seqlora_demo_fox", "seqlora_demo_penguin")
@@ -85,16 +86,7 @@ def test_what_is_packed_is_read_as_its_numbers(server):
         f"{LAYER}.dora_scale": 1.5 * weight.norm(dim=1, keepdim=True),
     }  # fmt: skip
     save_file(dora, server.base / "models" / "loras" / "dora.safetensors")
-    inputs = {
-        "stack": ["3", 0],
-        "name": "saved",
-        "mode": "sum",
-        "amount": 1.0,
-        "overwrite": False,
-        "model": MODEL,
-        "clip": CLIP,
-    }
-    server.run(PACKED | stack(["dora"]) | {"8": {"class_type": "SeqLoRASaveStack", "inputs": inputs}})
+    server.run(PACKED | stack(["dora"]) | save("3", "saved", model=MODEL, clip=CLIP))
     saved = load_adapter(server.base / "models" / "loras" / "saved.safetensors").layers[LAYER].dense()
     assert (saved - 0.5 * weight).norm() < 0.02 * saved.norm()
 
