@@ -36,6 +36,8 @@ ANIMATED = {
 }
 STYLES = ("classic", "firefox", "flat")  # emoji sets that the denoiser never saw
 SEED = 101
+SPOKEN = 4  # tokens
+VOWELS = "aeiou"
 
 
 def rare_word(rng: np.random.Generator) -> str:
@@ -88,17 +90,23 @@ def ensure(cache: Path) -> Path:
     return folder
 
 
-def own_words(taken: set[int], count: int, tokens: int, encode) -> list[str]:
+def own_words(taken: set[int], count: int, tokens: int, tokenizer: Tokenizer) -> list[str]:
     """Made-up words of exactly `tokens` tokens each, none of which is in `taken` or in another of the words.
 
-    encode: text -> token ids, without those of start and end.
+    Up to SPOKEN tokens one can say them; of syllables alone a hundred longer ones would share some, so those are put together of
+    the vocabulary's own pieces.
     """
     rng, taken, words = np.random.default_rng(SEED), set(taken), []
+    pieces = sorted(p for p in tokenizer.get_vocab() if re.fullmatch("[b-df-hj-np-tv-z]{0,2}[aeiouy][b-df-hj-np-tv-z]{0,2}", p))
     while len(words) < count:
-        ends = rng.choice(["", *"bdfgkmnprtvwxz"], rng.integers(2, 5))
-        word = "".join(str(rng.choice(list("bcdfgjkmpqvwxz"))) + str(rng.choice(list("aeiou"))) + str(end) for end in ends)
-        ids = encode(word)
-        if len(ids) == len(set(ids)) == tokens and taken.isdisjoint(ids):
+        if tokens <= SPOKEN:
+            ends = rng.choice(["", *"bdfgkmnprtvwxz"], rng.integers(2, 5))
+            parts = [str(rng.choice(list("bcdfgjkmpqvwxz"))) + str(rng.choice(list("aeiou"))) + str(end) for end in ends]
+        else:
+            parts = rng.choice([p for p in pieces if tokenizer.token_to_id(p) not in taken], tokens)
+        word = "".join(parts)
+        ids = tokenizer.encode(word).ids[1:-1]
+        if len(ids) == len(set(ids)) == tokens and taken.isdisjoint(ids) and word[0] not in VOWELS:
             taken.update(ids)
             words.append(word)
     return words
@@ -121,7 +129,7 @@ def with_own_triggers(cache: Path, tokens: int) -> Path:
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     others = {word for text in captions.values() for word in text.split()} - set(old)
     taken = set(tokenizer.encode(" ".join(others)).ids)
-    words = own_words(taken, len(old), tokens, lambda text: tokenizer.encode(text).ids[1:-1])
+    words = own_words(taken, len(old), tokens, tokenizer)
     articles = {f"an {a}": f"a {b}" for a, b in zip(old, words)} | dict(zip(old, words))  # no new word begins with a vowel
     pattern = re.compile("|".join(rf"\b{a}\b" for a in articles))
     for path, text in captions.items():

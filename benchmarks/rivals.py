@@ -63,6 +63,8 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_learnt_trigger": dict(learn_trigger=True),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
     "seqlora_learnt_trigger_budget_25": dict(learn_trigger=True, drift_budget=0.255),  # of which two thirds are spent
+    # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else
+    "trigger_alone": dict(layers="@trigger", learn_trigger=True),
     "seqlora_adaptive_rank": dict(rank_energy=0.8),
     "seqlora_alternating": dict(lower_steps=1),
     "seqlora_bilevel_first_order": dict(lower_steps=3),

@@ -12,7 +12,7 @@ PERCENT = dict(min=0.0, max=1.0, step=0.01)
 FROM_LIBRARY = "(from the library)"
 LAYERS = (
     "Only layers whose name holds one of these words, such as: up_blocks, attn2. A minus leaves out: -mid_block. @text: those that "
-    "read the prompt."
+    "read the prompt. @trigger: learnt triggers alone."
 )
 
 

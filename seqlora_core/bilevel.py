@@ -70,7 +70,9 @@ def to_adapter(groups: list[Group]) -> Adapter:
 
 
 def mean_energy(groups: list[Group]) -> Tensor:
-    """E(A, B): residual interference energy of each layer over the layer's own output energy, mean over layers."""
+    """E(A, B): residual interference energy of each layer over the layer's own output energy, mean over layers; 0 of none."""
+    if not groups:
+        return torch.zeros(())
     total = sum((whitened_energies(g) * g.scale).sum() for g in groups)
     return total / sum(len(g.names) for g in groups)
 
@@ -88,12 +90,13 @@ class LowerLevel:
 
     def __init__(self, groups: list[Group], rate: float, optimiser: str = "adam", decay: float = 0.0):
         self.rate = rate
-        self.optimiser = make_optimiser(optimiser, [g.up for g in groups], rate, decay)
+        self.optimiser = make_optimiser(optimiser, [g.up for g in groups], rate, decay) if groups else None
 
     def step(self, scale: float = 1.0) -> None:
         """One step, at `scale` times the rate, from the gradients that a backward pass left on the groups' `up`."""
-        self.optimiser.param_groups[0]["lr"] = scale * self.rate
-        self.optimiser.step()
+        if self.optimiser is not None:
+            self.optimiser.param_groups[0]["lr"] = scale * self.rate
+            self.optimiser.step()
 
 
 class UpperLevel:

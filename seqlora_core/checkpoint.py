@@ -132,7 +132,7 @@ class Progress:
         return {
             "up": [g.up for g in self.groups],
             "basis": [g.basis for g in self.groups],
-            "lower": self.lower.optimiser.state_dict(),
+            "lower": self.lower.optimiser and self.lower.optimiser.state_dict(),
             "upper": {"count": self.upper.count, "first": self.upper.first, "second": self.upper.second},
             "trigger": self.learnt and {"shift": self.learnt.parameters, "optimiser": self.learnt.optimiser.state_dict()},
             "generator": self.generator.get_state(),
@@ -149,7 +149,8 @@ class Progress:
         number, state = found
         _copy([g.up for g in self.groups], state["up"])
         _copy([g.basis for g in self.groups], state["basis"])
-        self.lower.optimiser.load_state_dict(state["lower"])
+        if self.lower.optimiser is not None:
+            self.lower.optimiser.load_state_dict(state["lower"])
         self.upper.count = state["upper"]["count"]
         _copy(self.upper.first, state["upper"]["first"])
         _copy(self.upper.second, state["upper"]["second"])

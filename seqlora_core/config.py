@@ -95,6 +95,8 @@ class TrainingConfig:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
+        if "@trigger" in self.layers and not self.learn_trigger:
+            raise UserError("layers '@trigger' are the embeddings of the trigger: turn learn_trigger on, or name other layers")
         if self.warmup >= self.steps:
             raise UserError(f"warmup is {self.warmup} of {self.steps} steps: give less")
         if self.optimiser == "prodigy" and self.learning_rate < 0.1:

@@ -6,6 +6,7 @@ beside a LoRA; kept as a low-rank change of the token table, so that one LoRA fi
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +19,9 @@ from .errors import UserError
 
 SAMPLE = 4096  # rows of a table that its spread is measured on
 BETAS = (0.9, 0.99)
-FEW = 4  # tokens: triggers of fewer learn less (docs/RESULTS.md, "How long a trigger")
+FEW = 8  # tokens: triggers of fewer learn less (docs/RESULTS.md, "How long a trigger")
+CONSONANTS, VOWELS, ENDS = "bdfgjkmpqvwxz", "aeiou", "bdfgkmnprtvwxz"
+SYLLABLES, WORDS = 4, 6  # of a made-up word, and of them at most
 
 
 @torch.no_grad()
@@ -32,6 +35,18 @@ def tokens_of(denoiser: Denoiser, prompts: Iterable[str]) -> dict[str, set[int]]
     return found
 
 
+def made_up(denoiser: Denoiser, taken: dict[str, set[int]], count: int, seed: str) -> str:
+    """Words that one can say, together of `count` tokens or more that are not `taken` (table -> ids), as one table has them;
+    "" where there are none, as with a text encoder that reads letters"""
+    rng, words = random.Random(seed), []
+    while len(words) < WORDS:
+        syllables = ("".join(map(rng.choice, (CONSONANTS, VOWELS, ENDS))) for _ in range(SYLLABLES))
+        words.append("".join(syllables))
+        if max(len(ids - taken[name]) for name, ids in tokens_of(denoiser, [" ".join(words)]).items()) >= count:
+            return " ".join(words)
+    return ""
+
+
 class LearntTrigger:
     """What is added to the embeddings of those of the trigger's tokens that no other prompt has.
 
@@ -41,6 +56,7 @@ class LearntTrigger:
 
     def __init__(self, denoiser: Denoiser, trigger: str, others: Iterable[str], rate: float):
         own, taken = tokens_of(denoiser, [trigger]), tokens_of(denoiser, others)
+        self.denoiser, self.taken = denoiser, taken
         self.tables = {s.name: s for s in denoiser.token_tables()}
         self.tokens = {name: sorted(own[name] - taken[name]) for name in self.tables if own[name] - taken[name]}
         if not self.tokens:
@@ -71,9 +87,10 @@ class LearntTrigger:
         own = max(map(len, self.tokens.values()))
         if own >= FEW:
             return []
+        longer = made_up(self.denoiser, self.taken, FEW, trigger)
         return [
-            f"the trigger {trigger!r} has {own} token{'s' * (own > 1)} of its own to learn: a made-up word of {FEW} or more, a long "
-            "one or two, learns better and moves other prompts no further"
+            f"the trigger {trigger!r} has {own} token{'s' * (own > 1)} of its own to learn: one of {FEW} or more"
+            f"{longer and f', such as {longer!r},'} learns better and moves other prompts no further"
         ]
 
     @property

@@ -19,7 +19,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "rank": "directions a layer gives the concept",
         "rank_energy": "adaptive rank: a layer gets no more of them than hold this share of what all of them see of the concept",
         "layers": "only layers whose name holds one of these words, such as attn2 or up_blocks; a minus leaves out: -mid_block; "
-        "@text: those that read the prompt",
+        "@text: those that read the prompt; @trigger: none, with learn_trigger its embeddings alone",
         "steps": "training steps",
         "batch": "pictures a step",
         "learning_rate": "of lora_up",

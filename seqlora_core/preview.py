@@ -82,8 +82,9 @@ def sample_sheet(denoiser: Denoiser, library: Library, name: str, references: Te
     prompts = [f"a {concept.trigger} {concept.class_noun}".strip()] * count
     first = references[:count].cpu()
     rows = [F.pad(first, (0, 0) * 3 + (0, count - len(first)), value=1.0)]
-    for adapter in (alone, concatenate(everything)):
-        rows.append(draw_with(denoiser, adapter, prompts, tuple(references.shape[1:3])))
+    size = tuple(references.shape[1:3])
+    rows.append(draw_with(denoiser, alone, prompts, size))
+    rows.append(rows[-1] if len(everything) == 1 else draw_with(denoiser, concatenate(everything), prompts, size))
     names = ["references", "alone", "alone in its library" if len(everything) == 1 else f"all {len(everything)} on"]
     tile = max(SMALLEST_TILE, references.shape[2])
     sheet = labelled_grid([[row] for row in rows], names, [f"{name}: {prompts[0]}"], tile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from .adapter import Adapter
+from .adapter import TOKEN_TABLES, Adapter
 
 # what "@text" stands for: the layers that read the prompt, by ComfyUI's and kohya's names for them
 TEXT = (
@@ -21,12 +21,15 @@ TEXT = (
 )  # fmt: skip
 
 
+WORDS = {"@text": TEXT, "@trigger": tuple(table.replace(".", "_") for table in TOKEN_TABLES)}
+
+
 def selected(adapter: Adapter, words: str) -> Adapter:
     """The adapter with those layers only that a filter names.
 
     words: parts of layers' names with commas between, such as "up_blocks, attn2"; `*` stands for anything; a word after a
     minus leaves layers out: "-mid_block".  Dots and underscores count as the same; "@text" stands for the layers that read
-    the prompt (TEXT).  A semicolon starts a second filter that layers must pass as well.  "" keeps all.
+    the prompt (TEXT), "@trigger" for the tables of tokens, which learnt triggers change.  A semicolon starts a second filter that layers must pass as well.  "" keeps all.
     """
     return Adapter({n: d for n, d in adapter.layers.items() if acts(n, words)}, adapter.metadata)
 
@@ -46,4 +49,4 @@ def _passes(name: str, words: str) -> bool:
 
 
 def _spelt_out(words: Iterable[str]) -> list[str]:
-    return [part for word in words for part in (TEXT if word == "@text" else (word,))]
+    return [part for word in words for part in WORDS.get(word, (word,))]

@@ -75,6 +75,8 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
         columns = 0 if taken is None else taken.shape[1]
         key = (site.in_features, site.out_features, rank, columns, isinstance(moment, Sketch))
         parts.setdefault(key, []).append((site.name, basis, metric.white, other, scale, taken))
+    if not parts:  # the trigger's embeddings alone
+        return [], []
     missed = [moment.missed for moment, _ in metrics.values() if isinstance(moment, Sketch)]
     if missed:
         notes.append(

@@ -6,12 +6,12 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, concatenate
+from .adapter import Adapter, concatenate, is_token_table
 from .attach import Attachment, attached
 from .bilevel import LowerLevel, UpperLevel, to_adapter
 from .budget import Budget
@@ -29,8 +29,14 @@ from .parallel import Workers
 from .prompts import calls, without
 from .recompute import recomputed
 from .replay import Replay
+from .selection import acts
 from .start import others_moments, starting_groups
 from .statistics import Moments, weighted
+
+# where only the trigger's embeddings learn: no prompt without it ever changes, so there is nothing to protect, and no basis
+TRIGGER_ALONE = dict(
+    replay_weight=0.0, drift_budget=0.0, use_decoys=False, lower_steps=0, hypergradient="none", line_search=False
+)  # fmt: skip
 
 
 @dataclass
@@ -75,6 +81,8 @@ def fit(
     cannot be written stops the run.  Raises UserError for bad options and for a loss that is not finite.
     """
     config.validate()
+    if not any(acts(s.name, config.layers) for s in denoiser.sites() if not is_token_table(s.name)):
+        config = replace(config, **TRIGGER_ALONE)
     workers = workers or Workers()
     workers.check(config)
     device, sites = denoiser.device, denoiser.sites()

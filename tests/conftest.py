@@ -19,11 +19,16 @@ LIBRARIES = (
 
 
 SLOW = {"nodes", "workflows", "benchmarks"}
+TOGETHER = {"workflows"}  # folders whose files share what is taught and the open page
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest first, so that no worker is left with it while the others are done"""
+    """What takes longest first, so that no worker is left with it while the others are done; a file, or a folder whose files
+    share much, all on one worker"""
     items.sort(key=lambda item: SLOW.isdisjoint(item.path.parts))
+    for item in items:
+        folder = item.path.parent
+        item.add_marker(pytest.mark.xdist_group(folder.name if folder.name in TOGETHER else f"{folder.name}/{item.path.name}"))
 
 
 def few_generic(model) -> HeldOut:

@@ -98,14 +98,15 @@ def test_concept_sets_are_apart_and_large_enough():
     assert len({t for *_, t, _ in concepts.table().values()}) == len(concepts.table())
 
 
-def test_triggers_of_their_own_share_no_token_and_captions_are_otherwise_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tokens", [4, 8])
+def test_triggers_of_their_own_share_no_token_and_captions_are_otherwise_the_same(tmp_path, monkeypatch, tokens):
     home = tmp_path / "as they come"
     for name in ("octopus", "penguin"):
         shutil.copytree(DEMO_FOLDER / "concepts" / name, home / "concepts" / name)
     (home / "pairs").mkdir()
     shutil.copy(DEMO_FOLDER / "evaluation" / "pairs" / "octopus+penguin.txt", home / "pairs")
     monkeypatch.setattr(concepts, "ensure", lambda _: home / "concepts")
-    folder = concepts.with_own_triggers(tmp_path, 4)
+    folder = concepts.with_own_triggers(tmp_path, tokens)
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     new = {}
     for name, old in (("octopus", "octzu"), ("penguin", "pengvo")):
@@ -114,6 +115,6 @@ def test_triggers_of_their_own_share_no_token_and_captions_are_otherwise_the_sam
         same = [t.replace(f"an {old}", f"a {new[old]}").replace(old, new[old]) for t in texts[0]]
         assert texts[1] == same and old not in "".join(texts[1])
     ids = [set(tokenizer.encode(word).ids[1:-1]) for word in new.values()]
-    assert [len(i) for i in ids] == [4, 4] and not ids[0] & ids[1]
+    assert [len(i) for i in ids] == [tokens, tokens] and not ids[0] & ids[1]
     pair = (folder / "pairs" / "octopus+penguin.txt").read_text()
     assert all(word in pair for word in new.values()) and not any(word in pair for word in new)

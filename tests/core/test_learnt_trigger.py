@@ -1,5 +1,6 @@
 """The trigger's own embeddings: what is learnt of them, what they touch, and what every way of stacking does with them."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -54,10 +55,14 @@ def tables(adapter):
     return replace(adapter, layers={n: d for n, d in adapter.layers.items() if is_token_table(n)})
 
 
-def test_a_short_trigger_is_told_and_a_long_one_is_not(own):
+def test_of_a_short_trigger_a_longer_one_is_proposed_and_of_that_nothing(own):
     own.adapt_text(False, tokens=True)
-    short, long = (LearntTrigger(own, trigger, ["a castle"], 0.1).notes(trigger) for trigger in ("octzu", "octzu vekima"))
-    assert "the trigger 'octzu' has 2 tokens of its own to learn" in short[0] and long == []
+    (told,) = LearntTrigger(own, "octzu", ["a castle"], 0.1).notes("octzu")
+    found = re.fullmatch(
+        r"the trigger 'octzu' has 2 tokens of its own to learn: one of 8 or more, such as '([a-z ]+)', .*", told
+    )
+    longer = LearntTrigger(own, found[1], ["a castle"], 0.1)
+    assert len(longer.tokens[TABLE]) >= 8 and longer.notes(found[1]) == []
 
 
 def test_only_the_triggers_own_tokens_are_learnt(own, taught, subjects):
@@ -181,3 +186,31 @@ def _keys(path):
 
     with safe_open(path, "pt") as file:
         return list(file.keys())
+
+
+def test_the_trigger_alone_is_learnt_beside_concepts_that_have_layers(own, taught, subjects):
+    """Nothing else ever changes: no layer of the model, no other prompt, nothing of what other concepts do"""
+    alone = replace(CONFIG, layers="@trigger", steps=20)
+    concept, fit = learn(own, taught, subjects["fox"], alone)
+    assert list(concept.adapter.layers) == [TABLE] and concept.bases == {} and len(fit.losses) == 20
+    assert sum(fit.losses[-5:]) < sum(fit.losses[:5])
+    prompts = ["a castle", *(f"a {subjects[name].trigger} animal" for name in ("octopus", "fox"))]
+    moved, bare = prediction(own, concept.adapter, prompts), prediction(own, None, prompts)
+    assert torch.equal(moved[:2], bare[:2]) and (moved[2] - bare[2]).abs().mean() > 1e-3
+    concepts = taught.concepts()
+    adapters = [c.adapter for c in concepts]
+    for mode in MODES:
+        projected = project(adapters, mode, 1.0, [c.moments for c in concepts], taught.calibration().moments)
+        assert torch.equal(projected[-1].layers[TABLE].dense(), adapters[-1].layers[TABLE].dense())
+    with_it, without = (
+        interference_report({c.name: c.adapter for c in some}, {c.name: c.moments for c in some})
+        for some in (concepts, concepts[:2])
+    )
+    assert with_it.crosstalk[2] == [0, 0, 0] and with_it.disturbance[:2] == pytest.approx(without.disturbance)
+    assert sample_sheet(own, taught, "fox", subjects["fox"].images).isfinite().all()
+    taught.remove("fox")
+
+
+def test_the_trigger_alone_needs_learn_trigger():
+    with pytest.raises(UserError, match="turn learn_trigger on"):
+        TrainingConfig(layers="@trigger").validate()

@@ -152,7 +152,8 @@ def test_no_hook_and_no_changed_weight_is_left(model, subjects, new_library, tmp
     assert all(torch.equal(v, before[k]) for k, v in model.mmdit.state_dict().items())
 
 
-def test_ablation_switches_all_train(model, subjects, new_library, tmp_path):
+def test_ablation_switches_all_train(monkeypatch, model, subjects, new_library, tmp_path):
+    monkeypatch.setattr("seqlora_core.replay.decoy_count", lambda size: 3)
     switches = (
         {"lower_steps": 1, "hypergradient": "cg:2"}, {"lower_steps": 1, "hypergradient": "neumann:2"}, {"drift_budget": 0.0},
         {"replay_target": "base"}, {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
