@@ -7,6 +7,7 @@ from pathlib import Path
 
 import comfy.sd
 import comfy.sd1_clip
+import folder_paths
 
 from ..seqlora_core.demo_model import CLIP_SIZE, CONTEXT_LENGTH
 
@@ -15,7 +16,9 @@ def load_demo_model(path: Path):
     """(model, clip, vae) of the embedded demo model."""
     config = {**CLIP_SIZE, "model_type": "clip_text_model"}
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(
-        str(path), te_model_options={"clip_l_model_config": _full_clip_config(config)}
+        str(path),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        te_model_options={"clip_l_model_config": _full_clip_config(config)},
     )[:3]
     # at 64 px, SD3's 77 text tokens would be most of the work: the demo model was trained with fewer
     clip.tokenizer.clip_l.max_length = CONTEXT_LENGTH

@@ -5,15 +5,18 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.adapter import concatenate, save_adapter
+from ..seqlora_core.adapter import concatenate, is_token_table, save_adapter
 from ..seqlora_core.composition import MODES, Wishes
+from ..seqlora_core.embedding import trigger_embedding
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.low_rank import truncated
 from ..seqlora_core.names import safe_name
+from ..seqlora_core.tensor_file import write_safetensors
 from .apply_stack import cap_input, projection_inputs
 from .comfy_patches import full_differences
+from .comfy_texts import Texts
 from .comfy_weights import Weights
-from .loading import compose_stack
+from .loading import Composed, compose_stack
 from .types import CATEGORY, StackType, advanced
 
 
@@ -41,6 +44,15 @@ class SeqLoRASaveStack(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True),
                 advanced(cap_input()),
+                advanced(
+                    io.Boolean.Input(
+                        "embeddings",
+                        default=False,
+                        optional=True,
+                        tooltip="Writes each learnt trigger into models/embeddings too: embedding:NAME in a prompt then says what its words say. "
+                        "Connect the clip.",
+                    )
+                ),
             ],
             outputs=[io.String.Output(display_name="path")],
         )
@@ -60,6 +72,7 @@ class SeqLoRASaveStack(io.ComfyNode):
         model=None,
         clip=None,
         cap=0.0,
+        embeddings=False,
     ) -> io.NodeOutput:
         path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{safe_name(name, 'file name')}.safetensors"
         if path.exists() and not overwrite:
@@ -77,10 +90,34 @@ class SeqLoRASaveStack(io.ComfyNode):
             "modelspec.title": "SeqLoRA stack",
         }
         extra, left = full_differences(composed.parts, weights)
+        called = _embeddings(composed, clip, path.stem, overwrite) if embeddings else []
         save_adapter(path, adapter, extra=extra)
         said = f"saved {path.name}" + (f", {lost:.2%} of its energy lost to rank {rank}" if rank else "")
         if composed.unrecorded:
             said += f"; {composed.unrecorded}"
         if left:
             said += f"; {len(left)} changes that no file can hold are not in it, first {left[0]}"
+        if called:
+            said += f"; in prompts: {', '.join(called)}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(said))
+
+
+def _embeddings(composed: Composed, clip, name: str, overwrite: bool) -> list[str]:
+    """Writes the learnt triggers of a stack, each as NAME_CONCEPT in models/embeddings; how prompts call them"""
+    both = zip(composed.concepts, composed.parts)
+    learnt = [(c, p.adapter.scaled(p.strength)) for c, p in both if any(map(is_token_table, p.adapter.layers))]
+    if not learnt:
+        raise UserError(
+            "nothing of the stack has a trigger that was learnt: switch embeddings off, or train with learn_trigger"
+        )
+    if clip is None:
+        raise UserError("embeddings are made of the text encoder's own: connect the clip, without LoRAs, or switch them off")
+    folder = Path(folder_paths.get_folder_paths("embeddings")[0])
+    paths = [folder / f"{name}_{safe_name(c.name, 'concept name')}.safetensors" for c, _ in learnt]
+    there = next((p for p in paths if p.exists()), None)
+    if there and not overwrite:
+        raise UserError(f"{there.name} exists in models/embeddings: choose another name, or switch overwrite on")
+    for path, (concept, adapter) in zip(paths, learnt):
+        trigger = next(iter(concept.adapter.triggers), concept.trigger)
+        write_safetensors(path, trigger_embedding(Texts(clip), adapter, trigger), {"seqlora.trigger": trigger})
+    return [f"embedding:{p.stem}" for p in paths]

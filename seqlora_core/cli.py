@@ -101,6 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--output", type=Path, default=Path("sample.png"))
 
+    embedding = command(
+        "embedding", "write a concept's learnt trigger as an embedding, for prompts that call it by its file's name"
+    )
+    embedding.add_argument("adapter", type=Path, metavar="FILE", help="the concept's LoRA, learnt with --learn-trigger")
+    embedding.add_argument("--output", type=Path, required=True, help="such as models/embeddings/my_cat.safetensors of ComfyUI")
+
     calibrate = command("calibrate", "record what LoRAs see while they draw their triggers, or the base model for a library")
     calibrate.add_argument("loras", nargs="*", type=Path, metavar="LORA", help="LoRA files (or give --library)")
     calibrate.add_argument("--trigger", action="append", default=[], metavar="WORDS",
@@ -146,5 +152,5 @@ def _demo(args):
 
 COMMANDS = {
     "demo": _demo, "train": train_command.run, "stack": stack_command.stack, "report": stack_command.report,
-    "sample": stack_command.sample, "calibrate": calibrate_command.run, "library": library_command.run,
+    "sample": stack_command.sample, "embedding": stack_command.embedding, "calibrate": calibrate_command.run, "library": library_command.run,
 }  # fmt: skip

@@ -25,14 +25,19 @@ SYLLABLES, WORDS = 4, 6  # of a made-up word, and of them at most
 
 
 @torch.no_grad()
-def tokens_of(denoiser: Denoiser, prompts: Iterable[str]) -> dict[str, set[int]]:
-    """Token table -> ids that it is asked for while these prompts are encoded"""
-    found: dict[str, set[int]] = {site.name: set() for site in denoiser.token_tables()}
+def token_ids(denoiser: Denoiser, prompts: Iterable[str]) -> dict[str, list[int]]:
+    """Token table -> ids that it is asked for while these prompts are encoded, in their order"""
+    found: dict[str, list[int]] = {site.name: [] for site in denoiser.token_tables()}
     attachment = Attachment()
-    attachment.record = lambda name, ids: found[name].update(ids.flatten().tolist())
+    attachment.record = lambda name, ids: found[name].extend(ids.flatten().tolist())
     with attached(denoiser.token_tables(), attachment):
         denoiser.read_prompts(list(dict.fromkeys(prompts)))
     return found
+
+
+def tokens_of(denoiser: Denoiser, prompts: Iterable[str]) -> dict[str, set[int]]:
+    """The same, each once"""
+    return {name: set(ids) for name, ids in token_ids(denoiser, prompts).items()}
 
 
 def made_up(denoiser: Denoiser, taken: dict[str, set[int]], count: int, seed: str) -> str:

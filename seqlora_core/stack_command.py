@@ -1,4 +1,4 @@
-"""`seqlora stack`, `report` and `sample`: LoRA files or a library, together."""
+"""`seqlora stack`, `report`, `sample` and `embedding`: what is done with LoRA files or a library."""
 
 from __future__ import annotations
 
@@ -161,3 +161,23 @@ def sample(args):
     save_picture(to_pil(torch.cat(list(drawn), 1)), args.output)
     say(args)(f"written to {args.output}")
     return {"output": str(args.output)}
+
+
+def embedding(args):
+    from .adapter import load_adapter
+    from .embedding import trigger_embedding
+    from .tensor_file import write_safetensors
+
+    adapter = load_adapter(args.adapter)
+    if len(adapter.triggers) != 1:
+        raise UserError(f"{args.adapter.name} names {len(adapter.triggers)} triggers: give the file of one concept")
+    try:
+        vectors = trigger_embedding(open_model(args), adapter, adapter.triggers[0])
+    except UserError as error:
+        raise UserError(f"{args.adapter.name}: {error}") from error
+    write_safetensors(args.output, vectors, {"seqlora.trigger": adapter.triggers[0]})
+    count = max(len(rows) for rows in vectors.values())
+    say(args)(
+        f"{count} vectors written to {args.output}; in ComfyUI's models/embeddings, embedding:{args.output.stem} calls it"
+    )
+    return {"output": str(args.output), "vectors": {name: len(rows) for name, rows in vectors.items()}}

@@ -22,7 +22,7 @@ LAYERS = [
     {"concept", "config", "plots"},
     {"captions", "learnt_trigger", "noise_levels", "parallel", "pictures"},
     {"replay", "budget", "report_picture", "labelled"},
-    {"start", "checkpoint", "objective"},
+    {"start", "checkpoint", "objective", "embedding"},
     {"trainer"},
     {"concept_files"},
     {"library", "ordinary"},

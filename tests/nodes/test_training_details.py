@@ -106,13 +106,13 @@ def test_a_cancelled_run_goes_on_to_the_very_same_file(server):
     for library in ("never", "stopped"):
         if library == "stopped":
             listener = Listener(server)
-            prompt = server.submit(train(library, steps=20, preview_every=0))
+            prompt = server.submit(train(library, steps=10, preview_every=0))
             listener.await_first_step()
             listener.close()
             server.post("/interrupt")
             server.wait(prompt, 60)
             assert list((server.base / "models" / "loras" / "seqlora" / library / ".checkpoints" / "octopus").iterdir())
-        server.run(train(library, steps=20, preview_every=0, if_trained="train again"))
+        server.run(train(library, steps=10, preview_every=0, if_trained="train again"))
         files[library] = (server.base / "models" / "loras" / "seqlora" / library / "octopus.safetensors").read_bytes()
     assert files["never"] == files["stopped"]
 
