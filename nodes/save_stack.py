@@ -114,6 +114,9 @@ def _embeddings(composed: Composed, clip, name: str, overwrite: bool) -> list[st
         raise UserError("embeddings are made of the text encoder's own: connect the clip, without LoRAs, or switch them off")
     folder = Path(folder_paths.get_folder_paths("embeddings")[0])
     paths = [folder / f"{name}_{safe_name(c.name, 'concept name')}.safetensors" for c, _ in learnt]
+    twice = next((p for p in paths if paths.count(p) > 1), None)
+    if twice:
+        raise UserError(f"two concepts of the stack would be {twice.name}: save their embeddings apart")
     there = next((p for p in paths if p.exists()), None)
     if there and not overwrite:
         raise UserError(f"{there.name} exists in models/embeddings: choose another name, or switch overwrite on")

@@ -274,7 +274,7 @@ def test_bad_names_of_loaders_get_one_clear_sentence(server, trained, kind, inpu
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"mode": "magic"}, "not in list|unknown mode"), ({"amount": 2.0}, "bigger than max"), ({"name": "../x"}, "cannot be a file name"), ({"overwrite": False}, "exists in models/loras")],
+    [({"mode": "magic"}, "not in list|unknown mode"), ({"amount": 2.0}, "bigger than max"), ({"name": "../x"}, "cannot be a file name"), ({"overwrite": False}, "exists in models/loras"), ({"embeddings": True}, "nothing of the stack has a trigger that was learnt")],
 )  # fmt: skip
 def test_bad_input_of_save_stack(server, trained, change, message):
     inputs = {"stack": ["4", 0], "name": "once", "mode": "sum", "amount": 1.0, "overwrite": True}
