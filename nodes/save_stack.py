@@ -120,7 +120,8 @@ def _embeddings(composed: Composed, clip, name: str, overwrite: bool) -> list[st
     there = next((p for p in paths if p.exists()), None)
     if there and not overwrite:
         raise UserError(f"{there.name} exists in models/embeddings: choose another name, or switch overwrite on")
+    texts = Texts(clip)
     for path, (concept, adapter) in zip(paths, learnt):
         trigger = next(iter(concept.adapter.triggers), concept.trigger)
-        write_safetensors(path, trigger_embedding(Texts(clip), adapter, trigger), {"seqlora.trigger": trigger})
+        write_safetensors(path, trigger_embedding(texts, adapter, trigger), {"seqlora.trigger": trigger})
     return [f"embedding:{p.stem}" for p in paths]

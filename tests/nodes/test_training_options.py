@@ -6,6 +6,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from .comfy_server import Failed
+from .test_stack_files import save
 from .test_training import BASE, draw, images, pixels, train
 
 USUAL = {
@@ -166,19 +167,13 @@ def test_a_learnt_trigger_is_read_by_the_stock_loader_and_acts_on_it_alone(serve
     assert np.abs(drawn("an octzu animal", ours) - drawn("an octzu animal", both)).mean() < 1.0
 
     # and as an embedding it says the same without the LoRA's part for the text encoder
-    export = {
-        "4": {"class_type": "SeqLoRALibrary", "inputs": {"library": "called", "concepts": "", "strength": 1.0}},
-        "8": {"class_type": "SeqLoRASaveStack", "inputs": {"stack": ["4", 0], "name": "called", "mode": "sum", "amount": 1.0, "overwrite": False, "clip": ["1", 1], "embeddings": True}},
-    }  # fmt: skip
+    library, given = BASE | {"4": ours["4"]}, {"clip": ["1", 1], "embeddings": True}
     with pytest.raises(Failed, match="connect the clip"):
-        server.run(
-            BASE | export | {"8": {**export["8"], "inputs": {k: v for k, v in export["8"]["inputs"].items() if k != "clip"}}}
-        )
-    assert "in prompts: embedding:called_octopus" in server.run(BASE | export)["8"]["text"][0]
+        server.run(library | save("4", "called", embeddings=True))
+    assert "in prompts: embedding:called_octopus" in server.run(library | save("4", "called", **given))["8"]["text"][0]
     (server.base / "models" / "loras" / "called.safetensors").unlink()
-    export["8"]["inputs"]["rank"] = 100
     with pytest.raises(Failed, match="called_octopus.safetensors exists in models/embeddings"):
-        server.run(BASE | export)
+        server.run(library | save("4", "called", rank=100, **given))
     alone = {"5": {"class_type": "LoraLoader", "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": name, "strength_model": 1.0, "strength_clip": 0.0}}}  # fmt: skip
     assert np.abs(drawn("an embedding:called_octopus animal", alone) - drawn("an octzu animal", both)).max() <= 1
     assert np.abs(drawn("an octzu animal", alone) - drawn("an octzu animal", both)).max() > 1
