@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(RUN) -m seqlora_core demo --output demo_output
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -n 2 --dist loadgroup --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -n 2 --no-loadscope-reorder tests
 
 # the reliability scripts in full, an hour or more; `make test` runs them shortened
 soak: $(VENV)/.ready

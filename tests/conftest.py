@@ -23,12 +23,22 @@ TOGETHER = {"workflows"}  # folders whose files share what is taught and the ope
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest first, so that no worker is left with it while the others are done; a file, or a folder whose files
-    share much, all on one worker"""
+    """What takes longest first, so that no worker is left with it while the others are done"""
     items.sort(key=lambda item: SLOW.isdisjoint(item.path.parts))
-    for item in items:
-        folder = item.path.parent
-        item.add_marker(pytest.mark.xdist_group(folder.name if folder.name in TOGETHER else f"{folder.name}/{item.path.name}"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file, or a folder whose files share much, all on one worker.  (xdist's own groups need a `nodeid` that changes with
+    `_nodeid`, which pytest 9.2 has no more.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.split("::")[0])
+            return file.parent.name if file.parent.name in TOGETHER else str(file)
+
+    return Scheduler(config, log)
 
 
 def few_generic(model) -> HeldOut:
