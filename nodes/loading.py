@@ -174,9 +174,12 @@ def compose_stack(
     """
     members, wishes, read = load_members(stack, weights), wishes or Wishes(), []
     members = [m for m in members if m.entry.strength] or members
+    count = len({(m.entry.library, m.entry.name) for m in members})
+    # the symmetric projection divides by it already
+    share = count**-0.5 if norm_control and (mode != "weights" or wishes.order != "symmetric") else 1.0
     for member in members:
         if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
-            read.append((weights.digest(member.fitted.read_weights()), member.fitted.bends_at(member.entry.strength)))
+            read.append((weights.digest(member.fitted.read_weights()), member.fitted.bends_at(member.entry.strength * share)))
             member.fitted = _as_low_rank(member, weights, exact, *read[-1])
     states = tuple(
         (file_stamps(entry_file(m.entry)), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected) for m in members
@@ -184,9 +187,6 @@ def compose_stack(
     files = (entry_file(m.entry) for m in members)
     key = (*files, states, mode, amount, wishes, exact, weights and weights.signature, tuple(read))
     projected, kept = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
-    count = len({(m.entry.library, m.entry.name) for m in members})
-    # the symmetric projection divides by it already
-    share = count**-0.5 if norm_control and (mode != "weights" or wishes.order != "symmetric") else 1.0
     pieces = [
         Part(m.concept.name, m.entry.strength * share, a, m.fitted.patches, m.entry.start, m.entry.end)
         for m, a in zip(members, projected)

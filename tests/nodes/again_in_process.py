@@ -147,6 +147,23 @@ def projected():
     return {"decomposed": counts, "wrong": wrong, "factors": list(factors)}
 
 
+def bent():
+    """Factors of an OFT beside another, each over the square root of two: how far from what ComfyUI makes of it at the strength
+    at which they act, and how far it would be at the strength that was asked for"""
+    for name in ("oft", "oft_too"):
+        put(name, {f"{UNET}.oft_blocks": 0.2 * torch.randn(8, 24, 24, generator=generator), f"{UNET}.alpha": torch.tensor(0.0)})
+    stack = Stack([Entry("", "oft", 0.8), Entry("", "oft_too", 1.0)])
+    part = compose_stack(stack, "sum", 1.0, None, weights, norm_control=True, exact=True).parts[0]
+    patch = loading._read_file(folder / "oft.safetensors", weights).patches[KEY]
+    ours = part.strength * part.adapter.layers[weights.name_of[KEY]].dense()
+    before, wrong = weights.original(KEY), {}
+    for key, strength in (("acting", part.strength), ("asked", 0.8)):
+        after = comfy.lora.calculate_weight([(strength, patch, 1.0, None, None)], before.clone(), KEY)
+        theirs = (after - before) * (part.strength / strength)
+        wrong[key] = float((ours - theirs).norm() / theirs.norm())
+    return wrong | {"strength": part.strength}
+
+
 with torch.inference_mode():
     model, clip, vae = load_demo_model(DEMO_MODEL)
     weights = Weights(model, clip)
@@ -158,6 +175,7 @@ with torch.inference_mode():
         "other_folder": triggers("C/cat.v1: kwx cat", "A/cat.v1"),
         "no_folder": triggers("cat.v1: kwx cat", "A/cat.v1"),
         "projected": projected(),
+        "bent": bent(),
         "elsewhere": elsewhere(),
     }
 found["records"] = records()

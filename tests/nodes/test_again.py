@@ -46,6 +46,13 @@ def test_a_change_of_the_checkpoint_is_seen_in_any_layer(found):
     assert max(found["projected"]["wrong"]) < 1e-5
 
 
+def test_norm_control_takes_an_oft_at_the_strength_that_is_left_it(found):
+    """ComfyUI's OFT does not do twice as much at twice the strength"""
+    bent = found["bent"]
+    assert bent["strength"] == pytest.approx(0.8 / 2**0.5)
+    assert bent["acting"] < 1e-5 < 0.01 < bent["asked"]
+
+
 def test_a_new_strength_decomposes_nothing_again(found):
     """A LoHa's change is the same on all checkpoints of a kind; a DoRA's is not"""
     assert found["projected"]["decomposed"] == [1, 0, 0, 2, 0, 2, 0, 0]
