@@ -14,7 +14,7 @@ from .nodes.comfy_server import Server, find_comfyui
 # libraries that node and workflow tests train into
 LIBRARIES = (
     "base", "unload", "held", "cancelled", "progress", "bad", "workflow_demo", "browser", "options", "levels", "called", "squares",
-    "masked", "black", "checkpoints", "few", "connected", "templates", "triggers", "ranks", "never", "stopped",
+    "masked", "black", "checkpoints", "few", "connected", "templates", "triggers", "ranks", "never", "stopped", "hashed",
 )  # fmt: skip
 
 

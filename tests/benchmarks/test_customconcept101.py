@@ -1,5 +1,6 @@
 """CustomConcept101's benchmark from end to end on random models and a data set of its layout; and the UNet host alone."""
 
+import functools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from benchmarks import customconcept101, tiny
 from seqlora_core.denoiser import Conditioning, loss
 from seqlora_core.diffusers_folder import open_folder
 from seqlora_core.errors import UserError
+from seqlora_core.preview import draw_with
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_the_whole_way(folder, tmp_path, kind):
+def test_the_whole_way(monkeypatch, folder, tmp_path, kind):
+    monkeypatch.setattr(customconcept101, "draw_with", functools.partial(draw_with, steps=3))
     arguments = [
         "--model", folder / kind, "--data", folder / "data", "--clip", folder / "clip", "--dino", folder / "dino",
         "--output", tmp_path, "--count", 2, "--steps", 2, "--rates", 1e-3, "--levels", 2, "--generic", 3, "--pictures", 4,

@@ -1,5 +1,6 @@
 """The benchmark of the method runs, resumes, and its rivals are what they are called."""
 
+import functools
 import json
 import shutil
 
@@ -8,16 +9,17 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks import concepts, method, rivals
-from seqlora_core import evaluation
+from seqlora_core import evaluation, identity
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
 from seqlora_core.demo import shared_words
 from seqlora_core.demo_model import DEMO_FOLDER, TOKENIZER
 from seqlora_core.identity import Identity
 from seqlora_core.library import Library
+from seqlora_core.preview import draw_with
 
 from ..conftest import few_generic
 
-ROWS = ["ordinary_sum", "ties", "closed_form", "orthogonal_adaptation", "seqlora"]
+ROWS = ["ordinary_sum", "closed_form", "orthogonal_adaptation", "seqlora"]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,8 @@ def run(tmp_path_factory, calibration, model):
     patch.setattr(method, "load_generic", few_generic)
     patch.setattr(evaluation, "LEVELS", 2)
     patch.setattr(method, "Identity", lambda *given, drawn: Identity(*given, drawn=1))
+    patch.setattr(identity, "draw_with", functools.partial(draw_with, steps=4))
+    patch.setitem(method.MODELS, "demo", (lambda: model, "method.json"))
     (cache / "pairs").symlink_to(DEMO_FOLDER / "evaluation" / "pairs")
     calibration.save(cache / "runs-2" / "calibration.safetensors", model.fingerprint())
     arguments = ["--counts", "2", "--seeds", "0", "--steps", "2", "--cache", str(cache)]
@@ -43,6 +47,7 @@ def run(tmp_path_factory, calibration, model):
     with pytest.raises(SystemExit, match="another steps"):
         method.main([*arguments, "--steps", "3", "--output", str(outputs[1])])
     patch.undo()
+    model.adapt_text(False)
     return cache, [json.loads(p.read_text()) for p in outputs]
 
 

@@ -84,7 +84,7 @@ def test_a_tight_budget_raises_the_weight_and_moves_unrelated_prompts_less(model
     base = held_out_loss(model, generic)
     for number, budget in enumerate((1e-4, 10.0)):
         library = new_library(tmp_path / str(number), planned=1)
-        concept, fit = teach(model, library, subjects["octopus"], steps=40, drift_budget=budget, learning_rate=3e-3)
+        concept, fit = teach(model, library, subjects["octopus"], steps=25, drift_budget=budget, learning_rate=3e-3)
         drifts.append(held_out_loss(model, generic, concept.adapter) / base - 1)
         weights.append(fit.weights[-1])
     assert weights[0] > 1.5 > 0.5 > weights[1]

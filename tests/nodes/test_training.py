@@ -194,11 +194,11 @@ def test_a_second_concept_stands_beside_the_first(server, trained):
 def test_progress_arrives_with_a_preview(server, trained):
     """Over the websocket: progress events, our text, and preview pictures."""
     listener = Listener(server)
-    server.run(train("progress", steps=30, preview_every=10))
+    server.run(train("progress", steps=15, preview_every=5))
     time.sleep(0.5)
     listener.close()
     assert listener.progress >= 1 and listener.binary > len(listener.texts) > 0
-    assert any(re.search(r"step 20 of 30, \d+:\d\d left, loss \d", text) for text in listener.texts), listener.texts
+    assert any(re.search(r"step 10 of 15, \d+:\d\d left, loss \d", text) for text in listener.texts), listener.texts
 
 
 BAD = [

@@ -25,7 +25,7 @@ def test_header(tmp_path):
 
 
 def test_server(tmp_path):
-    result = server.run(12, SEED, tmp_path)
+    result = server.run(9, SEED, tmp_path)
     if "skipped" in result:
         pytest.skip(result["skipped"])
-    assert result["failures"] == [] and result["prompts"] == 12 and len(result["outcomes"]) > 1
+    assert result["failures"] == [] and result["prompts"] == 9 and len(result["outcomes"]) > 1
