@@ -1,4 +1,4 @@
-"""What every figure here starts from, and those of docs/results/method.json: what is kept, and what a concept costs, as the number of concepts grows."""
+"""What every figure here starts from, and those of docs/results/method*.json: what is kept, and what a concept costs, as the number of concepts grows."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def main() -> None:
     def load(name: str) -> dict:
         return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
-    method(load("method")["rows"], ROOT / "docs" / "images" / "method.png")
+    for name in ("method", "method_long_triggers"):
+        method(load(name)["rows"], ROOT / "docs" / "images" / f"{name}.png")
     costs(load("method_large")["costs"], ROOT / "docs" / "images" / "costs_large.png")
 
 

@@ -1,5 +1,6 @@
 """Teach a library one more concept."""
 
+import logging
 from dataclasses import replace
 
 import comfy.model_management as management
@@ -134,7 +135,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                     denoiser, opened, _ordinary(images.sets), name, trigger, class_noun, None, config,
                     progress.step, replace_existing=trained,
                     checkpointing=replace(options.checkpointing, resume=if_trained != ANEW),
-                    regularisation=_ordinary(regularisation.sets) if regularisation else (),
+                    regularisation=_ordinary(regularisation.sets) if regularisation else (), tell=progress.warn,
                 )  # fmt: skip
                 losses, notes = fit.losses, fit.notes + images.notes
                 notes += [f"regularisation: {note}" for note in regularisation.notes] if regularisation else []
@@ -167,6 +168,11 @@ class _Progress:
         from server import PromptServer
 
         PromptServer.instance.send_progress_text(text, self.node_id)
+
+    def warn(self, note: str) -> None:
+        """Before the first step; the report has it too"""
+        logging.warning("SeqLoRA: %s", note)
+        self.say(note)
 
     def step(self, step) -> None:
         management.throw_exception_if_processing_interrupted()

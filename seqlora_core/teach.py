@@ -32,7 +32,7 @@ def train_concept(
     captions: list[str | None] | None = None, config: TrainingConfig | None = None,
     on_step: Callable[[Step], None] | None = None, replace_existing: bool = False,
     checkpointing: Checkpointing | None = None, template: str = TEMPLATE, regularisation: list[Pictures] = (),
-    workers: Workers | None = None,
+    workers: Workers | None = None, tell: Callable[[str], None] | None = None,
 ) -> tuple[Concept, Fit]:  # fmt: skip
     """Train a concept on top of all that the library holds, and add it.
 
@@ -43,6 +43,7 @@ def train_concept(
     A run that was stopped or killed goes on from its last checkpoint, to the same file as if it had not been, or without
     `checkpointing.resume` is begun anew; a concept that was saved as it was then is replaced by the whole one.
     regularisation: pictures of the class on which the model must stay as it is.  Of several `workers` the first writes.
+    tell: is given the notes that are known before the first step, for who would rather stop then; `Fit.notes` has them too.
     Raises UserError before any work for a name that is taken, a missing trigger and the like.
     """
     name, trigger, class_noun = (
@@ -74,18 +75,20 @@ def train_concept(
         references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
         others_of_class = [_references(denoiser, s, t) for s, t in zip(regularisation, of_class)]
         every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
-        cut_off = _cut_off(denoiser, sets, every, trigger)
+        early = _cut_off(denoiser, sets, every, trigger)
+        alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
+        if library.note:  # once, of a run of many concepts
+            early.append(library.note)
+            library.note = ""
+        if alike is not None:
+            early.append(f"the trigger {trigger!r} calls {alike!r} of this library too: use one of them at a time")
+        for note in early if tell else []:
+            tell(note)
         run = _identity(library, name, [*references, *others_of_class], [*sets, *regularisation], trigger, config)
         checkpoints = Checkpoints(library.checkpoints(name), run, checkpointing.every, checkpointing.keep, checkpointing.resume)
         result = fit(denoiser, references, trigger, others, calibration, config, on_step, checkpoints, others_of_class, workers)
         kept = slice(0, config.keep_latents)
-        result.notes += cut_off
-        alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
-        if library.note:  # once, of a run of many concepts
-            result.notes.append(library.note)
-            library.note = ""
-        if alike is not None:
-            result.notes.append(f"the trigger {trigger!r} calls {alike!r} of this library too: use one of them at a time")
+        result.notes += early
         result.adapter.metadata = _metadata(
             denoiser, name, f"{trigger} {class_noun}".strip(), every, references[0].size, others, config, result
         )  # fmt: skip

@@ -113,6 +113,12 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
             notes += [f"regularisation: {note}" for note in more]
             for note in notes:
                 say(args)(note)
+            early: list[str] = []
+
+            def tell(note: str, early=early) -> None:
+                early.append(note)
+                say(args)(note)
+
             with bar(job.name, config.steps, args.quiet) as on_step:
                 if shown:
                     earlier = library.concepts(without=job.name, stored_moments=True)
@@ -121,21 +127,23 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
                 concept, fit = train_concept(
                     model, library, sets, job.name, job.trigger, job.class_noun, None, config, on_step, args.again,
                     checkpointing=checkpointing, template=options.caption, regularisation=regularisation, workers=workers,
+                    tell=tell,
                 )  # fmt: skip
-            done.append(_told(args, library, concept, fit, config.steps) | {"pictures": notes})
+            done.append(_told(args, library, concept, fit, config.steps, early) | {"pictures": notes})
             if shown:
                 done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
                 say(args)("drawn: " + ", ".join(done[-1]["shown"]))
     return done
 
 
-def _told(args, library, concept, fit, steps: int) -> dict:
-    """Says how a run ended; raises again what stopped it"""
+def _told(args, library, concept, fit, steps: int, early: list[str]) -> dict:
+    """Says how a run ended; raises again what stopped it.  early: notes that were told before"""
     path, tell = library.paths(concept.name)[0], say(args)
     if fit.stopped is not None:
         tell(f"stopped after {len(fit.losses)} of {steps} steps; what was trained is in {path}; the same command goes on")
         raise fit.stopped
     for note in fit.notes:
-        tell(note)
+        if note not in early:
+            tell(note)
     tell(f"{concept.name}: {len(fit.losses)} steps, written to {path}")
     return {"name": concept.name, "path": str(path), "losses": fit.losses, "energies": fit.energies, "notes": fit.notes}

@@ -206,3 +206,32 @@ def method_table(name: str = "method") -> str:
     rates = ", ".join(f"{k} {v:g}" for k, v in data["meta"]["rates"].items())
     about = f"From `{data['meta']['command']}`, {data['meta']['steps']} steps, {data['meta']['concepts']} concepts; learning rates: {rates}."
     return "\n\n".join([*parts, about])
+
+
+def scale_table(name: str = "method_long_triggers") -> str:
+    """One line a row, the numbers of concepts beside one another; the rest for the most"""
+    data = load(name)
+    counts = sorted({r["n"] for r in data["rows"]})
+    head = [
+        "row",
+        *(f"kept of {n}" for n in counts),
+        f"worst of {counts[-1]}",
+        f"generic drift, {counts[-1]}",
+        f"1-NN, {counts[-1]}",
+        "seeds",
+    ]
+    lines = []
+    for row in dict.fromkeys(r["row"] for r in data["rows"]):
+        found = {r["n"]: r for r in data["rows"] if r["row"] == row}
+        most = found[counts[-1]]
+        kept = [f"{found[n]['kept_mean']:.2f}" for n in counts]
+        cells = [
+            row,
+            *kept,
+            f"{most['kept_worst']:.2f}",
+            f"{most['generic_drift']:+.1%}",
+            f"{most['one_nn_stack']:.0%}",
+            str(most["seeds"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])

@@ -154,8 +154,11 @@ def test_a_trigger_beyond_what_the_text_encoder_reads_is_told(model, new_library
         (tmp_path / "in" / f"{name}.txt").write_text(caption, encoding="utf-8")
     sets, _ = load(tmp_path / "in", 64, PictureOptions(flip=True))
     config = TrainingConfig(steps=1, **QUICK)
-    _, fit = train_concept(model, new_library(tmp_path / "l"), sets, "x", "zqx", "cat", config=config)
+    told, before = [], []
+    given = dict(config=config, tell=told.append, on_step=lambda step: before.extend(told))
+    _, fit = train_concept(model, new_library(tmp_path / "l"), sets, "x", "zqx", "cat", **given)
     said = [n for n in fit.notes if "does not get as far as" in n]
+    assert said == before == told  # already when the first step is done
     assert len(said) == 1 and "the trigger 'zqx' in 1 of 3 captions, such as that of a.png: put" in said[0]
     library = new_library(tmp_path / "m")
     with pytest.raises(UserError, match="as far as the trigger 'zqx' in none of the 1 captions"):
