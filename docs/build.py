@@ -41,6 +41,7 @@ TABLES = {
     "method_own_triggers_320": lambda: of_method.method_table("method_own_triggers_320"),
     "method_long_triggers": lambda: of_method.method_table("method_long_triggers"),
     "scale": of_method.scale_table,
+    "method_long_triggers_32": lambda: of_method.method_table("method_long_triggers_32"),
     "method_long_triggers_101": lambda: of_method.method_table("method_long_triggers_101"),
     "method_unet": lambda: of_method.method_table("method_unet"),
     "demo": of_method.demo_table,

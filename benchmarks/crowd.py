@@ -1,0 +1,64 @@
+"""Every concept of a library drawn while all of them are on, beside pictures that no training saw: docs/images/crowd.png.
+
+    python -m benchmarks.crowd
+
+After `benchmarks.method` has taught them, or teaches them itself; each row's first picture, none is picked.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import concepts
+from benchmarks.method import ROOT, Bench
+from benchmarks.rivals import COMBINED
+from seqlora_core.adapter import Adapter
+from seqlora_core.config import TrainingConfig
+from seqlora_core.demo import moments_of
+from seqlora_core.evaluation import summed
+from seqlora_core.identity import COLOURS
+from seqlora_core.labelled import labelled_grid
+from seqlora_core.ordinary import combined
+from seqlora_core.preview import draw_with
+
+OURS = "seqlora_learnt_trigger"
+COLUMNS, TILE = 4, 60
+
+
+def stacks(bench: Bench, names: list[str], rate: float) -> dict[str, Adapter]:
+    """All of them on: ours by plain addition, ordinary LoRAs as they come and by the closed form"""
+    everything = list(range(len(names)))
+    ordinary = [bench.ordinary(n, rate, 0) for n in names]
+    moments = [moments_of(bench.model, bench.subject(n), a, 0) for n, a in zip(names, ordinary)]
+    library = bench.chain(OURS, rate, 0, names, len(names))
+    bench.measuring()
+    found = {f"SeqLoRA, all {len(names)} on": summed([library.load(n).adapter for n in names])(everything)}
+    for head, row in (("ordinary LoRAs\nby the closed form", "closed_form"), ("ordinary LoRAs added", "ordinary_sum")):
+        found[head] = combined(COMBINED[row], ordinary, moments, bench.calibration().moments)(everything)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=32, help="of the concepts, and planned")
+    parser.add_argument("--concepts", choices=["tuning", "final", "all"], default="final")
+    parser.add_argument("--steps", type=int, default=TrainingConfig.steps)
+    parser.add_argument("--trigger-tokens", type=int, default=16, metavar="N")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of both kinds of LoRAs")
+    parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "crowd.png")
+    args = parser.parse_args()
+    bench, names = Bench(args.cache, args.steps, tokens=args.trigger_tokens), concepts.names(args.concepts)[: args.count]
+    prompts = [bench.subject(n).prompt(COLOURS[i % len(COLOURS)]) for i, n in enumerate(names)]
+    columns = {"held out": torch.stack([bench.subject(n).held_out_images[0] for n in names])}
+    for head, adapter in stacks(bench, names, args.rate).items():
+        columns[head] = draw_with(bench.model, adapter, prompts, (bench.model.size,) * 2)
+    rows = list(zip(*(pictures.split(COLUMNS) for pictures in columns.values())))
+    labelled_grid(rows, [""] * len(rows), list(columns), TILE).save(args.output)
+
+
+if __name__ == "__main__":
+    main()
