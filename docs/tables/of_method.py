@@ -208,9 +208,9 @@ def method_table(name: str = "method") -> str:
     return "\n\n".join([*parts, about])
 
 
-def scale_table(name: str = "method_long_triggers") -> str:
+def scale_table() -> str:
     """One line a row, the numbers of concepts beside one another; the rest for the most"""
-    data = load(name)
+    data = load("method_long_triggers")
     counts = sorted({r["n"] for r in data["rows"]})
     head = [
         "row",
