@@ -2,7 +2,7 @@
 
     python -m benchmarks.crowd
 
-After `benchmarks.method` has taught them, or teaches them itself; each row's first picture, none is picked.
+Teaches what `benchmarks.method` has not taught yet; each concept's first drawing, none is picked.
 """
 
 from __future__ import annotations
