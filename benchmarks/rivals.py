@@ -26,11 +26,11 @@ TRAINED: dict[str, dict] = {
     "alternating": PLAIN | dict(lower_steps=1),
     # an ordinary LoRA on top of the earlier ones, with replay of what was there before
     "ordinary_replay": PLAIN | dict(
-        orthogonal=False, earlier_active=True, replay_weight=85.0
+        orthogonal=False, earlier_active=True, replay_weight=85.0, replay_target="before"
     ),
     # the same and the trigger's embeddings
     "ordinary_replay_learnt_trigger": PLAIN | dict(
-        orthogonal=False, earlier_active=True, replay_weight=85.0, learn_trigger=True
+        orthogonal=False, earlier_active=True, replay_weight=85.0, replay_target="before", learn_trigger=True
     ),
     # trained apart with the trigger's embeddings learnt, nothing of ours: summed, or by the closed form with its suffix
     "ordinary_learnt_trigger": PLAIN | dict(orthogonal=False, learn_trigger=True),
@@ -48,7 +48,7 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_no_replay": dict(replay_weight=0.0, drift_budget=0.0),
     "seqlora_not_active": dict(earlier_active=False),
     "seqlora_no_dropout": dict(concept_dropout=False),
-    "seqlora_replay_to_base": dict(replay_target="base"),
+    "seqlora_replay_to_before": dict(replay_target="before"),
     "seqlora_fixed_weight": dict(drift_budget=0.0),
     "seqlora_budget_5": dict(drift_budget=0.05),
     "seqlora_budget_10": dict(drift_budget=0.1),
@@ -61,7 +61,6 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_rank_2": dict(rank=2),
     "seqlora_rank_8": dict(rank=8),
     "seqlora_learnt_trigger": dict(learn_trigger=True),
-    "seqlora_learnt_trigger_replay_to_base": dict(learn_trigger=True, replay_target="base"),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
     "seqlora_learnt_trigger_budget_25": dict(learn_trigger=True, drift_budget=0.255),  # of which two thirds are spent
     # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else

@@ -13,6 +13,7 @@ RATE = 0.03  # of the ascent, in the logarithm of the weight, a step of training
 MEMORY = 0.95  # of the running mean of the measured drift, a step
 SAFETY = 2 / 3  # share of the budget that is spent: other pictures move by more than the replayed ones (docs/RESULTS.md)
 LEAST, MOST = 0.05, 1000.0  # of the weight
+LEAST_SHARE = 0.5  # of a concept's share, which it has even where earlier ones spent all
 
 
 class Budget:
@@ -24,17 +25,22 @@ class Budget:
 
     total: mean squared change of the prediction that `planned` concepts may cause together.  A prediction that moves
     by d, unrelated to its error, raises the loss by E|d|^2; so total = budget * the base model's loss, less a margin.
-    every: steps from one update to the next.
+    every: steps from one update to the next.  spent: mean squared change that one earlier concept causes already.
     """
 
-    def __init__(self, budget: float, base_loss: float, planned: int, every: int = 1):
-        self.total, self.planned, self.weight = SAFETY * budget * base_loss, planned, 1.0
+    def __init__(self, budget: float, base_loss: float, planned: int, every: int = 1, spent: float = 0.0):
+        self.total, self.weight = SAFETY * budget * base_loss, 1.0
+        self.share, self.spent = self.total / planned, spent
         self.rate, self.memory = every * RATE, MEMORY**every
         self.ratio: float | None = None  # running mean of drift over what was allowed
 
     def allowed(self, concepts: int) -> float:
-        """What this many concepts may change together: their part of the whole"""
-        return self.total * min(1.0, concepts / self.planned)
+        """What this many concepts, the new one included, may change together: their part of the whole.
+
+        Where the others change more than theirs, as those that were taught without a budget, the new one need not make
+        up for all of it: no weight could, and it would learn nothing.
+        """
+        return max(min(self.total, concepts * self.share), (concepts - 1) * self.spent + LEAST_SHARE * self.share)
 
     def update(self, drift: float, concepts: int) -> None:
         """drift: as just measured with `concepts` of them on, the new one included."""

@@ -38,7 +38,7 @@ class TrainingConfig:
     replay_weight: float = 85.0
     replay_batch: int = 12
     replay_every: int = 1
-    replay_target: str = "before"  # what generic prompts and decoys must go on looking like: base, or before this concept
+    replay_target: str = "base"  # what generic prompts and decoys must go on looking like: base, or before this concept
     keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
     learn_trigger: bool = False  # the embeddings of the trigger's own tokens too
     trigger_rate: float = 0.1  # of these embeddings, in units of their table's spread

@@ -11,7 +11,7 @@ from .attach import Attachment
 from .calibration import Calibration
 from .concept import Concept, References
 from .config import TrainingConfig
-from .denoiser import Conditioning, Denoiser, loss
+from .denoiser import Conditioning, Denoiser
 from .drawing import draw
 from .parallel import Workers
 from .prompts import calls, decoys
@@ -83,15 +83,23 @@ class Replay:
         self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts), from_base))
 
     @torch.no_grad()
-    def base_loss(self, batch: int = 32) -> float:
-        """Mean loss of the bare model on the generic pool, each picture at one noise level"""
-        (latents, prompts, _), d, total = self.pools[0], self.denoiser, 0.0
+    def base_loss(self, attachment: Attachment, batch: int = 32) -> tuple[float, float]:
+        """On the generic pool, each picture at one noise level: mean loss of the bare model, and the mean squared change of
+        its predictions by what is attached as frozen."""
+        (latents, prompts, _), d, error, change = self.pools[0], self.denoiser, 0.0, 0.0
         generator = torch.Generator().manual_seed(self.config.seed)
         sigmas = d.even_sigmas(len(latents))[torch.randperm(len(latents), generator=generator)]
+        frozen = attachment.frozen
         for index in torch.arange(len(latents)).split(batch):
-            noise = torch.randn(latents[index].shape, generator=generator).to(latents)
-            total += loss(d, latents[index], noise, sigmas[index], prompts[index]).item() * len(index)
-        return total / len(latents)
+            x, sigma, conditioning = latents[index], sigmas[index], prompts[index]
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            noised, attachment.frozen = d.noised(x, noise, sigma), {}
+            bare = d.predict(noised, sigma, conditioning)
+            error += (bare - d.target(x, noise, sigma)).square().mean().item() * len(index)
+            attachment.frozen = frozen
+            if frozen:
+                change += (d.predict(noised, sigma, conditioning) - bare).square().mean().item() * len(index)
+        return error / len(latents), change / len(latents)
 
     @torch.no_grad()
     def batch(self, attachment: Attachment, generator: torch.Generator) -> list[Batch]:

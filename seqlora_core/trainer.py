@@ -107,7 +107,11 @@ def fit(
     upper = UpperLevel(groups, config.basis_rate, config.retraction)
     budget = None
     if config.drift_budget and config.replay_weight:
-        budget = Budget(config.drift_budget, replay.base_loss(), config.planned, config.replay_every)
+        with attached(sites, attachment):
+            attachment.frozen = active.pairs if config.replay_target == "base" else {}
+            base_loss, moved = replay.base_loss(attachment)
+        spent = moved / max(active.count, 1)
+        budget = Budget(config.drift_budget, base_loss, config.planned, config.replay_every, spent)
     result = Fit(Adapter({}), {}, Moments(), notes=notes)
     replay.decoy_moments = seen = others = None  # the start has used them: they would only take room from here on
     progress = Progress(groups, lower, upper, learnt, generator, objective, budget, result)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from seqlora_core.attach import Attachment
+from seqlora_core.adapter import concatenate
+from seqlora_core.attach import Attachment, attached
 from seqlora_core.budget import SAFETY, Budget
 from seqlora_core.config import TrainingConfig
 from seqlora_core.evaluation import held_out_loss
@@ -53,15 +54,43 @@ def test_the_base_loss_is_the_base_models_own(model, subjects, calibration):
     config = TrainingConfig()
     replay = Replay(model, subjects["octopus"].references, "octzu", [], calibration, config)
     many = held_out_loss(model, HeldOut.of(model, calibration.latents, calibration.prompts, levels=16))
-    assert replay.base_loss() == pytest.approx(many, rel=0.15)
+    loss, moved = replay.base_loss(Attachment())
+    assert loss == pytest.approx(many, rel=0.15) and moved == 0
+
+
+def test_what_earlier_concepts_move_is_measured_on_the_generic_pool(model, library, subjects, calibration):
+    """Against the plain mean over many draws of noise; the bare model's loss and what is attached stay as they are"""
+    earlier = concatenate([library.load(n).adapter for n in ("octopus", "penguin")]).scaled(20.0)
+    replay = Replay(model, subjects["fox"].references, "foxqi", [], calibration, TrainingConfig())
+    attachment, changes = Attachment(), []
+    bare = replay.base_loss(attachment)[0]
+    attachment.set_frozen(earlier)
+    frozen, generator = attachment.frozen, torch.Generator().manual_seed(1)
+    conditioning = model.encode_prompts(calibration.prompts)
+    with attached(model.sites(), attachment), torch.no_grad():
+        loss, moved = replay.base_loss(attachment)
+        for sigma in model.even_sigmas(8):
+            noised = model.noised(calibration.latents, torch.randn(calibration.latents.shape, generator=generator), sigma)
+            at = sigma.expand(len(noised))
+            attachment.frozen = {}
+            without = model.predict(noised, at, conditioning)
+            attachment.frozen = frozen
+            changes.append((model.predict(noised, at, conditioning) - without).square().mean().item())
+    assert loss == bare and attachment.frozen is frozen
+    assert moved == pytest.approx(sum(changes) / len(changes), rel=0.2)
+
+
+def test_a_concept_has_half_its_share_where_earlier_ones_spent_all():
+    """Also beyond the plan; where they did not, it has what is left"""
+    share = SAFETY * 0.02 / 8
+    assert Budget(0.02, 1.0, 8, spent=10 * share).allowed(5) == pytest.approx(40.5 * share)
+    assert Budget(0.02, 1.0, 8, spent=share).allowed(9) == pytest.approx(8.5 * share)
+    assert Budget(0.02, 1.0, 8, spent=1.1 * share).allowed(5) == pytest.approx(5 * share)
 
 
 @pytest.mark.parametrize("target", ["base", "before"])
 def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, calibration, target):
     """The part on generic prompts and decoys is the bare model's, or the stack's; that on earlier concepts the stack's."""
-    from seqlora_core.adapter import concatenate
-    from seqlora_core.attach import attached
-
     earlier = [library.load(n) for n in ("octopus", "penguin")]
     replay = Replay(model, subjects["fox"].references, "foxqi", earlier, calibration, TrainingConfig(replay_target=target))
     attachment = Attachment()
