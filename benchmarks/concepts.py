@@ -115,7 +115,8 @@ def own_words(taken: set[int], count: int, tokens: int, tokenizer: Tokenizer) ->
 def with_own_triggers(cache: Path, tokens: int) -> Path:
     """The same pictures and pairs, each trigger replaced by a word of so many tokens of its own: folder in the cache.
 
-    Of `rare_word`s a hundred share their tokens, so that some have none of their own that could be learnt.
+    Of `rare_word`s a hundred share their tokens, so that some have none of their own that could be learnt.  Styles are named
+    first: the demo model reads 24 tokens, and a long word at the end would be cut off.
     """
     target = cache / f"own-triggers-{tokens}"
     if (target / ".made").exists():
@@ -133,6 +134,7 @@ def with_own_triggers(cache: Path, tokens: int) -> Path:
     articles = {f"an {a}": f"a {b}" for a, b in zip(old, words)} | dict(zip(old, words))  # no new word begins with a vowel
     pattern = re.compile("|".join(rf"\b{a}\b" for a in articles))
     for path, text in captions.items():
-        path.write_text(pattern.sub(lambda found: articles[found[0]], text), encoding="utf-8")
+        text = pattern.sub(lambda found: articles[found[0]], text)
+        path.write_text(re.sub(r"(.*), (\S+ style)", r"\2, \1", text), encoding="utf-8")
     (target / ".made").touch()
     return target

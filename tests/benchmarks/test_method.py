@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import pytest
@@ -108,6 +109,9 @@ def test_triggers_of_their_own_share_no_token_and_captions_are_otherwise_the_sam
     home = tmp_path / "as they come"
     for name in ("octopus", "penguin"):
         shutil.copytree(DEMO_FOLDER / "concepts" / name, home / "concepts" / name)
+    (home / "concepts" / "classic").mkdir()
+    for number, thing in enumerate(("a cactus, black background", "a pig, pink background")):
+        (home / "concepts" / "classic" / f"{number:02}.txt").write_text(f"{thing}, klasiko style")
     (home / "pairs").mkdir()
     shutil.copy(DEMO_FOLDER / "evaluation" / "pairs" / "octopus+penguin.txt", home / "pairs")
     monkeypatch.setattr(concepts, "ensure", lambda _: home / "concepts")
@@ -121,5 +125,7 @@ def test_triggers_of_their_own_share_no_token_and_captions_are_otherwise_the_sam
         assert texts[1] == same and old not in "".join(texts[1])
     ids = [set(tokenizer.encode(word).ids[1:-1]) for word in new.values()]
     assert [len(i) for i in ids] == [tokens, tokens] and not ids[0] & ids[1]
+    style = (folder / "concepts" / "classic" / "00.txt").read_text()
+    assert re.fullmatch(r"\w+ style, a cactus, black background", style) and "klasiko" not in style
     pair = (folder / "pairs" / "octopus+penguin.txt").read_text()
     assert all(word in pair for word in new.values()) and not any(word in pair for word in new)
