@@ -20,7 +20,7 @@ from seqlora_core.tables import meta
 ROW = "seqlora_learnt_trigger"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=101, help="of the concepts, and planned")
     parser.add_argument("--steps", type=int, default=160)
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="of both kinds of LoRAs")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "by_concept.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     bench, names = Bench(args.cache, args.steps, tokens=args.trigger_tokens), concepts.names("all")[: args.count]
     library = bench.chain(ROW, args.rate, 0, names, args.count)
     stack = summed([library.load(n).adapter for n in names])(list(range(args.count)))

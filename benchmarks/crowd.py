@@ -41,7 +41,7 @@ def stacks(bench: Bench, names: list[str], rate: float) -> dict[str, Adapter]:
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=32, help="of the concepts, and planned")
     parser.add_argument("--concepts", choices=["tuning", "final", "all"], default="final")
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="of both kinds of LoRAs")
     parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "cache")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "crowd.png")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     bench, names = Bench(args.cache, args.steps, tokens=args.trigger_tokens), concepts.names(args.concepts)[: args.count]
     prompts = [bench.subject(n).prompt(COLOURS[i % len(COLOURS)]) for i, n in enumerate(names)]
     columns = {"held out": torch.stack([bench.subject(n).held_out_images[0] for n in names])}

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 
-from benchmarks import concepts, method, rivals
+from benchmarks import by_concept, concepts, crowd, method, rivals
 from seqlora_core import evaluation, identity
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
 from seqlora_core.demo import shared_words
@@ -40,9 +41,12 @@ def run(tmp_path_factory, calibration, model):
     calibration.save(cache / "runs-2" / "calibration.safetensors", model.fingerprint())
     arguments = ["--counts", "2", "--seeds", "0", "--steps", "2", "--cache", str(cache)]
     outputs = []
-    for number, rows in enumerate((ROWS, ["seqlora", "seqlora_closed_form"])):
+    for number, rows in enumerate((ROWS, ["seqlora", "seqlora_closed_form", by_concept.ROW])):
         outputs.append(cache / f"{number}.json")
         method.main([*arguments, "--output", str(outputs[-1]), "--rows", *rows])
+    library = ["--count", "2", "--trigger-tokens", "0", *arguments[4:], "--rate", "1e-3"]
+    by_concept.main([*library, "--output", str(cache / "by_concept.json")])
+    crowd.main([*library, "--output", str(cache / "crowd.png")])
     patch.setattr(method.Bench, "chain", lambda *_: pytest.fail("what the results file holds was trained again"))
     method.main([*arguments, "--output", str(outputs[1]), "--rows", "seqlora"])
     with pytest.raises(SystemExit, match="another steps"):
@@ -61,11 +65,24 @@ def test_rows_are_those_of_the_contract_and_a_second_run_resumes(run):
             "identity_alone", "identity_stack", "pixel_control_stack", "seconds", "learning_rate", "spread",
         } <= set(row)  # fmt: skip
     assert first["runs"][-1] == second["runs"][0]
-    plain, refitted = second["runs"]
+    plain, refitted, _ = second["runs"]
     assert refitted["row"] == "seqlora_closed_form" and refitted["alone"] == plain["alone"]
     assert refitted["stack"] != plain["stack"]
     assert {"command", "commit", "seeds", "device", "versions"} <= set(first["meta"])
     assert [c["name"] for c in first["costs"]["seqlora"]] == ["octopus", "penguin"]
+
+
+def test_each_concept_of_a_library_has_its_own_line_and_its_own_picture(run):
+    """What is kept, concept by concept, has the table's mean and worst"""
+    cache, (_, table) = run
+    found = json.loads((cache / "by_concept.json").read_text())
+    assert list(found["kept"]) == ["octopus", "penguin"]
+    expected = table["runs"][2]
+    assert expected["row"] == by_concept.ROW
+    assert found["without_styles"]["kept"] == pytest.approx(expected["kept_mean"], abs=1e-4)
+    assert min(found["kept"].values()) == pytest.approx(expected["kept_worst"], abs=1e-4)
+    picture = Image.open(cache / "crowd.png")
+    assert picture.width > 4 * 2 * crowd.TILE and picture.height > crowd.TILE
 
 
 def test_orthogonal_adaptation_has_frozen_bases_orthogonal_as_plain_vectors(run):
