@@ -141,8 +141,8 @@ def table(model, subjects, ours: list[Adapter], ordinary: list[Adapter], library
     pair_base = [held_out_loss(model, h) for _, _, h in pairs]
     rows = [
         {
-            "row": "base", "n": len(base), "alone": evaluation.mean(base), "stack": evaluation.mean(base), "alone_gain": 0.0,
-            "kept_mean": 0.0, "kept_worst": 0.0, "kept_subset": 0.0, "generic_drift": 0.0,
+            "row": "base", "n": len(base), "alone": evaluation.mean(base), "stack": evaluation.mean(base),
+            "alone_gain": 0.0, "stack_gain": 0.0, "kept_mean": 0.0, "kept_worst": 0.0, "kept_subset": 0.0, "generic_drift": 0.0,
             "pairs": evaluation.mean(pair_base) if pair_base else None,
         }
     ]  # fmt: skip
