@@ -14,6 +14,7 @@ MEMORY = 0.95  # of the running mean of the measured drift, a step
 SAFETY = 2 / 3  # share of the budget that is spent: other pictures move by more than the replayed ones (docs/RESULTS.md)
 LEAST, MOST = 0.05, 1000.0  # of the weight
 LEAST_SHARE = 0.5  # of a concept's share, which it has even where earlier ones spent all
+OVERSPENT = 1.5  # times their part of the budget: from there on it is told
 
 
 class Budget:
@@ -30,7 +31,7 @@ class Budget:
 
     def __init__(self, budget: float, base_loss: float, planned: int, every: int = 1, spent: float = 0.0):
         self.total, self.weight = SAFETY * budget * base_loss, 1.0
-        self.share, self.spent = self.total / planned, spent
+        self.share, self.spent, self.base_loss = self.total / planned, spent, base_loss
         self.rate, self.memory = every * RATE, MEMORY**every
         self.ratio: float | None = None  # running mean of drift over what was allowed
 
@@ -41,6 +42,17 @@ class Budget:
         up for all of it: no weight could, and it would learn nothing.
         """
         return max(min(self.total, concepts * self.share), (concepts - 1) * self.spent + LEAST_SHARE * self.share)
+
+    def notes(self, earlier: int) -> list[str]:
+        """What its user should know of the concepts before this one"""
+        theirs = min(self.total, earlier * self.share)
+        if earlier * self.spent <= OVERSPENT * theirs:
+            return []
+        moved, part = (f"{x / self.base_loss:.1%}" for x in (earlier * self.spent, theirs))
+        return [
+            f"what was taught before ({earlier}) moves unrelated prompts by about {moved} already, where {part} is its part of "
+            "the budget: this concept gets half of its own; for more, allow more drift, or teach the strongest anew"
+        ]
 
     def update(self, drift: float, concepts: int) -> None:
         """drift: as just measured with `concepts` of them on, the new one included."""

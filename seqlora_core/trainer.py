@@ -112,6 +112,7 @@ def fit(
             base_loss, moved = replay.base_loss(attachment)
         spent = moved / max(active.count, 1)
         budget = Budget(config.drift_budget, base_loss, config.planned, config.replay_every, spent)
+        notes += budget.notes(active.count)
     result = Fit(Adapter({}), {}, Moments(), notes=notes)
     replay.decoy_moments = seen = others = None  # the start has used them: they would only take room from here on
     progress = Progress(groups, lower, upper, learnt, generator, objective, budget, result)

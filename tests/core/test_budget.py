@@ -86,6 +86,9 @@ def test_a_concept_has_half_its_share_where_earlier_ones_spent_all():
     assert Budget(0.02, 1.0, 8, spent=10 * share).allowed(5) == pytest.approx(40.5 * share)
     assert Budget(0.02, 1.0, 8, spent=share).allowed(9) == pytest.approx(8.5 * share)
     assert Budget(0.02, 1.0, 8, spent=1.1 * share).allowed(5) == pytest.approx(5 * share)
+    assert Budget(0.02, 1.0, 8, spent=1.1 * share).notes(4) == []
+    (note,) = Budget(0.02, 1.0, 8, spent=10 * share).notes(4)
+    assert "what was taught before (4) moves unrelated prompts by about 6.7% already, where 0.7% is its part" in note
 
 
 @pytest.mark.parametrize("target", ["base", "before"])
@@ -106,6 +109,13 @@ def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, 
     assert not torch.allclose(bare[:8], stack[:8], atol=1e-3)
     assert torch.allclose(batch.target[:8], (bare if target == "base" else stack)[:8], atol=1e-5)
     assert torch.allclose(batch.target[8:], stack[8:], atol=1e-5)
+
+
+def test_it_is_told_when_earlier_concepts_were_taught_without_a_budget(model, subjects, new_library, tmp_path):
+    library = new_library(tmp_path, planned=8)
+    teach(model, library, subjects["octopus"], steps=10, replay_weight=0.0, drift_budget=0.0, learning_rate=1e-2)
+    _, fit = teach(model, library, subjects["penguin"], steps=1)
+    assert any("what was taught before (1) moves unrelated prompts" in note for note in fit.notes)
 
 
 def test_a_tight_budget_raises_the_weight_and_moves_unrelated_prompts_less(model, subjects, new_library, tmp_path):
