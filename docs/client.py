@@ -5,11 +5,13 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+import uuid
 from pathlib import Path
 
 graph = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 server = sys.argv[2] if len(sys.argv) > 2 else "http://127.0.0.1:8188"
-data = json.dumps({"prompt": graph}).encode()
+# without a client ComfyUI tells no outputs of what it has in its cache
+data = json.dumps({"prompt": graph, "client_id": uuid.uuid4().hex}).encode()
 request = urllib.request.Request(f"{server}/prompt", data, {"Content-Type": "application/json"})
 prompt = json.load(urllib.request.urlopen(request))["prompt_id"]
 while not (done := json.load(urllib.request.urlopen(f"{server}/history/{prompt}"))):

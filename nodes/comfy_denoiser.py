@@ -21,6 +21,7 @@ from ..seqlora_core.denoiser import Conditioning, fingerprint
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.live_prompts import LivePrompts
 from ..seqlora_core.metadata import Base
+from .comfy_cancel import Cancel
 from .comfy_sites import attention_sites, clip_sites, named_sites, token_tables
 from .comfy_training import Trainable
 
@@ -48,7 +49,7 @@ class ComfyDenoiser:
         self._trainable: list[Trainable] = []  # the model, and its text encoder if that is adapted
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._layers, self._sites, self._attention = None if layers is None else set(layers), None, None
-        self._live, self._begun = LivePrompts(), False
+        self._live, self.cancel = LivePrompts(), Cancel()
 
     def __enter__(self) -> ComfyDenoiser:
         self._load()
@@ -56,6 +57,7 @@ class ComfyDenoiser:
         return self
 
     def __exit__(self, *_) -> None:
+        self.cancel.release()
         for part in self._trainable:
             part.close()
         # When a clone goes ComfyUI goes on with what it was cloned from; where the collector finds both at once, as after an
@@ -222,10 +224,10 @@ class ComfyDenoiser:
     def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if torch.is_grad_enabled():
             self._prepare()
-            self._begun = True
+            self.cancel.hold()
         elif not self._trainable[0].ready:  # else it is loaded, and weights must stay where they are
-            if not self._begun:  # a cancel ends calibration; from the first step on the run itself looks for it
-                management.throw_exception_if_processing_interrupted()
+            if not self.cancel.held:  # a cancel ends calibration; from the first step on the run itself looks for it
+                self.cancel.check()
             self._load()
         conditioning = self._live.encoded(conditioning, self.read_prompts)
         rows, parts = [], []

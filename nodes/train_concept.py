@@ -3,7 +3,6 @@
 import logging
 from dataclasses import replace
 
-import comfy.model_management as management
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
@@ -17,6 +16,7 @@ from ..seqlora_core.plots import kept_curves_picture
 from ..seqlora_core.preview import Preview, sample_sheet
 from ..seqlora_core.teach import train_concept
 from .base_file import base_file
+from .comfy_cancel import Cancel
 from .comfy_denoiser import ComfyDenoiser
 from .folders import library_folder, open_library
 from .types import CATEGORY, Entry, ImagesType, Options, OptionsType, Stack, StackType, advanced
@@ -130,7 +130,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
             if not trained or if_trained != USE:
                 earlier = opened.concepts(without=name, stored_moments=True)
                 preview = Preview(denoiser, trigger, class_noun, earlier, tuple(images.images.shape[1:3]))
-                progress = _Progress(cls.hidden.unique_id, preview, steps, preview_every)
+                progress = _Progress(cls.hidden.unique_id, preview, steps, preview_every, denoiser.cancel)
                 _, fit = train_concept(
                     denoiser, opened, _ordinary(images.sets), name, trigger, class_noun, None, config,
                     progress.step, replace_existing=trained,
@@ -159,8 +159,8 @@ class SeqLoRATrainConcept(io.ComfyNode):
 class _Progress:
     """Progress bar, live preview, a line of text and cancel: what ComfyUI sees of each step."""
 
-    def __init__(self, node_id, preview: Preview, steps: int, preview_every: int):
-        self.node_id, self.preview, self.every = node_id, preview, preview_every
+    def __init__(self, node_id, preview: Preview, steps: int, preview_every: int, cancel: Cancel):
+        self.node_id, self.preview, self.every, self.cancel = node_id, preview, preview_every, cancel
         self.bar = comfy.utils.ProgressBar(steps)
         self.say(f"step 0 of {steps}; a new library is calibrated first")
 
@@ -175,7 +175,7 @@ class _Progress:
         self.say(note)
 
     def step(self, step) -> None:
-        management.throw_exception_if_processing_interrupted()
+        self.cancel.check()
         picture = None
         if self.every and (step.number % self.every == 0 or step.number == 1):
             picture = ("JPEG", self.preview.draw(f"step {step.number}", step.snapshot()), 768)

@@ -74,7 +74,8 @@ def server(model, calibration, tmp_path_factory):
     )
     calibration.save(general_path(base / "models" / "loras" / "seqlora", model.fingerprint()), model.fingerprint())
     (base / "custom_nodes").mkdir()
-    shutil.copy(Path(__file__).parent / "nodes" / "their_stacker.py", base / "custom_nodes")
+    for pack in ("their_stacker.py", "checks_in_every_layer.py"):
+        shutil.copy(Path(__file__).parent / "nodes" / pack, base / "custom_nodes")
     server = Server(*found, base)
     yield server
     server.stop()
