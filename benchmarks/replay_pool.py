@@ -2,9 +2,9 @@
 
     python -m benchmarks.replay_pool --library demo_output/library      after `make demo`
 
-A fit keeps predictions on a pool of pictures that the base model drew.  What it does to other pictures is what counts: how
-far a whole library moves predictions on the pool, on pictures drawn alike from prompts that the pool does not have, on
-guided ones, and on real held-out pictures.
+A fit keeps predictions on a pool of pictures that the base model drew, and looks at some that it never replays.  What it does
+to other pictures is what counts: how far a whole library moves predictions on the pool, on those that are looked at, on pictures
+drawn alike from prompts that the pool does not have, on guided ones, and on real held-out pictures.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from seqlora_core.evaluation import HeldOut, mean
 from seqlora_core.library import Library
 from seqlora_core.lora_moments import GUIDANCE
 from seqlora_core.prompts import generic_prompts
+from seqlora_core.replay import WATCHED
 from seqlora_core.tables import meta
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,14 +56,18 @@ def main() -> None:
     model, library = DemoModel(), Library(args.library)
     calibration, stack = library.calibration(), concatenate([c.adapter for c in library.concepts()])
     generic = len(calibration.prompts) - len(calibration.prompts) // 4  # decoys stand behind them
-    pool = slice(0, min(COUNT, generic))
+    pool, watched = ([i for i in range(generic) if bool(i % WATCHED) == replayed][:COUNT] for replayed in (True, False))
     fresh = [p for p in generic_prompts(2 * COUNT, FRESH_SEED) if p not in calibration.prompts][:COUNT]
+
+    def kept(rows: list[int]) -> HeldOut:
+        return HeldOut.of(model, calibration.latents[rows], [calibration.prompts[i] for i in rows], levels=6)
 
     def drawn(guidance: float) -> HeldOut:
         return HeldOut.of(model, draw(model, fresh, FRESH_SEED, (SIZE, SIZE), guidance=guidance)[0], fresh, levels=6)
 
     kinds = {
-        "the replay pool": HeldOut.of(model, calibration.latents[pool], calibration.prompts[pool], levels=6),
+        "the replay pool": kept(pool),
+        "drawn with it, never replayed": kept(watched),
         "drawn alike, of other prompts": drawn(UNGUIDED),
         f"the same at guidance {GUIDANCE:g}": drawn(GUIDANCE),
         "real pictures": load_generic(model),

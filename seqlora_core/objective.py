@@ -26,11 +26,10 @@ DAMPING = 1e-4  # added to the lower level's Hessian, which a network need not k
 
 @dataclass
 class Terms:
-    """The parts of an objective as numbers: error on the concept, energy E, drift of generic prompts, all together."""
+    """The parts of an objective as numbers: error on the concept, energy E, all together."""
 
     error: float
     energy: float
-    drift: float
     total: float
 
     @classmethod
@@ -82,7 +81,7 @@ class Objective:
         errors = (predictions[0] - batch.target).square()
         error = (errors if batch.weight is None else errors * batch.weight).mean()
         energy = mean_energy(self.groups)
-        protection, drift = self.config.interference_weight * energy, 0.0
+        protection = self.config.interference_weight * energy
         if again:
             moved = [(p - b.target).square() for p, b in zip(predictions[1:], again)]
             # each process has its rows of one and the same batch, not always as many as the others: their mean over all
@@ -90,10 +89,8 @@ class Objective:
             total = sum(b.whole * m.shape[1:].numel() for m, b in zip(moved, again)) / self.workers.count
             mean = sum(m.sum() for m in moved) / total
             protection = protection + self.config.replay_weight * self.config.replay_every * mean
-            of_generic = again[0].whole_generic * moved[0].shape[1:].numel() / self.workers.count
-            drift = moved[0][: again[0].generic].sum().item() / of_generic if of_generic else 0.0
         total = error + self.weight * protection
-        self.last = Terms(error.item(), energy.item(), drift, total.item())
+        self.last = Terms(error.item(), energy.item(), total.item())
         return total
 
     def _predict(self, batches: list[Batch]) -> list[Tensor]:

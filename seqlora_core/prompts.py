@@ -47,6 +47,11 @@ def generic_decoys(count: int, seed: int = 0) -> list[str]:
     ]
 
 
+def is_decoy(prompt: str) -> bool:
+    """Whether it is one of `generic_decoys`"""
+    return not set(RARE_WORDS).isdisjoint(prompt.split())
+
+
 def decoys(captions: list[str], trigger: str, count: int, seed: int = 0) -> list[str]:
     """The concept's own captions with other rare words in the trigger's place, every fourth with none."""
     rng = random.Random(seed)

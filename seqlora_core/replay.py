@@ -11,11 +11,13 @@ from .attach import Attachment
 from .calibration import Calibration
 from .concept import Concept, References
 from .config import TrainingConfig
-from .denoiser import Conditioning, Denoiser
+from .denoiser import Conditioning, Denoiser, loss
 from .drawing import draw
 from .parallel import Workers
-from .prompts import calls, decoys
+from .prompts import calls, decoys, is_decoy
 from .statistics import Moments
+
+WATCHED = 6  # every so manieth picture of the generic pool
 
 
 def decoy_count(size: tuple[int, int]) -> int:
@@ -25,20 +27,18 @@ def decoy_count(size: tuple[int, int]) -> int:
 
 @dataclass
 class Batch:
-    """Inputs of the denoiser and what it should predict; the first `generic` of them are unrelated prompts.
+    """Inputs of the denoiser and what it should predict.
 
-    weight: of the squared errors, broadcastable to them; None for all alike.  whole, whole_generic: how many of each there
-    are in all processes together.
+    weight: of the squared errors, broadcastable to them; None for all alike.  whole: how many there are in all processes
+    together.
     """
 
     noised: Tensor
     sigma: Tensor
     conditioning: Conditioning
     target: Tensor
-    generic: int = 0
     weight: Tensor | None = None
     whole: int = 0
-    whole_generic: int = 0
 
 
 class Replay:
@@ -47,6 +47,8 @@ class Replay:
     A batch takes equal parts of the pools that there are.  On generic prompts and decoys the target is what the
     bare base model predicts (config.replay_target "base"), so that a later concept also repairs what earlier ones
     moved, or what was predicted before this concept ("before"); on earlier concepts always the latter.
+
+    Some generic pictures are never replayed: `moved` looks at them, for those that are replayed are learnt by heart.
     """
 
     def __init__(
@@ -60,8 +62,16 @@ class Replay:
         from_base = config.replay_target == "base"
         if config.replay_weight:
             # a prompt that calls this concept, as one with the usual "ohwx" may, must not stay as it was
-            rows = [i for i, p in enumerate(calibration.prompts) if not calls(trigger, p)] or range(len(calibration.prompts))
-            self._add(calibration.latents[rows], [calibration.prompts[i] for i in rows], from_base)
+            texts = calibration.prompts
+            rows = [i for i, text in enumerate(texts) if not calls(trigger, text)] or list(range(len(texts)))
+            plain = [i for i in rows if not is_decoy(texts[i])] or rows
+            watched = [i for i in plain if i % WATCHED == 0] or plain
+            replayed = [i for i in plain if i % WATCHED] or plain
+            self.plain = len(replayed)  # of the generic pool, before its decoys
+            replayed += [i for i in rows if i not in plain]
+            self._add(calibration.latents[replayed], [texts[i] for i in replayed], from_base)
+            prompts = denoiser.encode_prompts([texts[i] for i in watched])
+            self.watched = calibration.latents[watched].to(denoiser.device), prompts
         if config.use_decoys:
             prompts = decoys(references.captions, trigger, decoy_count(references.size), config.seed)
             latents, self.decoy_moments = draw(denoiser, prompts, config.seed, references.size)
@@ -83,23 +93,35 @@ class Replay:
         self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts), from_base))
 
     @torch.no_grad()
-    def base_loss(self, attachment: Attachment, batch: int = 32) -> tuple[float, float]:
-        """On the generic pool, each picture at one noise level: mean loss of the bare model, and the mean squared change of
-        its predictions by what is attached as frozen."""
-        (latents, prompts, _), d, error, change = self.pools[0], self.denoiser, 0.0, 0.0
+    def base_loss(self, batch: int = 32) -> float:
+        """Mean loss of the bare model on the generic pool without its decoys, each picture at one noise level"""
+        (latents, prompts, _), d, total = self.pools[0], self.denoiser, 0.0
+        latents = latents[: self.plain]
         generator = torch.Generator().manual_seed(self.config.seed)
         sigmas = d.even_sigmas(len(latents))[torch.randperm(len(latents), generator=generator)]
-        frozen = attachment.frozen
         for index in torch.arange(len(latents)).split(batch):
-            x, sigma, conditioning = latents[index], sigmas[index], prompts[index]
-            noise = torch.randn(x.shape, generator=generator).to(x)
-            noised, attachment.frozen = d.noised(x, noise, sigma), {}
-            bare = d.predict(noised, sigma, conditioning)
-            error += (bare - d.target(x, noise, sigma)).square().mean().item() * len(index)
-            attachment.frozen = frozen
-            if frozen:
-                change += (d.predict(noised, sigma, conditioning) - bare).square().mean().item() * len(index)
-        return error / len(latents), change / len(latents)
+            noise = torch.randn(latents[index].shape, generator=generator).to(latents)
+            total += loss(d, latents[index], noise, sigmas[index], prompts[index]).item() * len(index)
+        return total / len(latents)
+
+    @torch.no_grad()
+    def moved(self, attachment: Attachment, generator: torch.Generator, count: int = 0) -> float:
+        """Mean squared change of the prediction on generic pictures that are never replayed, from what replay holds them to,
+        by what is attached; over `count` draws, or half as many as a replayed batch has."""
+        (latents, prompts), d, total = self.watched, self.denoiser, 0.0
+        count = count or -(-self.config.replay_batch // 2)
+        pick, sigma = torch.randint(0, len(latents), (count,), generator=generator), d.draw_sigmas(count, generator)
+        noise = torch.randn(latents[pick].shape, generator=generator).to(latents)
+        live, frozen = attachment.live, attachment.frozen
+        for rows in torch.arange(count).split(self.config.replay_batch):
+            inputs = d.noised(latents[pick[rows]], noise[rows], sigma[rows]), sigma[rows], prompts[pick[rows]]
+            now = d.predict(*inputs)
+            attachment.live, attachment.frozen = {}, {} if self.config.replay_target == "base" else frozen
+            total += (now - d.predict(*inputs)).square().mean().item() * len(rows)
+            attachment.live, attachment.frozen = live, frozen
+        moved = torch.tensor(total / count, device=d.device)
+        self.workers.average([moved])
+        return moved.item()
 
     @torch.no_grad()
     def batch(self, attachment: Attachment, generator: torch.Generator) -> list[Batch]:
@@ -110,11 +132,9 @@ class Replay:
         alike: dict[torch.Size, list[int]] = {}
         for number, (latents, *_) in enumerate(self.pools):
             alike.setdefault(latents.shape[1:], []).append(number)
-        return [
-            self._batch([self.pools[n] for n in numbers], 0 in numbers, attachment, generator) for numbers in alike.values()
-        ]
+        return [self._batch([self.pools[n] for n in numbers], attachment, generator) for numbers in alike.values()]
 
-    def _batch(self, pools: list, generic: bool, attachment: Attachment, generator: torch.Generator) -> Batch:
+    def _batch(self, pools: list, attachment: Attachment, generator: torch.Generator) -> Batch:
         d, workers = self.denoiser, self.workers
         share = max(1, self.config.replay_batch // len(self.pools))
         latents, prompts = [], []
@@ -126,7 +146,7 @@ class Replay:
         sigma = d.draw_sigmas(len(x), generator)
         noised = d.noised(x, torch.randn(x.shape, generator=generator).to(x), sigma)
         whole, bare = len(x), share * sum(from_base for *_, from_base in pools)  # those pools come first
-        own, whole_generic = torch.arange(whole)[workers.rows(whole)], share if generic else 0
+        own = torch.arange(whole)[workers.rows(whole)]
         if workers.count > 1:
             x, noised, sigma, conditioning = x[own], noised[own], sigma[own], conditioning[own]
         live, frozen = attachment.live, attachment.frozen
@@ -138,5 +158,4 @@ class Replay:
                 attachment.frozen = adapters
                 targets.append(d.predict(noised[part], sigma[part], conditioning[part]))
         attachment.live, attachment.frozen = live, frozen
-        of_generic = int((own < whole_generic).sum())
-        return Batch(noised, sigma, conditioning, torch.cat(targets), of_generic, None, whole, whole_generic)
+        return Batch(noised, sigma, conditioning, torch.cat(targets), None, whole)

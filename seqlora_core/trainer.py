@@ -38,6 +38,9 @@ TRIGGER_ALONE = dict(
     replay_weight=0.0, drift_budget=0.0, use_decoys=False, lower_steps=0, hypergradient="none", line_search=False
 )  # fmt: skip
 
+LOOK_EVERY = 3  # steps from one look at what the budget limits to the next
+SPENT_DRAWS = 64  # of a look at what earlier concepts have spent
+
 
 @dataclass
 class Step:
@@ -107,11 +110,12 @@ def fit(
     upper = UpperLevel(groups, config.basis_rate, config.retraction)
     budget = None
     if config.drift_budget and config.replay_weight:
-        with attached(sites, attachment):
-            attachment.frozen = active.pairs if config.replay_target == "base" else {}
-            base_loss, moved = replay.base_loss(attachment)
-        spent = moved / max(active.count, 1)
-        budget = Budget(config.drift_budget, base_loss, config.planned, config.replay_every, spent)
+        spent = 0.0
+        if active.count and config.replay_target == "base":
+            attachment.frozen = active.pairs
+            with attached(sites, attachment):
+                spent = replay.moved(attachment, torch.Generator().manual_seed(config.seed), SPENT_DRAWS) / active.count
+        budget = Budget(config.drift_budget, replay.base_loss(), config.planned, LOOK_EVERY, spent)
         notes += budget.notes(active.count)
     result = Fit(Adapter({}), {}, Moments(), notes=notes)
     replay.decoy_moments = seen = others = None  # the start has used them: they would only take room from here on
@@ -134,6 +138,9 @@ def fit(
             terms = objective.gradients(upper_turn)
             if not math.isfinite(terms.total):
                 raise UserError(f"the loss is not finite at step {number}; lower the learning rate or check the images")
+            if budget is not None and number % LOOK_EVERY == 0:
+                budget.update(replay.moved(attachment, generator), on + 1 if config.replay_target == "base" else 1)
+                objective.weight = budget.weight
             if not upper_turn:
                 lower.step(pace[number - 1])
                 if learnt is not None:
@@ -143,9 +150,6 @@ def fit(
                     upper.search(objective.again, pace[number - 1])
                 else:
                     upper.step(pace[number - 1])
-            if budget is not None and objective.replays:
-                budget.update(terms.drift, on + 1 if config.replay_target == "base" else 1)
-                objective.weight = budget.weight
             result.losses.append(terms.error)
             result.energies.append(terms.energy)
             result.weights.append(objective.weight)
