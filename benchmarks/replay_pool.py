@@ -23,7 +23,7 @@ from seqlora_core.drawing import UNGUIDED, draw
 from seqlora_core.evaluation import HeldOut, mean
 from seqlora_core.library import Library
 from seqlora_core.lora_moments import GUIDANCE
-from seqlora_core.prompts import generic_prompts
+from seqlora_core.prompts import generic_prompts, is_decoy
 from seqlora_core.replay import WATCHED
 from seqlora_core.tables import meta
 
@@ -55,8 +55,8 @@ def main() -> None:
     args = parser.parse_args()
     model, library = DemoModel(), Library(args.library)
     calibration, stack = library.calibration(), concatenate([c.adapter for c in library.concepts()])
-    generic = len(calibration.prompts) - len(calibration.prompts) // 4  # decoys stand behind them
-    pool, watched = ([i for i in range(generic) if bool(i % WATCHED) == replayed][:COUNT] for replayed in (True, False))
+    plain = [i for i, text in enumerate(calibration.prompts) if not is_decoy(text)]
+    pool, watched = ([i for i in plain if bool(i % WATCHED) == replayed][:COUNT] for replayed in (True, False))
     fresh = [p for p in generic_prompts(2 * COUNT, FRESH_SEED) if p not in calibration.prompts][:COUNT]
 
     def kept(rows: list[int]) -> HeldOut:
