@@ -18,6 +18,7 @@ from seqlora_core.parallel import Workers
 OPTIONS = [
     "--images", str(DEMO_FOLDER / "concepts" / "octopus"), "--trigger", "octzu", "--class-noun", "animal", "--steps", "5",
     "--batch", "4", "--replay-batch", "3", "--no-use-decoys",  # of three, one process has two
+    "--seed", "2",  # with seed 0 Adam's first steps enlarge rounding to 2.5 % of one layer, with 1, 2 and 3 to 0.5 % or less
 ]  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def test_two_processes_make_the_adapter_of_one(model, calibration, tmp_path):
     one, two = (load_adapter(tmp_path / name / "octopus.safetensors") for name in ("one", "two"))
     for name, delta in one.layers.items():
         a, b = delta.dense(), two.layers[name].dense()
-        assert torch.linalg.norm(a - b) < 0.05 * torch.linalg.norm(a), name  # Adam's first steps enlarge rounding
+        assert torch.linalg.norm(a - b) < 0.02 * torch.linalg.norm(a), name
     assert Library(tmp_path / "two").verify() == []
 
 
