@@ -61,6 +61,7 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_rank_2": dict(rank=2),
     "seqlora_rank_8": dict(rank=8),
     "seqlora_learnt_trigger": dict(learn_trigger=True),
+    "seqlora_learnt_trigger_budget_3": dict(learn_trigger=True, drift_budget=0.03),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
     "seqlora_learnt_trigger_budget_25": dict(learn_trigger=True, drift_budget=0.255),  # of which two thirds are spent
     # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else

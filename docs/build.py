@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from docs.tables import of_method, of_pack  # noqa: E402
+from docs.tables import of_aims, of_method, of_pack  # noqa: E402
 
 PAGES = [
     ROOT / "README.md",
@@ -26,6 +26,7 @@ PAGES = [
 
 
 TABLES = {
+    "aims": of_aims.aims_table,
     "pixel_unet": of_method.pixel_unet_table,
     "study": of_method.study_table,
     "replay_pool": of_method.replay_table,

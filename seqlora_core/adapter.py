@@ -190,8 +190,11 @@ def layer_delta(layer: Factors, source: str, halves: bool = False) -> LayerDelta
     """
     _check_numbers(layer, source)
     scale = 1.0 if layer.alpha is None else layer.alpha / layer.down.shape[0]
-    halves = halves and layer.mid is None and {layer.down.dtype, layer.up.dtype} <= set(HALVES) and _exact(layer.up, scale)
-    down, up = (layer.down, layer.up) if halves else (layer.down.float(), layer.up.float())
+    halves = halves and layer.mid is None and {layer.down.dtype, layer.up.dtype} <= set(HALVES)
+    up = _folded(layer.up, scale) if halves else None
+    down = layer.down.float() if up is None else layer.down
+    if up is None:
+        up = layer.up.float() if scale == 1 else layer.up.float() * scale
     fits = down.ndim in SIDES and up.ndim in SIDES and down.shape[0] == up.shape[1] and up.shape[2:].numel() == 1
     if layer.mid is not None:
         fits = fits and layer.mid.ndim == 4 and layer.mid.shape[:2] == (len(down), len(down)) and down.shape[2:].numel() == 1
@@ -203,7 +206,7 @@ def layer_delta(layer: Factors, source: str, halves: bool = False) -> LayerDelta
         )
     if layer.mid is not None:
         down = torch.einsum("r q h w, q i -> r i h w", layer.mid.float(), down.flatten(1))
-    delta = LayerDelta(down.flatten(1), up.flatten(1) if scale == 1 else up.flatten(1) * scale, tuple(down.shape[2:]))
+    delta = LayerDelta(down.flatten(1), up.flatten(1), tuple(down.shape[2:]))
     # the factors' lengths, nan or infinite if any value is, bound the root of the energy
     bound = _length(delta.down) * _length(delta.up)
     if not bound < 1e18 and not math.isfinite(delta.float().energy()):
@@ -215,9 +218,14 @@ def layer_delta(layer: Factors, source: str, halves: bool = False) -> LayerDelta
     return delta
 
 
-def _exact(up: Tensor, scale: float) -> bool:
-    """Whether the scale can be folded into these values and nothing is rounded: a power of two that makes none too small"""
-    return scale == 1 or abs(math.frexp(scale)[0]) == 0.5 and torch.equal((up * scale).float(), up.float() * scale)
+def _folded(up: Tensor, scale: float) -> Tensor | None:
+    """The scaled values if nothing is rounded, so if it is a power of two that makes none too small; else None"""
+    if scale == 1:
+        return up
+    if abs(math.frexp(scale)[0]) != 0.5:
+        return None
+    scaled = up * scale
+    return scaled if torch.equal(scaled / scale, up) else None
 
 
 def _length(part: Tensor) -> float:
