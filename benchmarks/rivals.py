@@ -61,6 +61,8 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_rank_2": dict(rank=2),
     "seqlora_rank_8": dict(rank=8),
     "seqlora_learnt_trigger": dict(learn_trigger=True),
+    # replay within one batch as large as the rivals' instead of beside it: half the time of a step
+    "seqlora_learnt_trigger_one_batch": dict(learn_trigger=True, batch=5, replay_batch=3),
     "seqlora_learnt_trigger_budget_3": dict(learn_trigger=True, drift_budget=0.03),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
     "seqlora_learnt_trigger_budget_25": dict(learn_trigger=True, drift_budget=0.255),  # of which two thirds are spent

@@ -76,15 +76,13 @@ class SeqLoRAApplyStack(io.ComfyNode):
         cls, model, clip, stack, mode, amount, order="symmetric", restore=False, norm_control=False, strength=1.0, layers="",
         cap=0.0,
     ) -> io.NodeOutput:  # fmt: skip
+        if not stack.entries:  # of a LoRA stack whose rows are all off
+            return io.NodeOutput(model, clip, "", "the stack is empty: model and clip are as they came")
         weights, wishes = Weights(model, clip), Wishes(order, restore=restore, cap=cap or None)
         stack = Stack([e.times(strength, layers) for e in stack.entries])
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control)
         model, clip, missing = patch_model(model, clip, composed.parts, weights)
         lines = [report_of(composed, mode).text(), *composed.notes(mode, wishes.cap)]
-        if mode != "sum":
-            lines.append(
-                "energy kept: " + ", ".join(f"{p.source} {kept:.0%}" for p, kept in zip(composed.parts, composed.kept))
-            )
         if missing:
             lines.append(
                 f"{len(missing)} layers of the stack have no place in this model, first {missing[0]}: it was trained on another kind."

@@ -14,7 +14,7 @@ from .comfy_denoiser import ComfyDenoiser
 from .comfy_patches import Part, patch_model
 from .comfy_weights import Weights
 from .concept import STRENGTH
-from .folders import file_state, libraries_folder, lora_file
+from .folders import file_state, libraries_folder, listed, lora_file
 from .library import parse_list
 from .loading import load_members
 from .types import CATEGORY, Entry, Stack, StackType
@@ -63,7 +63,7 @@ class SeqLoRACalibrate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, loras, triggers, resolution, pictures, seed, stack=None) -> io.NodeOutput:
-        given = [Entry("", name, strength) for name, strength in parse_list(loras, STRENGTH["default"])]
+        given = [Entry("", listed(lora_file(name)), strength) for name, strength in parse_list(loras, STRENGTH["default"])]
         whole = (stack or Stack()).plus(*given)
         # a LoRA that stands there several times, for parts of the model or of the sampling, is seen once, whole
         once = Stack().plus(*(replace(e, part="", layers="", start=0.0, end=1.0) for e in whole.entries))
@@ -94,11 +94,11 @@ class SeqLoRACalibrate(io.ComfyNode):
                         moments = see_trigger(denoiser, None, calls[entry.name], size, pictures, seed)
                     keep_moments(path, base, moments, calls[entry.name], drawn)
                     lines.append(
-                        f"{entry.name}: drew {calls[entry.name]!r}"
+                        f"{_plain(entry.name)}: drew {calls[entry.name]!r}"
                         + (f", {len(missing)} layers have no place here" if missing else "")
                     )
                 else:
-                    lines.append(f"{entry.name}: was recorded before")
+                    lines.append(f"{_plain(entry.name)}: was recorded before")
                 bar.update(1)
         named = [e if e.library else replace(e, base=base) for e in whole.entries]
         report = "\n".join(lines)
@@ -110,11 +110,11 @@ def _triggers(text: str, files: list[Entry], adapters: dict) -> dict[str, str]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(files) == len(lines) == 1 and ":" not in lines[0]:
         lines = [f"{files[0].name}: {lines[0]}"]
-    listed = dict.fromkeys(_listed(e.name) for e in files)
+    there = dict.fromkeys(_plain(e.name) for e in files)
     written = {}
     for name, _, words in (line.partition(":") for line in lines):
         # with its folder, or without where that is clear
-        meant = [f for f in listed if f == _listed(name)] or [f for f in listed if f.rpartition("/")[2] == _listed(name)]
+        meant = [f for f in there if f == _plain(name)] or [f for f in there if f.rpartition("/")[2] == _plain(name)]
         if not meant:
             raise UserError(f"a trigger is given for {name.strip()!r}, which is not among the LoRAs: write 'file: words'")
         if len(meant) > 1:
@@ -122,13 +122,13 @@ def _triggers(text: str, files: list[Entry], adapters: dict) -> dict[str, str]:
                 f"a trigger is given for {name.strip()!r}, which is {' and '.join(meant)}: write each with its folder"
             )
         written[meant[0]] = words.strip()
-    found = {e.name: written.get(_listed(e.name)) or trigger_of(adapters[e.name].metadata) for e in files}
-    silent = [name for name, words in found.items() if not words]
+    found = {e.name: written.get(_plain(e.name)) or trigger_of(adapters[e.name].metadata) for e in files}
+    silent = [_plain(name) for name, words in found.items() if not words]
     if silent:
         raise UserError(f"{silent[0]} does not say what calls it: write '{silent[0]}: its trigger' into triggers")
     return found
 
 
-def _listed(name: str) -> str:
+def _plain(name: str) -> str:
     """A file's name in models/loras, as one writes it on any system"""
     return name.strip().replace("\\", "/").removesuffix(".safetensors")

@@ -6,24 +6,21 @@ layer under the weight's one name, and whatever else stays the patch that ComfyU
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import comfy.lora
 import comfy.lora_convert
-import torch
-from comfy.weight_adapter import BOFTAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
+from comfy.weight_adapter import BOFTAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
 from torch import Tensor
 
-from ..seqlora_core.adapter import FLOATS, LARGEST_SCALE, Adapter, LayerDelta, joined, layer_delta
+from ..seqlora_core.adapter import FLOATS, Adapter, LayerDelta, joined, layer_delta
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.live_prompts import is_text
 from ..seqlora_core.low_rank import factorised
-from ..seqlora_core.spelling import Factors, alpha_of, factors, other_kind
+from ..seqlora_core.spelling import Factors, alpha_of, canonical, factors, other_kind
+from .comfy_patch_checks import DAMAGED, MAGNITUDE, check_patch, check_size, failure, rows_shape
 from .comfy_weights import Target, Weights, parts
 
-DAMAGED = (KeyError, IndexError, RuntimeError, ValueError, AttributeError, TypeError)  # what a broken file may raise
-MAGNITUDE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}  # where each keeps a DoRA's magnitudes, if it is one
 READ_PLAINLY = (".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm", ".alpha")  # keys that no weight adapter lists
 
 
@@ -39,6 +36,11 @@ class Fitted:
     def acts(self) -> bool:
         return bool(self.adapter.layers or self.patches)
 
+    @property
+    def unread_texts(self) -> list[str]:
+        """Those of its unknown keys that are a text encoder's, as all are where only a model is at hand"""
+        return [key for key in self.unknown if is_text(canonical(key))]
+
     def only(self, text: bool) -> Fitted:
         """What it does to the text encoder, or to all else"""
         layers = {n: d for n, d in self.adapter.layers.items() if is_text(n) == text}
@@ -52,7 +54,7 @@ class Fitted:
 
     def bends_at(self, strength: float) -> float:
         """The strength at which its change is to be measured: 1, but where twice the strength is not twice the change"""
-        bent = any(isinstance(patch, (OFTAdapter, BOFTAdapter)) for patch in self.patches.values())
+        bent = any(isinstance(p, (OFTAdapter, BOFTAdapter)) or _is_whole_weight(p) for p in self.patches.values())
         return strength or 1.0 if bent else 1.0
 
     def read_weights(self) -> list[str]:
@@ -88,7 +90,7 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
     factors(tensors, source)  # tells of a missing half, which ComfyUI would leave out
     # of plain LoRAs `layer_delta` looks at every number
     for key, tensor in tensors.items() if other_kind(tensors) else ():
-        if tensor.dtype not in FLOATS and tensor.numel() > 1:
+        if tensor.dtype not in FLOATS and tensor.numel() > 1 and not key.endswith(".reshape_weight"):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{source}: {key} is of {kind}: convert the LoRA to float16 or float32 first")
         if not tensor.float().isfinite().all():
@@ -100,6 +102,8 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
     unknown = [key for key, stem in stems.items() if not stem]
     if not used:
         first = next(iter(tensors), "nothing at all")
+        if weights.clip is None and tensors and all(is_text(canonical(key)) for key in tensors):
+            raise UserError(f"{source} changes text encoders alone, first {first}: connect the clip that it is for")
         raise UserError(
             f"{source} does not fit this model: none of its {len(tensors)} tensors has a place in it, first {first}; load "
             "the model it was trained on"
@@ -120,11 +124,16 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
     for target, patch in loaded.items():
         key, rows, layout = parts(target)
         name = weights.name_of.get(key)
-        _check_shape(patch, _rows_shape(weights.shapes[key], rows), f"{source}: {name or key}")
+        check_patch(patch, rows_shape(weights.shapes[key], rows), f"{source}: {name or key}")
         plain = isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None and layout is None
         if not plain or name is None or (rows and rows[0] != 0):
-            if isinstance(patch, LoKrAdapter) and patch.weights[7] is not None and not _changes(patch, weights.shapes[key]):
-                unknown.append(f"{stem_of[target]}.lokr_t2")  # ComfyUI reads it and then fails on it
+            failed = failure(patch, rows_shape(weights.shapes[key], rows))
+            if failed and not (isinstance(patch, LoKrAdapter) and patch.weights[7] is not None):
+                raise UserError(
+                    f"{source}: {name or key} has parts that do not fit one another or this weight ({failed}); get the file again"
+                )
+            if failed:  # ComfyUI reads LoKr's cores, and fails on them
+                unknown.append(f"{stem_of[target]}.lokr_t2")
             else:
                 fitted.patches[target] = patch
             continue
@@ -146,7 +155,7 @@ def _layers(places: list[Place], tensors: dict[str, Tensor], weights: Weights, s
         alpha = None if place.alpha is None else alpha_of(tensors[place.alpha], where)
         delta = layer_delta(Factors(tensors[place.down], tensors[place.up], mid, alpha), where, halves=True)
         delta.kernel = shape[2:]
-        _check_size(tuple(delta.shape), _rows_shape(shape, place.rows), where)
+        check_size(tuple(delta.shape), rows_shape(shape, place.rows), where)
         if place.rows:
             whole = delta.up.new_zeros(shape[0], delta.rank)
             whole[place.rows[1] : place.rows[1] + place.rows[2]] = delta.up
@@ -173,30 +182,9 @@ def _exists(key: str, target: Target, shapes: dict) -> bool:
     return parts(target)[0] in shapes
 
 
-def _rows_shape(shape: tuple[int, ...], rows) -> tuple[int, ...]:
-    return tuple(rows[2] if rows and i == rows[0] else n for i, n in enumerate(shape))
-
-
-def _check_shape(patch, shape: tuple[int, ...], source: str) -> None:
-    try:
-        found, whole = _shape_of(patch, shape), _is_whole(patch, shape)
-    except DAMAGED as error:
-        raise UserError(f"{source} is incomplete or damaged ({error}); get it again") from error
-    if found is not None:
-        _check_size(found, shape, source)
-    if not whole:
-        raise UserError(f"{source} has parts that do not fit one another; the file is damaged, get it again")
-
-
-def _is_whole(patch, shape: tuple[int, ...]) -> bool:
-    """Whether a patch's parts multiply and its alpha is one that training sets"""
-    if isinstance(patch, LoHaAdapter):
-        a, b, alpha, c, d, core = patch.weights[:6]
-        multiply = core is not None or (a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0])
-        if not multiply or (alpha is not None and not abs(alpha) <= LARGEST_SCALE * b.shape[0]):
-            return False
-    magnitude = patch.weights[MAGNITUDE[type(patch)]] if type(patch) in MAGNITUDE else None
-    return magnitude is None or magnitude.numel() in (shape[0], math.prod(shape[1:]), shape[1])
+def _is_whole_weight(patch) -> bool:
+    """Of `.set_weight`: whatever the strength, ComfyUI puts all of it in the weight's place"""
+    return isinstance(patch, tuple) and patch[0] == "set"
 
 
 def _reads_weight(patch) -> bool:
@@ -204,51 +192,6 @@ def _reads_weight(patch) -> bool:
     if type(patch) in MAGNITUDE:
         return patch.weights[MAGNITUDE[type(patch)]] is not None
     return not (isinstance(patch, tuple) and patch[0] == "diff")
-
-
-def _changes(patch, shape: tuple[int, ...]) -> bool:
-    """Whether ComfyUI makes anything of a patch"""
-    return bool(comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], torch.zeros(shape), "").any())
-
-
-def _check_size(found: tuple[int, int], shape: tuple[int, ...], source: str) -> None:
-    """UserError if a change of so many rows and columns is none of a weight of this shape"""
-    if found != (shape[0], math.prod(shape[1:])):
-        raise UserError(
-            f"{source} is for a weight of {list(found)}, this model's is {list(shape)}: the file was trained on another kind "
-            "of model, load that one"
-        )
-
-
-def _shape_of(patch, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Rows and columns of the weight that a patch was made for; None if it does not say"""
-    if isinstance(patch, LoRAAdapter):
-        up, down, _, mid, _, reshape = patch.weights[:6]
-        if reshape is not None:
-            return None
-        if mid is not None:
-            return up.shape[0], down.shape[1] * mid.shape[2:].numel()
-        return up.shape[0], down.shape[1:].numel()
-    if isinstance(patch, LoHaAdapter):
-        a, b, _, _, _, core = patch.weights[:6]
-        return (a.shape[0], b.shape[1:].numel()) if core is None else (a.shape[1], b.shape[1] * core.shape[2:].numel())
-    if isinstance(patch, LoKrAdapter):
-        w1, w2, _, w1_a, w1_b, w2_a, w2_b, core = patch.weights[:8]
-        first = tuple(w1.shape) if w1 is not None else (w1_a.shape[0], w1_b.shape[1])
-        if w2 is not None:
-            second = (w2.shape[0], w2.shape[1:].numel())
-        elif core is None:
-            second = (w2_a.shape[0], w2_b.shape[1:].numel())
-        else:
-            second = (w2_a.shape[1], w2_b.shape[1] * core.shape[2:].numel())
-        return first[0] * second[0], first[1] * second[1]
-    if isinstance(patch, (OFTAdapter, BOFTAdapter)):
-        blocks = patch.weights[0]
-        return blocks.shape[-3] * blocks.shape[-1], int(torch.Size(shape[1:]).numel())
-    if isinstance(patch, tuple) and isinstance(patch[-1], tuple):
-        change = patch[-1][0]
-        return (change.shape[0], change.shape[1:].numel()) if change.ndim else (1, 1)
-    return None
 
 
 def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False, strength: float = 1.0) -> Fitted:

@@ -32,9 +32,12 @@ class Weights:
             first = {n.removeprefix("text_encoder."): t for n, t in self.targets.items() if n.startswith("text_encoder.")}
             self.targets = {f"base_model.model.{n}": t for n, t in first.items()} | self.targets  # as PEFT writes it
         names = {f"diffusion_model.{path}.weight": name for path, name in file_names(model.model).items()}
-        for name, target in self.targets.items():
-            if isinstance(target, str) and name.startswith("lora_te"):
-                names.setdefault(target, name)
+        texts = [n for n in self.targets if n.startswith("lora_te")]
+        if any(n.startswith("lora_te2_") for n in texts):  # then kohya numbers the first one too
+            texts.sort(key=lambda n: n.startswith("lora_te_"))
+        for name in texts:
+            if isinstance(self.targets[name], str):
+                names.setdefault(self.targets[name], name)
         for key in self.shapes:
             if key.endswith(".weight"):
                 stem = key.removesuffix(".weight")

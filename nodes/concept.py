@@ -1,10 +1,9 @@
 """One concept of a library or one LoRA file, chainable."""
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..seqlora_core.errors import UserError
-from .folders import file_state, library_state, lora_file, open_library
+from .folders import file_state, library_state, listed, lora_file, lora_files, open_library
 from .types import CATEGORY, Entry, Stack, StackType
 
 STRENGTH = dict(default=1.0, min=-4.0, max=4.0, step=0.05)
@@ -30,7 +29,7 @@ class SeqLoRAConcept(io.ComfyNode):
                 io.Float.Input("strength", **STRENGTH, tooltip="1 is as trained, 0 is off."),
                 StackType.Input("stack", optional=True, tooltip="More concepts to stand beside this one."),
                 io.Combo.Input(
-                    "lora", options=[FROM_LIBRARY, *folder_paths.get_filename_list("loras")], default=FROM_LIBRARY, optional=True,
+                    "lora", options=[FROM_LIBRARY, *lora_files()], default=FROM_LIBRARY, optional=True,
                     tooltip="A LoRA file of any kind instead of a library's concept; library and name are then not used.",
                 ),
                 io.Boolean.Input(
@@ -74,7 +73,6 @@ class SeqLoRAConcept(io.ComfyNode):
         if lora == FROM_LIBRARY:
             library, name = library.strip(), open_library(library).require(name.strip())
         else:
-            lora_file(lora)
-            library, name = "", lora
+            library, name = "", listed(lora_file(lora))
         entry = Entry(library, name, strength, start=start_percent, end=end_percent, protected=protected, layers=layers)
         return io.NodeOutput((stack or Stack()).plus(entry))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from glob import escape
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ..seqlora_core.names import safe_name
 from ..seqlora_core.storage import stamp
 
 DEMO_PREFIX = "demo/"
+# files that are no LoRAs: what is kept beside them, and in the folder of libraries
+BESIDE = re.compile(r"\.stats\.safetensors$|^seqlora[\\/](.*[\\/])?(calibration|general\.[0-9a-f]{16})\.safetensors$")
 
 
 def offer_sample_loras() -> None:
@@ -38,6 +41,17 @@ def lora_file(name: str) -> Path:
         if found is not None:
             return Path(found)
     raise UserError(f"no LoRA {name!r} in models/loras: check the name, with its folder below models/loras")
+
+
+def listed(path: Path) -> str:
+    """A file of models/loras as ComfyUI lists it: one name for it, however it was spelt"""
+    homes = [Path(home) for home in folder_paths.get_folder_paths("loras")]
+    return str(path.relative_to(next(home for home in homes if path.is_relative_to(home))))
+
+
+def lora_files() -> list[str]:
+    """ComfyUI's list of them without what libraries and calibrations keep beside theirs"""
+    return [name for name in folder_paths.get_filename_list("loras") if not BESIDE.search(name)]
 
 
 def file_stamps(path: Path) -> tuple:

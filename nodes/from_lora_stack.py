@@ -11,7 +11,7 @@ from ..seqlora_core.metadata import file_hashes
 from ..seqlora_core.names import safe_name
 from ..seqlora_core.tensor_file import write_safetensors
 from .concept import STRENGTH
-from .folders import lora_file
+from .folders import listed, lora_file
 from .types import CATEGORY, MODEL, TEXT, Entry, LoraModelType, LoraStackType, Stack, StackType
 
 
@@ -52,14 +52,14 @@ def _entries(items) -> list[Entry]:
     strengths: dict[str, tuple[float, float]] = {}
     for item in items:
         try:
-            name, strength, text = str(item[0]), float(item[1]), float(item[2])
+            spelt, strength, text = str(item[0]), float(item[1]), float(item[2])
             if len(item) != 3 or not (math.isfinite(strength) and math.isfinite(text)):
                 raise ValueError
         except (TypeError, ValueError, IndexError, KeyError) as error:
             raise UserError(
                 f"the LoRA stack holds {item!r}: each of its items must be a file, a model strength and a clip strength"
             ) from error
-        lora_file(name)
+        name = listed(lora_file(spelt))
         before = strengths.get(name, (0.0, 0.0))
         strengths[name] = before[0] + strength, before[1] + text
     out = []

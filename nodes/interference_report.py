@@ -1,7 +1,7 @@
 """Who disturbs whom, before any picture is drawn."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from comfy_api.latest import io, ui
 
@@ -9,6 +9,7 @@ from ..seqlora_core.adapter import Adapter
 from ..seqlora_core.composition import MODES
 from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
+from .comfy_patches import Part
 from .comfy_weights import Weights
 from .loading import Composed, by_file, compose_stack, load_members, names_of, unrecorded
 from .types import CATEGORY, StackType
@@ -47,9 +48,9 @@ class SeqLoRAInterferenceReport(io.ComfyNode):
         weights = Weights(model, clip) if model is not None else None
         if mode == AUTO:
             mode = "data" if all(m.concept.moments is not None for m in load_members(stack, weights)) else "weights"
-        composed = compose_stack(stack, mode, amount, weights=weights)
+        composed = compose_stack(stack, mode, amount, weights=weights, compared=True)
         report = report_of(composed, mode)
-        report.advice += filter(None, [unrecorded(composed.members)])
+        report.advice += dict.fromkeys(filter(None, [unrecorded(composed.members), *composed.notes(mode)]))
         picture = report_picture(report)
         data = json.dumps(asdict(report), ensure_ascii=False)
         return io.NodeOutput(report.text(), picture, data, ui=ui.PreviewImage(picture, cls=cls))
@@ -65,17 +66,23 @@ def report_of(composed: Composed, mode: str) -> Report:
     moments = {n: c.moments for n, c in zip(names, firsts) if c.moments is not None}
     strengths = [max((parts[i].strength for i in group), key=abs) for group in groups]
     plain, projected = (
-        [_joined([(adapters[i], parts[i].strength / (top or 1.0)) for i in group]) for group, top in zip(groups, strengths)]
-        for adapters in ([c.adapter for c in concepts], [p.adapter for p in parts])
+        [_joined([(a[i], parts[i], top or 1.0) for i in group]) for group, top in zip(groups, strengths)]
+        for a in ([c.adapter for c in concepts], [p.adapter for p in parts])
     )
     return interference_report(dict(zip(names, plain)), moments, strengths, projected, mode)
 
 
-def _joined(entries: list[tuple[Adapter, float]]) -> Adapter:
-    """What several entries of one LoRA do at most: each layer as strong as it is anywhere"""
+def _joined(entries: list[tuple[Adapter, Part, float]]) -> Adapter:
+    """What several entries of one LoRA do, over its strength: of those that act in the same steps the sum, of others in each layer
+    the strongest"""
+    first = entries[0][0]
     if len(entries) == 1:
-        return entries[0][0]
-    weakest_first = sorted(entries, key=lambda e: abs(e[1]))
-    return Adapter(
-        {n: d for adapter, share in weakest_first for n, d in adapter.scaled(share).layers.items()}, entries[0][0].metadata
-    )
+        return first
+    at_once: dict[tuple[float, float], dict[str, float]] = {}
+    layers = {n: d for adapter, *_ in entries for n, d in adapter.layers.items()}
+    for adapter, part, whole in entries:
+        sums = at_once.setdefault((part.start, part.end), {})
+        for name in adapter.layers:
+            sums[name] = sums.get(name, 0.0) + part.strength / whole
+    most = {n: max((sums.get(n, 0.0) for sums in at_once.values()), key=abs) for n in layers}
+    return Adapter({n: replace(d, up=d.up * most[n]) for n, d in layers.items()}, first.metadata)

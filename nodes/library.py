@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..seqlora_core.errors import UserError
 from .concept import STRENGTH
-from .folders import file_state, library_state, lora_file, open_library
+from .folders import file_state, library_state, listed, lora_file, open_library
 from .types import CATEGORY, Entry, Stack, StackType
 
 
@@ -40,9 +40,7 @@ class SeqLoRALibrary(io.ComfyNode):
     @classmethod
     def execute(cls, library, concepts, strength, stack=None) -> io.NodeOutput:
         if not library.strip():
-            files = [Entry("", name, value) for name, value in parse_list(concepts, strength)]
-            for entry in files:
-                lora_file(entry.name)
+            files = [Entry("", listed(lora_file(name)), value) for name, value in parse_list(concepts, strength)]
             return io.NodeOutput((stack or Stack()).plus(*files))
         opened = open_library(library)
         wanted = parse_list(concepts, strength) or [(name, strength) for name in opened.names]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from ..seqlora_core.adapter import Adapter, load_adapter, read_safetensors
-from ..seqlora_core.composition import Wishes, check_strength, energy_kept, project
+from ..seqlora_core.composition import Wishes, check_strength, norm_shares, project
 from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
@@ -42,13 +43,13 @@ class Member:
 
 @dataclass
 class Composed:
-    """A stack ready for a model.  members: those that act.  kept: energy that the projection leaves each of `parts`, as shares.
-    unrecorded: of mode "data", `unrecorded`."""
+    """A stack ready for a model.  members: those that act.  unrecorded: of mode "data", `unrecorded`.  chained: keys of
+    weights that several of the LoRAs read before they change them."""
 
     members: list[Member]
     parts: list[Part]
-    kept: list[float]
     unrecorded: str = ""
+    chained: list[str] = field(default_factory=list)
 
     @property
     def concepts(self) -> list[Concept]:
@@ -59,18 +60,21 @@ class Composed:
     def triggers(self) -> str:
         return ", ".join(filter(None, dict.fromkeys(f"{c.trigger} {c.class_noun}".strip() for c in self.concepts)))
 
-    def notes(self, mode: str, cap: float | None = None) -> list[str]:
-        """What of the files does not act as one might think, a sentence each"""
+    def notes(self, mode: str, cap: float | None = None, exact: bool = False) -> list[str]:
+        """What of the files does not act as one might think, a sentence each.  exact: of a file, which has all weights"""
         out = [self.unrecorded] if self.unrecorded else []
         for member in self.members:
             name, unknown = member.concept.name, member.fitted.unknown
             if unknown:
                 out.append(f"{name}: {len(unknown)} tensors have no place in this model, first {unknown[0]}.")
             left = [t if isinstance(t, str) else t[0] for t in member.fitted.patches]
-            if left and (mode != "sum" or cap):
-                out.append(
-                    f"{name}: {len(left)} weights change in more than low rank and are summed unprojected, first {left[0]}."
+            if left and not exact:
+                what = (
+                    "change in more than low rank and are summed unprojected"
+                    if mode != "sum" or cap
+                    else "are no plain low rank"
                 )
+                out.append(f"{name}: {len(left)} weights {what}; no figure of the report counts them, first {left[0]}.")
             cut = spikes(member.fitted.adapter, cap) if cap else []
             if cut:
                 out.append(f"{name}: {len(cut)} layers cut to {cap:g} times its middle layer, the worst {cut[0].layer}.")
@@ -165,33 +169,38 @@ def _read_file(path: Path, weights: Weights | None) -> Fitted:
 
 def compose_stack(
     stack: Stack, mode: str, amount: float, wishes: Wishes | None = None, weights: Weights | None = None,
-    norm_control: bool = False, exact: bool = False,
+    norm_control: bool = False, exact: bool = False, compared: bool = False,
 ) -> Composed:  # fmt: skip
     """The stack projected, for a model's weights or, without them, of plain LoRAs for any.
 
-    exact: every change of a matrix becomes low-rank factors, for a file.  With a new strength everything else is found kept.
+    exact: every change of a matrix becomes low-rank factors, for a file.  compared: what is nearly low-rank becomes so in mode
+    "sum" too, as in the others, for a report.  With a new strength everything else is found kept.
     What has strength 0 takes no part: nothing gives way to it.
     """
     members, wishes, read = load_members(stack, weights), wishes or Wishes(), []
     members = [m for m in members if m.entry.strength] or members
-    count = len({(m.entry.library, m.entry.name) for m in members})
-    # the symmetric projection divides by it already
-    share = count**-0.5 if norm_control and (mode != "weights" or wishes.order != "symmetric") else 1.0
-    for member in members:
-        if member.fitted.patches and (exact or mode != "sum" or wishes.cap):
-            read.append((weights.digest(member.fitted.read_weights()), member.fitted.bends_at(member.entry.strength * share)))
+    groups = by_file(members)
+    wishes = replace(wishes, protected=frozenset(n for n, g in enumerate(groups) if any(members[i].entry.protected for i in g)))
+    of_groups = norm_shares(len(groups), mode, amount, wishes) if norm_control else [1.0] * len(groups)
+    shares = {i: share for group, share in zip(groups, of_groups) for i in group}
+    readers = Counter(key for m in members for key in m.fitted.read_weights())
+    for place, member in enumerate(members):
+        if member.fitted.patches and (exact or compared or mode != "sum" or wishes.cap):
+            strength = member.entry.strength * shares[place]
+            read.append((weights.digest(member.fitted.read_weights()), member.fitted.bends_at(strength)))
             member.fitted = _as_low_rank(member, weights, exact, *read[-1])
     states = tuple(
         (file_stamps(entry_file(m.entry)), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected) for m in members
     )
     files = (entry_file(m.entry) for m in members)
     key = (*files, states, mode, amount, wishes, exact, weights and weights.signature, tuple(read))
-    projected, kept = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
+    projected = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
     pieces = [
-        Part(m.concept.name, m.entry.strength * share, a, m.fitted.patches, m.entry.start, m.entry.end)
-        for m, a in zip(members, projected)
+        Part(m.concept.name, m.entry.strength * shares[i], a, m.fitted.patches, m.entry.start, m.entry.end)
+        for i, (m, a) in enumerate(zip(members, projected))
     ]
-    return Composed(members, pieces, kept, unrecorded(members) if mode == "data" else "")
+    chained = [key for key, count in readers.items() if count > 1]
+    return Composed(members, pieces, unrecorded(members) if mode == "data" else "", chained)
 
 
 def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str, strength: float) -> Fitted:
@@ -205,8 +214,8 @@ def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str, stren
     return replace(found, adapter=Adapter(found.adapter.layers, fitted.adapter.metadata))  # what calls it may be new
 
 
-def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, exact: bool) -> tuple[list[Adapter], list[float]]:
-    """The adapters as they go into the stack, and the energy that this leaves each, as shares.
+def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, exact: bool) -> list[Adapter]:
+    """The adapters as they go into the stack.
 
     What is there several times, for other layers, steps or parts of the model each, is one LoRA to the projection: it does not
     give way to itself.
@@ -215,7 +224,6 @@ def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, ex
     adapters, moments = [_whole([members[i] for i in g]) for g in groups], [members[g[0]].concept.moments for g in groups]
     if exact or mode != "sum" or wishes.cap:
         adapters = [a.to(torch.float32) for a in adapters]
-    wishes = replace(wishes, protected=frozenset(n for n, g in enumerate(groups) if any(members[i].entry.protected for i in g)))
     silent = [m.concept.name for m in members if m.concept.moments is None]
     if mode == "data" and silent:
         raise UserError(f"mode 'data' needs to know what {silent[0]!r} sees: put a Calibrate node before, or use 'weights'")
@@ -223,15 +231,12 @@ def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, ex
     if general is not None:
         general = moments_under(general, [n for a in adapters for n in a.layers])
     projected = project(adapters, mode, amount, None if silent else moments, general, wishes=wishes)
-    kept = [1.0 if a is p else energy_kept(a, p) for a, p in zip(adapters, projected)]
     pieces: list[Adapter] = [None] * len(members)
-    shares = [1.0] * len(members)
-    for group, whole, share in zip(groups, projected, kept):
+    for group, whole in zip(groups, projected):
         for place in group:
             own = members[place].fitted.adapter.layers
             pieces[place] = whole if len(group) == 1 else Adapter({n: whole.layers[n] for n in own}, whole.metadata)
-            shares[place] = share
-    return pieces, shares
+    return pieces
 
 
 def by_file(members: list[Member]) -> list[list[int]]:

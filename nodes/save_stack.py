@@ -80,6 +80,12 @@ class SeqLoRASaveStack(io.ComfyNode):
         weights = Weights(model, clip) if model is not None else None
         wishes = Wishes(order, restore=restore, cap=cap or None)
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control, exact=True)
+        unread = next((m for m in composed.members if clip is None and m.fitted.unread_texts), None)
+        if unread:
+            raise UserError(
+                f"{unread.concept.name} changes the text encoder too, first {unread.fitted.unread_texts[0]}: connect the clip that it "
+                "is for, else that would not be in the file"
+            )
         timed = next((p.source for p in composed.parts if (p.start, p.end) != (0.0, 1.0)), None)
         if timed:
             raise UserError(f"{timed} acts on some steps only, which a file cannot say: take that off, or use Apply Stack")
@@ -93,8 +99,12 @@ class SeqLoRASaveStack(io.ComfyNode):
         called = _embeddings(composed, clip, path.stem, overwrite) if embeddings else []
         save_adapter(path, adapter, extra=extra)
         said = f"saved {path.name}" + (f", {lost:.2%} of its energy lost to rank {rank}" if rank else "")
-        if composed.unrecorded:
-            said += f"; {composed.unrecorded}"
+        if composed.chained:
+            said += (
+                f"; {len(composed.chained)} weights are changed by several LoRAs that look at the weight first, as DoRA does: the file adds "
+                f"what each does alone, Apply Stack does one after the other, first {composed.chained[0]}"
+            )
+        said += "".join(f"; {note.removesuffix('.')}" for note in composed.notes(mode, wishes.cap, exact=True))
         if left:
             said += f"; {len(left)} changes that no file can hold are not in it, first {left[0]}"
         if called:

@@ -1,11 +1,9 @@
 """A stack as other packs' nodes take it."""
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io
 
 from ..seqlora_core.errors import UserError
+from .folders import listed
 from .loading import entry_file
 from .types import CATEGORY, MODEL, TEXT, Entry, LoraStackType, StackType
 
@@ -32,7 +30,7 @@ class SeqLoRAToLoraStack(io.ComfyNode):
             both = strengths.setdefault(_listed(entry), [0.0, 0.0])
             for i, part in enumerate((MODEL, TEXT)):
                 if entry.part in ("", part):
-                    both[i] = entry.strength
+                    both[i] += entry.strength
         return io.NodeOutput([*(lora_stack or ()), *((file, *both) for file, both in strengths.items())])
 
 
@@ -42,6 +40,4 @@ def _listed(entry: Entry) -> str:
         raise UserError(
             f"{entry.name} acts on some layers or steps only, which a LoRA stack cannot say: take that off, or use Apply Stack"
         )
-    path = entry_file(entry)
-    homes = [Path(home) for home in folder_paths.get_folder_paths("loras")]
-    return str(path.relative_to(next(home for home in homes if path.is_relative_to(home))))
+    return listed(entry_file(entry))

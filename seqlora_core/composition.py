@@ -30,7 +30,7 @@ class Wishes:
     order: of mode "weights"; "symmetric" treats all alike, "first" leaves the first whole and "strongest" the one of most
     energy, each later one gives way to all before it.  protected: places in the stack that are left whole, the others give
     way.  restore: scale each projected adapter back to the energy it had, if a hundredth of that is left.  cap: singular values above so many times the
-    median of an adapter's layers are cut before the projection (`spectrum.capped`), at least 1.
+    median of an adapter's layers are cut before the projection (`spectrum.capped`), at least 1; not of protected ones.
     """
 
     order: str = "symmetric"
@@ -78,7 +78,7 @@ def project(
     if wishes.cap is not None:
         if not wishes.cap >= 1:
             raise UserError(f"cap is {wishes.cap}: give a number of at least 1, such as 10")
-        adapters = [capped(a, wishes.cap) for a in adapters]
+        adapters = [a if i in wishes.protected else capped(a, wishes.cap) for i, a in enumerate(adapters)]
     if mode == "weights" and wishes.order == "symmetric":
         projected = _with_token_tables(without_data, adapters, wishes.protected)
     elif mode == "weights":
@@ -87,7 +87,7 @@ def project(
     elif mode == "data":
         if moments is None:
             raise UserError(
-                "mode 'data' needs each concept's statistics file (NAME.stats.safetensors) beside it; use 'sum' or 'weights'"
+                "mode 'data' needs the moments of what each adapter sees: calibrate them first, or use 'sum' or 'weights'"
             )
         projected = _with_token_tables(closed_form, adapters, moments, general, beta, wishes.protected)
     else:
@@ -251,7 +251,16 @@ def _inverses(seen: list[Tensor | Sketch], beta: float) -> Callable[[int], Calla
 
 def norm_controlled(adapters: list[Adapter]) -> list[Adapter]:
     """Each adapter over the square root of their number: the sum keeps one adapter's energy if they are unrelated."""
-    return [a.scaled(len(adapters) ** -0.5) for a in adapters]
+    return [a.scaled(s) for a, s in zip(adapters, norm_shares(len(adapters)))]
+
+
+def norm_shares(count: int, mode: str = "sum", amount: float = 1.0, wishes: Wishes = Wishes()) -> list[float]:
+    """What norm control multiplies each of `count` adapters by after `project`: 1 of the protected ones, and of the others what
+    makes it one over the square root of their number, of which `without_data` has divided by its amount's part already."""
+    root = max(1, count - len(wishes.protected)) ** -0.5
+    divided = mode == "weights" and wishes.order == "symmetric" and not wishes.restore
+    share = root / (1 - amount + amount * root) if divided else root
+    return [1.0 if i in wishes.protected else share for i in range(count)]
 
 
 def energy_kept(before: Adapter, after: Adapter) -> float:

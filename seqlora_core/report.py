@@ -81,7 +81,17 @@ class Report:
             then = "" if pair["after"] is None else f" -> {self._value(pair['after'])}"
             layers = f", most in {', '.join(pair['layers'])}" if pair["layers"] else ""
             lines.append(f"{pair['source']} on {pair['target']}: {self._value(pair['before'])}{then}{layers}")
-        return "\n".join(lines + self.advice)
+        return "\n".join([*lines, *filter(None, [self.kept]), *self.advice])
+
+    @property
+    def kept(self) -> str:
+        """What the projection leaves of each concept's own energy, of many the least; empty without a projection"""
+        if self.energy_kept is None:
+            return ""
+        where = "on its own inputs" if self.measured else "of its weights"
+        order = sorted(range(len(self.names)), key=lambda i: self.energy_kept[i])
+        said = ", ".join(f"{self.names[i]} {self.energy_kept[i]:.0%}" for i in order[:LISTED])
+        return f"energy {where} that mode '{self.mode}' keeps, the least first: {said}"
 
     def _value(self, value: float) -> str:
         return percent(value) if self.measured else f"{value:.1f} x chance"
@@ -244,6 +254,11 @@ def _advice(report: Report, strengths: list[float]) -> list[str]:
             f"the others move {report.names[worst]} by {percent(report.disturbance[worst])} of a concept's own effect as a plain sum, "
             f"by {percent(now[worst])} with mode '{report.mode}'."
         )
+    elif report.after is not None and now[worst] > DISTURBED:
+        out.append(
+            f"the others move {report.names[worst]} by {percent(now[worst])} of a concept's own effect with mode '{report.mode}', and by "
+            f"{percent(report.disturbance[worst])} as a plain sum: use mode 'sum'."
+        )
     elif now[worst] > DISTURBED:
         out.append(
             f"the others move {report.names[worst]} by {percent(now[worst])} of a concept's own effect: Apply Stack's mode 'data' takes "
@@ -253,8 +268,12 @@ def _advice(report: Report, strengths: list[float]) -> list[str]:
         value = pair["before"] if pair["after"] is None else pair["after"]
         if value > DISTURBED:
             strength = strengths[report.names.index(pair["source"])]
-            lower = abs(strength) * (DISTURBED / value) ** 0.5
-            what = f"lower {pair['source']} to {lower:.1f} or leave it out" if lower >= 0.15 else f"leave {pair['source']} out"
+            lower = strength * (DISTURBED / value) ** 0.5
+            what = (
+                f"lower {pair['source']} to {lower:.2g} or leave it out"
+                if abs(lower) >= 0.15
+                else f"leave {pair['source']} out"
+            )
             out.append(
                 f"{pair['source']} moves {pair['target']} by {percent(value)} of its own effect, most in {pair['layers'][0]}: {what}."
             )
@@ -263,6 +282,7 @@ def _advice(report: Report, strengths: list[float]) -> list[str]:
         kept, name = min(weak)
         more = f" ({len(weak)} are below {LEFT:.0%})" if len(weak) > 1 else ""
         out.append(
-            f"mode '{report.mode}' leaves {kept:.0%} of {name}'s own energy{more}: raise its strength, or leave out what it is like."
+            f"mode '{report.mode}' leaves {kept:.0%} of what {name} does on its own inputs{more}: raise its strength, or leave out what "
+            "it is like."
         )
     return out

@@ -51,7 +51,8 @@ def short(name: str) -> str:
 
 def _wrapped(report: Report) -> list[str]:
     lines = []
-    for sentence in report.advice[:4] or ["No advice: nothing here is worth a change."]:
+    told = report.advice[:4] or ["No advice: nothing here is worth a change."]
+    for sentence in [*told, *filter(None, [report.kept])]:
         lines += textwrap.wrap(sentence[0].upper() + sentence[1:], 92, initial_indent="•  ", subsequent_indent="    ")
     return lines
 

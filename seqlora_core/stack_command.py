@@ -46,6 +46,17 @@ def _adapters(args):
     return [(name, a, strength, m) for (name, _, strength, _), a, m in zip(out, adapters, moments)], general
 
 
+def _known(parts: list, mode: str):
+    """The moments of all, or None where some are not known; UserError if `mode` cannot do without"""
+    silent = [name for name, *_, moments in parts if moments is None]
+    if silent and mode == "data":
+        raise UserError(
+            f"mode 'data' needs to know what {', '.join(silent)} sees: run 'python -m seqlora_core calibrate' on that file first, "
+            "or use --mode weights"
+        )
+    return None if silent else [moments for *_, moments in parts]
+
+
 def _with_strength(item: str) -> tuple[Path, float]:
     """FILE or FILE:0.8 (a Windows drive's colon is not a strength)"""
     from .composition import check_strength
@@ -61,7 +72,7 @@ def _with_strength(item: str) -> tuple[Path, float]:
 
 def stack(args):
     from .adapter import check_useful, concatenate, save_adapter
-    from .composition import Wishes, energy_kept, norm_controlled, project
+    from .composition import Wishes, energy_kept, norm_shares, project
     from .diffusers_names import as_diffusers
     from .low_rank import truncated
     from .same_layers import unseen
@@ -69,7 +80,7 @@ def stack(args):
     from .tensor_file import write_safetensors
 
     parts, general = _adapters(args)
-    names, adapters, moments = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts], [m for *_, m in parts]
+    names, adapters = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts]
     if not parts:
         raise UserError(f"the library {args.library} is empty: train a concept into it first")
     for name, adapter in zip(names, adapters):
@@ -81,13 +92,12 @@ def stack(args):
     if strangers:
         raise UserError(f"no {sorted(strangers)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")
     wishes = Wishes(args.order, frozenset(i for i, n in enumerate(names) if n in args.protect), args.restore, args.cap)
-    known = None if any(m is None for m in moments) else moments
+    known = _known(parts, args.mode)
     left_out = unseen(adapters, known, names) if known and args.mode == "data" else ""
     projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
-    if args.norm_control and (args.mode != "weights" or args.order != "symmetric"):  # which divides by it already
-        projected = norm_controlled(projected)
-    together = concatenate([p.scaled(s) for p, (_, _, s, _) in zip(projected, parts)])
+    shares = norm_shares(len(parts), args.mode, args.amount, wishes) if args.norm_control else [1.0] * len(parts)
+    together = concatenate([p.scaled(s * share) for p, (_, _, s, _), share in zip(projected, parts, shares)])
     together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
     written, lost = truncated(together, args.rank)
     if args.diffusers:
@@ -99,7 +109,7 @@ def stack(args):
     if left_out:
         tell(left_out)
     if args.mode != "sum":
-        tell("energy kept: " + ", ".join(f"{n} {k:.0%}" for n, k in zip(names, kept)))
+        tell("energy kept of their weights: " + ", ".join(f"{n} {k:.0%}" for n, k in zip(names, kept)))
     tell(
         f"{len(parts)} adapters written to {args.output}"
         + (f", {lost:.2%} of their energy lost to rank {args.rank}" if args.rank else "")
@@ -120,7 +130,7 @@ def report(args):
     adapters, moments = {n: a for n, a, *_ in parts}, {n: m for n, *_, m in parts if m is not None}
     if len(adapters) < len(parts):
         raise UserError("two of the LoRA files have the same name: a report tells them apart by name, rename one")
-    known = list(moments.values()) if len(moments) == len(parts) else None
+    known = _known(parts, args.mode)
     left_out = unseen([adapters[n] for n in moments], list(moments.values()), list(moments))
     projected = project(list(adapters.values()), args.mode, args.amount, known, general)
     found = interference_report(adapters, moments, [s for _, _, s, _ in parts], projected, args.mode)

@@ -8,7 +8,7 @@ import torch
 from seqlora_core import subspace
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
 from seqlora_core.bilevel import Group, UpperLevel, mean_energy, whitened_energies
-from seqlora_core.composition import closed_form, compose, gram_schmidt, norm_controlled
+from seqlora_core.composition import Wishes, closed_form, compose, gram_schmidt, norm_controlled, norm_shares, project
 from seqlora_core.errors import UserError
 from seqlora_core.interference import (
     overlaps,
@@ -194,12 +194,33 @@ def test_norm_control_keeps_the_energy_of_unrelated_adapters():
     assert torch.allclose(adapters[0].layers["l"].up, delta(0).up / 2)
 
 
+@pytest.mark.parametrize("amount", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("wishes", [Wishes(), Wishes(restore=True), Wishes("first"), Wishes(protected=frozenset({1}))])
+def test_norm_control_divides_once_whatever_else_is_asked_for(wishes, amount):
+    """Of adapters that read directions of their own each, in which the projection leaves all but its division"""
+    apart = torch.linalg.qr(randn(3, IN, 4 * R))[0].mT.split(R)
+    adapters = [Adapter({"l": LayerDelta(down, randn(i, OUT, R))}) for i, down in enumerate(apart[: IN // R])]
+    for mode in ("sum", "weights"):
+        shares = norm_shares(len(adapters), mode, amount, wishes)
+        found = [p.scaled(s) for p, s in zip(project(adapters, mode, amount, wishes=wishes), shares)]
+        for i, (before, after) in enumerate(zip(adapters, found)):
+            root = 1.0 if i in wishes.protected else (len(adapters) - len(wishes.protected)) ** -0.5
+            assert torch.allclose(after.layers["l"].dense(), root * before.layers["l"].dense(), atol=1e-6), (mode, i)
+
+
+def test_a_protected_adapter_is_left_whole_by_the_cap_too():
+    wild = Adapter({n: delta(i) for i, n in enumerate("lmn")})
+    wild.layers["l"] = LayerDelta(wild.layers["l"].down * 100, wild.layers["l"].up)
+    cut, kept = (project([wild], wishes=Wishes(cap=1.0, protected=p))[0] for p in (frozenset(), frozenset({0})))
+    assert kept is wild and not torch.allclose(cut.layers["l"].dense(), wild.layers["l"].dense())
+
+
 def test_compose_refuses_nonsense():
     with pytest.raises(UserError, match="unknown mode"):
         compose([Adapter({"l": delta(1)})], mode="magic")
     with pytest.raises(UserError, match="nothing to stack"):
         compose([])
-    with pytest.raises(UserError, match="statistics"):
+    with pytest.raises(UserError, match="needs the moments"):
         compose([Adapter({"l": delta(1)})], mode="data")
 
 

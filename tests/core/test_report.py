@@ -158,6 +158,20 @@ def test_advice_names_the_strength_at_which_a_pair_is_quiet():
     lowered = interference_report(adapters, {n: Moments({"l": moment}) for n in adapters}, [1.0, 0.39])
     assert lowered.crosstalk[1][0] == pytest.approx(1.5625 * 0.39**2)
     assert not any(a.startswith("loud moves") for a in lowered.advice)
+    turned = interference_report(adapters, {n: Moments({"l": moment}) for n in adapters}, [1.0, -1.0])
+    assert any("lower loud to -0.4" in a for a in turned.advice)
+
+
+def test_a_projection_that_does_harm_is_not_advised():
+    adapters, moments = (
+        {n: Adapter({"l": delta(i)}) for i, n in enumerate("ab")},
+        {n: Moments({"l": torch.eye(IN)}) for n in "ab"},
+    )
+    harm = [adapters["a"].scaled(3.0), adapters["b"].scaled(4.0)]
+    report = interference_report(adapters, moments, [0.2, 0.2], harm, "data")
+    assert max(report.disturbance) < 0.25 < max(report.disturbance_after)
+    assert "as a plain sum: use mode 'sum'." in report.advice[0] and "takes most of that away" not in report.text()
+    assert "energy on its own inputs that mode 'data' keeps, the least first: a 900%, b 1600%" in report.text()
 
 
 def test_from_weights_alone_it_says_so_and_counts_in_multiples_of_chance():

@@ -52,6 +52,13 @@ def test_what_has_strength_0_takes_no_part(capsys, files, tmp_path):
     assert code == 2 and "give a strength other than 0" in err
 
 
+@pytest.mark.parametrize("command", ["stack", "report"])
+def test_who_was_not_calibrated_is_named(capsys, files, tmp_path, command):
+    both = files("a", 1), files("b", 2)
+    code, _, err = run(capsys, command, *both, "--mode", "data", "--output", tmp_path / "x.safetensors")
+    assert code == 2 and "needs to know what a, b sees: run 'python -m seqlora_core calibrate'" in err
+
+
 @pytest.mark.parametrize("mode", ["sum", "weights"])
 @pytest.mark.parametrize("command", ["stack", "report"])
 def test_loras_of_different_kinds_of_models_are_told_apart(capsys, files, tmp_path, command, mode):

@@ -197,6 +197,16 @@ def broken_files(folder: Path) -> None:
     save_file(good | {f"{stem}.dora_scale": torch.ones(5, 1)}, folder / "dora_short.safetensors")
     save_file(good | {first: torch.tensor(1.0)}, folder / "number.safetensors")
     save_file({f"{stem}.lokr_w1": torch.ones(4), f"{stem}.lokr_w2": torch.ones(8, 8)}, folder / "lokr_line.safetensors")
+    parts = {f"{stem}.lokr_w1": torch.ones(4, 4), f"{stem}.lokr_w2_a": torch.ones(8, 3)}
+    save_file(parts | {f"{stem}.lokr_w2_b": torch.ones(5, 8)}, folder / "lokr_ranks.safetensors")
+    parts |= {f"{stem}.lokr_w2_b": torch.ones(3, 8), f"{stem}.alpha": torch.tensor(1e30)}
+    save_file(parts, folder / "lokr_alpha.safetensors")
+    glora = {f"{stem}.{n}.weight": torch.ones(*shape) for n, shape in zip(("a1", "a2", "b1", "b2"), ((4, 48), (48, 4)) * 2)}
+    save_file(glora, folder / "glora_other_size.safetensors")
+    save_file({f"{stem}.oft_blocks": torch.ones(4, 6, 8)}, folder / "oft_oblong.safetensors")
+    tucker = {f"{stem}.hada_w{i}_{s}": torch.ones(4, 32) for i in (1, 2) for s in "ab"}
+    cores = {f"{stem}.hada_t1": torch.ones(4, 4, 1, 1), f"{stem}.hada_t2": torch.ones(4, 5, 1, 1)}
+    save_file(tucker | cores, folder / "loha_core.safetensors")
     peft_rotations(folder)
 
 

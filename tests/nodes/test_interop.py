@@ -82,7 +82,7 @@ def test_a_lora_of_two_strengths_is_calibrated_once_and_whole(server, both):
     )  # fmt: skip
     graph = stacker(f"{both} 0.8 -0.5") | {"3": node("SeqLoRAFromLoraStack", lora_stack=["2", 0]), "4": calibrate}
     outputs = server.run(draw(graph | applied(["4", 0], "data"), ["5", 0], ["5", 1], "a foxqi animal"))
-    assert outputs["4"]["text"] == ["both.safetensors: drew 'foxqi animal'"]
+    assert outputs["4"]["text"] == ["both: drew 'foxqi animal'"]
     alone = picture(server, graph | {"5": node("TheirLoader", model=["1", 0], clip=["1", 1], lora_stack=["2", 0])})
     assert_same(picture(server, graph | applied(["4", 0])), alone)
 

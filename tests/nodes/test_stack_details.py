@@ -107,7 +107,19 @@ def test_changes_that_stay_unprojected_are_told(server, folder):  # noqa: F811
     save_file({f"{PROJ}.diff": 0.01 * torch.randn(192, 192, generator=g)}, folder / "full.safetensors")
     graph = {"2": concept("one"), "3": concept("full", "2")}
     said = server.run(applied(graph, "3", mode="weights") | LOOK)["5"]["text"][0]
-    assert "full: 1 weights change in more than low rank and are summed unprojected, first diffusion_model." in said
+    unprojected = "full: 1 weights change in more than low rank and are summed unprojected; no figure of the report counts them"
+    assert f"{unprojected}, first diffusion_model." in said
+    report = {
+        "7": {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["3", 0], "model": ["1", 0], "clip": ["1", 1]}},
+        "8": {"class_type": "PreviewAny", "inputs": {"source": ["7", 0]}},
+    }
+    assert unprojected in server.run(BASE | graph | report)["8"]["text"][0]
+    said = server.run(applied(graph, "3") | LOOK)["5"]["text"][0]
+    assert "full: 1 weights are no plain low rank; no figure of the report counts them" in said
+    graph["4"] = concept("loha", "3")  # which is of low rank: the report has its figures in mode sum too
+    report["7"]["inputs"] |= {"stack": ["4", 0], "mode": "sum"}
+    said = server.run(BASE | graph | report)["8"]["text"][0]
+    assert "full: 1 weights" in said and "loha: 1 weights" not in said
 
 
 def test_more_ranks_than_a_weight_has_rows_are_added_in_pieces(server, folder):  # noqa: F811
@@ -119,3 +131,60 @@ def test_more_ranks_than_a_weight_has_rows_are_added_in_pieces(server, folder): 
         names.append(f"files/wide{seed}.safetensors")
     theirs = pixels(server, server.run(stock(*names))).astype(int)
     assert np.abs(drawn(server, applied(listed("\n".join(names)), "2")) - theirs).max() <= 1
+
+
+TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+def test_a_file_without_its_text_encoders_part_is_not_written(server, folder):  # noqa: F811
+    clip = {f"{TEXT}.lora_down.weight": torch.randn(2, 64), f"{TEXT}.lora_up.weight": torch.randn(64, 2)}
+    save_file(load_file(folder / "one.safetensors") | clip, folder / "both.safetensors")
+    save_file(clip, folder / "text_alone.safetensors")
+    with pytest.raises(Failed, match=f"both changes the text encoder too, first {TEXT}.*: connect the clip"):
+        server.run(BASE | {"2": concept("both")} | save("2", "half", model=["1", 0]))
+    with pytest.raises(Failed, match="text_alone.safetensors changes text encoders alone, first .*: connect the clip"):
+        server.run(BASE | {"2": concept("text_alone")} | save("2", "half", model=["1", 0]))
+    server.run(BASE | {"2": concept("both")} | save("2", "both", model=["1", 0], clip=["1", 1]))
+    assert TEXT in load_adapter(server.base / "models" / "loras" / "both.safetensors").layers
+
+
+def test_a_file_of_loras_that_look_at_the_weight_says_what_it_is(server, folder):  # noqa: F811
+    """ComfyUI gives a DoRA the weight as those before it have left it"""
+    for seed, name in enumerate(("dora_a", "dora_b")):
+        g = torch.Generator().manual_seed(20 + seed)
+        layer = {
+            f"{PROJ}.lora_down.weight": torch.randn(2, 192, generator=g),
+            f"{PROJ}.lora_up.weight": torch.randn(192, 2, generator=g),
+        }
+        save_file(layer | {f"{PROJ}.dora_scale": torch.ones(1, 192)}, folder / f"{name}.safetensors")
+    graph, linked = {"2": concept("dora_a"), "3": concept("dora_b", "2")}, {"model": ["1", 0], "clip": ["1", 1]}
+    said = server.run(BASE | graph | save("3", "doras", **linked))["8"]["text"][0]
+    assert "1 weights are changed by several LoRAs that look at the weight first" in said
+    assert "several LoRAs" not in server.run(BASE | graph | save("2", "dora", **linked))["8"]["text"][0]
+
+
+@pytest.mark.parametrize("spelt", ["files/one.safetensors", "files/one", " files/one "])
+def test_one_file_is_one_entry_however_it_is_spelt(server, folder, spelt):  # noqa: F811
+    listing = {
+        "class_type": "SeqLoRALibrary",
+        "inputs": {"library": "", "concepts": f"{spelt}: 0.5", "strength": 1.0, "stack": ["2", 0]},
+    }
+    again = drawn(server, applied({"2": concept("one", strength=0.8), "3": listing}, "3"))
+    assert np.abs(again - drawn(server, applied({"2": concept("one", strength=0.5)}, "2"))).max() == 0
+
+
+def test_nothing_is_listed_that_is_no_lora(server, folder):  # noqa: F811
+    (folder / "one.0123456789abcdef.stats.safetensors").write_bytes(b"")
+    (server.base / "models" / "loras" / "seqlora" / "some").mkdir(parents=True, exist_ok=True)
+    (server.base / "models" / "loras" / "seqlora" / "some" / "calibration.safetensors").write_bytes(b"")
+    (folder / "calibration.safetensors").write_bytes(b"")
+    listing = server.get("/object_info/SeqLoRAConcept")["SeqLoRAConcept"]["input"]["optional"]["lora"]
+    names = [n.replace("\\", "/") for n in (listing[1].get("options") or listing[0])]
+    for path in (
+        folder / "one.0123456789abcdef.stats.safetensors",
+        server.base / "models/loras/seqlora/some/calibration.safetensors",
+    ):
+        path.unlink()
+    (folder / "calibration.safetensors").unlink()
+    assert "files/one.safetensors" in names and "files/calibration.safetensors" in names
+    assert not [n for n in names if "stats" in n or n == "seqlora/some/calibration.safetensors"]

@@ -87,7 +87,7 @@ def test_filters_protection_and_projection_are_told(server, folder):
     graph = {"2": concept("one", protected=True, layers="x_block"), "3": concept("two", "2"), "4": concept("loha", "3")}
     look = {"5": {"class_type": "PreviewAny", "inputs": {"source": ["9", 3]}}}
     said = server.run(applied(graph, "4", mode="weights") | look)["5"]["text"][0]
-    kept = said.split("energy kept: ")[1]
+    kept = said.split("keeps, the least first: ")[1].splitlines()[0]
     assert "one 100%" in kept and "two 100%" not in kept
     with pytest.raises(Failed, match="leaves no layer of one"):
         server.run(applied({"2": concept("one", layers="up_blocks")}, "2") | look)
