@@ -203,6 +203,8 @@ class ComfyDenoiser:
         return self._sigma(torch.rand(count, generator=generator))
 
     def sigma_at(self, share: Tensor) -> Tensor:
+        if isinstance(self._sampling, comfy.model_sampling.CONST):  # whose schedule is shifted for sampling: not once more here
+            return share.clamp(min=0.001).to(self.device)
         return self._sigma(1 - share)
 
     def even_sigmas(self, count: int) -> Tensor:

@@ -1,7 +1,9 @@
 """Reference pictures of one concept."""
 
+from collections import Counter
 from pathlib import Path
 
+import torch
 from comfy_api.latest import io
 
 from ..seqlora_core.config import PictureOptions
@@ -21,6 +23,7 @@ class SeqLoRAConceptImages(io.ComfyNode):
             display_name="Concept Images (SeqLoRA)",
             category=CATEGORY,
             description="Reference pictures of one concept: from a folder, or from connected images.",
+            is_input_list=True,  # a list of images, as folder loaders give out, is one concept: not one for each
             inputs=[
                 io.String.Input(
                     "folder", default="demo/octopus",
@@ -56,42 +59,49 @@ class SeqLoRAConceptImages(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder, **_):
         try:
-            return [(p.name, stamp(p)) for p in sorted(pictures_folder(folder).rglob("*"))]
+            return [(p.name, stamp(p)) for p in sorted(pictures_folder(folder[0]).rglob("*"))]
         except (UserError, OSError):
             return folder
 
     @classmethod
-    def execute(
-        cls, folder, resolution, captions, images=None, buckets=False, masks=PictureOptions.masks, flip=False, mask=None
-    ) -> io.NodeOutput:
-        notes: list[str] = []
-        if images is None:
-            options = PictureOptions(0, buckets, masks, flip)
-            options.validate()
-            sets, notes = load(Path(pictures_folder(folder)), resolution, options)
-        else:
-            pictures = _square(images, resolution)
-            counted = None if mask is None else _masks(mask, images, resolution)
-            sets = [Pictures(pictures, [None] * len(pictures), counted)]
-            sets = [mirrored(s) for s in sets] if flip else sets
-            notes = _notes(images, resolution)
-        _name(sets, captions, 2 if flip else 1)
-        return io.NodeOutput(ConceptImages(sets, notes))
+    def execute(cls, images=None, mask=None, **widgets) -> io.NodeOutput:
+        return io.NodeOutput(_concept(images, mask, **{name: values[0] for name, values in widgets.items()}))
 
 
-def _notes(images, resolution: int) -> list[str]:
-    """What became of connected pictures, all of one size; which are there twice"""
-    (height, width), seen = images.shape[1:3], {}
-    notes = [became(f"{len(images)} connected images", (width, height), (resolution, resolution), resolution)]
+def _concept(
+    batches: list | None, masks_of: list | None, folder: str, resolution: int, captions: str, buckets: bool = False,
+    masks: str = PictureOptions.masks, flip: bool = False,
+) -> ConceptImages:  # fmt: skip
+    """batches, masks_of: IMAGE and MASK batches of any sizes, instead of the folder"""
+    if batches is None:
+        options = PictureOptions(0, buckets, masks, flip)
+        options.validate()
+        sets, notes = load(Path(pictures_folder(folder)), resolution, options)
+    else:
+        images = [image for batch in batches for image in batch.split(1)]
+        counted = None if masks_of is None else _masks([m for batch in masks_of for m in batch.split(1)], images, resolution)
+        sets = [Pictures(torch.cat([_square(image, resolution) for image in images]), [None] * len(images), counted)]
+        sets = [mirrored(s) for s in sets] if flip else sets
+        notes = _notes(images, resolution)
+    return ConceptImages(sets, notes + _name(sets, captions, 2 if flip else 1))
+
+
+def _notes(images: list, resolution: int) -> list[str]:
+    """What became of connected pictures, size by size; which are there twice"""
+    sizes, seen, notes = Counter((image.shape[2], image.shape[1]) for image in images), {}, []
+    for size, count in sizes.items():
+        many = f"{count} connected image{'s' * (count > 1)}"
+        notes.append(became(many, size, (resolution, resolution), resolution))
     for number, image in enumerate(images, 1):
-        first = seen.setdefault(digest(image.contiguous().cpu().numpy().tobytes()), number)
+        first = seen.setdefault((image.shape, digest(image.contiguous().cpu().numpy().tobytes())), number)
         if first != number:
             notes.append(f"connected image {number} is the same picture as {first}: one of them would do")
     return notes
 
 
-def _name(sets: list[Pictures], captions: str, times: int) -> None:
-    """Puts the lines of `captions`, if there are any, in the place of the files' captions; times: pictures to a line"""
+def _name(sets: list[Pictures], captions: str, times: int) -> list[str]:
+    """Puts the lines of `captions`, if there are any, in the place of the files' captions, and tells whose each is where they are
+    several; times: pictures to a line"""
     lines = [line.strip() for line in captions.splitlines() if line.strip()]
     count = sum(len(s.captions) for s in sets) // times
     if len(lines) not in (0, 1, count):
@@ -102,27 +112,29 @@ def _name(sets: list[Pictures], captions: str, times: int) -> None:
         )
     for some in sets if lines else []:
         some.captions = lines * len(some.captions) if len(lines) == 1 else [line for line in lines for _ in range(times)]
+    names = (sets[0].names or [f"connected image {n // times + 1}" for n in range(count * times)])[::times]
+    return [f"{name} is captioned {line!r}" for name, line in zip(names, lines)] if len(lines) > 1 else []
 
 
-def _masks(mask, images, size):
-    """A MASK batch -> [n, size, size], cut as its pictures are; UserError for another number or size, and for one that lets
-    nothing count of what is kept of its picture"""
-    count, (height, width) = len(images), images.shape[1:3]
-    if len(mask) not in (1, count):
-        raise UserError(f"{len(mask)} masks for {count} pictures: connect one, or one for each")
-    if mask.shape[1:] != (height, width):
-        raise UserError(
-            f"the mask is {mask.shape[2]} x {mask.shape[1]} pixels, its picture {width} x {height}: make them alike"
-        )
-    cut = _square(mask[..., None].expand(-1, -1, -1, 3), size)[..., 0]
-    if not cut.flatten(1).any(1).all():
-        raise UserError(
-            "a mask is all black, or white only in what is cut off: nothing of its picture would count; paint white what does"
-        )
-    return cut.expand(count, -1, -1)
+def _masks(masks: list, images: list, size: int):
+    """Masks [1, height, width] of pictures -> [n, size, size], cut as these are; UserError for another number or size, and for one
+    that lets nothing count of what is kept of its picture"""
+    if len(masks) not in (1, len(images)):
+        raise UserError(f"{len(masks)} masks for {len(images)} pictures: connect one, or one for each")
+    cut = []
+    for mask, image in zip(masks * (len(images) // len(masks)), images):
+        (height, width), found = image.shape[1:3], mask.shape[1:]
+        if found != (height, width):
+            raise UserError(f"the mask is {found[1]} x {found[0]} pixels, its picture {width} x {height}: make them alike")
+        cut.append(_square(mask[..., None].expand(-1, -1, -1, 3), size)[..., 0])
+        if not cut[-1].any():
+            raise UserError(
+                "a mask is all black, or white only in what is cut off: nothing of its picture would count; paint white what does"
+            )
+    return torch.cat(cut)
 
 
-def _square(images, size):
+def _square(images, size: int):
     """Centre crop and resize an IMAGE batch"""
     import comfy.utils
 

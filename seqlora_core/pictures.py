@@ -20,7 +20,7 @@ from .denoiser import Denoiser, check_size
 from .errors import UserError
 from .references import caption_beside, is_picture, mask_beside, open_picture, picture_files, to_tensor
 
-REPEATED = re.compile(r"(\d+)_")  # begins the name of a subfolder that counts
+REPEATED = re.compile(r"(\d{1,3})_")  # begins the name of a subfolder that counts; 2024_ is a year
 HELD_OUT = "held_out"  # a subfolder to measure on, of the demo's layout
 # what trainers and systems keep beside pictures
 SIDECARS = {".txt", ".caption", ".json", ".jsonl", ".npz", ".toml", ".yaml", ".csv", ".md", ".safetensors", ".db", ".ini"}
@@ -76,6 +76,9 @@ def load(
         mask = _mask(path, picture, target, options.masks)
         ones = by_size.setdefault(target, [])
         ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats, path.name))
+    for parent, times in dict.fromkeys((path.parent, repeats) for path, repeats in listed if repeats > 1):
+        count = sum(path.parent == parent for path, _ in listed)
+        notes.append(f"{parent.name}/: {count} picture{'s' * (count > 1)}, each taken {times} times as often")
     notes += _not_read(Path(folder), [path.parent for path, _ in listed])
     sets = [_together(ones) for ones in sorted(by_size.values(), key=len, reverse=True)]
     return [mirrored(s) for s in sets] if options.flip else sets, notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,18 @@ def load_pictures(folder: Path | str, size: int) -> tuple[Tensor, list[str | Non
 
 
 def picture_files(folder: Path, may_be_empty: bool = False) -> list[Path]:
-    """Pictures in a folder by name, masks left out; UserError if there is no folder or none in it."""
+    """Pictures in a folder by name, 2 before 10, masks left out; UserError if there is no folder or none in it."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path of the reference images")
-    files = sorted(p for p in folder.iterdir() if is_picture(p) and not p.stem.lower().endswith(MASK))
+    files = sorted((p for p in folder.iterdir() if is_picture(p) and not p.stem.lower().endswith(MASK)), key=_counted)
     if not files and not may_be_empty:
         raise UserError(f"no images in {folder}: put PNG, JPEG or WebP files there")
     return files
+
+
+def _counted(path: Path) -> list:
+    """A name in parts, of which the odd ones are numbers"""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name, flags=re.ASCII))]
 
 
 def is_picture(path: Path) -> bool:

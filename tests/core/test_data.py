@@ -189,7 +189,8 @@ def test_masks_flips_and_repeats(tmp_path):
     picture(tmp_path / "a.png", 64, 64, alpha=left)
     picture(tmp_path / "3_face" / "b.png", 64, 64)
     left.save(tmp_path / "3_face" / "b.mask.png")
-    (files,), _ = load(tmp_path, 64, PictureOptions(flip=True))
+    (files,), notes = load(tmp_path, 64, PictureOptions(flip=True))
+    assert "3_face/: 1 picture, each taken 3 times as often" in notes
     assert files.repeats == [3, 3, 1, 1] and torch.equal(files.images[0].flip(1), files.images[1])
     assert files.masks[0, :, :32].eq(1).all() and files.masks[0, :, 32:].eq(0).all()
     assert torch.equal(files.masks[1], files.masks[0].flip(1)) and files.masks[2].eq(1).all()
@@ -197,6 +198,21 @@ def test_masks_flips_and_repeats(tmp_path):
     assert alpha.masks[1, :, :32].eq(1).all() and alpha.masks[1, :, 32:].eq(0).all() and alpha.masks[0].eq(1).all()
     (none,), _ = load(tmp_path, 64, PictureOptions(masks="none"))
     assert none.masks is None and none.repeats == [3, 1]
+
+
+def test_a_year_is_no_number_of_repeats(tmp_path):
+    for name in ("a.png", "2024_summer/b.png", "20240115_birthday/c.png", "999_often/d.png"):
+        picture(tmp_path / name, 64, 64)
+    (files,), notes = load(tmp_path, 64, PictureOptions())
+    assert files.names == ["d.png", "a.png"] and files.repeats == [999, 1]
+    assert "folder 2024_summer/ (make it 1_2024_summer/ to read it)" in notes[-1] and "20240115_birthday" in notes[-1]
+
+
+def test_pictures_are_in_the_order_that_people_count_in(tmp_path):
+    for name in ("10.png", "2.png", "1.png", "b2.png", "b10.png", "a (3).png"):
+        picture(tmp_path / name, 64, 64)
+    (files,), _ = load(tmp_path, 64, PictureOptions())
+    assert files.names == ["1.png", "2.png", "10.png", "a (3).png", "b2.png", "b10.png"]
 
 
 def test_bad_masks_are_told(tmp_path):

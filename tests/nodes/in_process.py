@@ -22,8 +22,10 @@ from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
 from seqlora_pack.nodes.comfy_training import Trainable  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
+from seqlora_pack.seqlora_core.config import TrainingConfig  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.library import Library  # noqa: E402
+from seqlora_pack.seqlora_core.noise_levels import draw_sigmas  # noqa: E402
 
 prompts = ["an octzu animal, red background", "a castle on the left and a fish on the right, blue background"]
 generator = torch.Generator().manual_seed(5)
@@ -46,6 +48,11 @@ def predict(name, patched):
 
 
 predict("plain", model)
+with torch.inference_mode(False), torch.no_grad(), ComfyDenoiser(model, clip, vae) as d:
+    for kind in ("uniform", "logit_normal", "shifted"):
+        out[f"levels_{kind}"] = draw_sigmas(
+            d, TrainingConfig(timesteps=kind), 500, torch.Generator().manual_seed(0)
+        ).contiguous()
 parts = [Part(str(i), 1.0, a) for i, a in enumerate(adapters)]
 stacked, _, missing = patch_model(model, None, parts, Weights(model, None))
 assert not missing, missing

@@ -11,6 +11,7 @@ from seqlora_core.attach import Attachment, attached
 from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import load_subject
 from seqlora_core.library import Library
+from seqlora_core.noise_levels import draw_sigmas
 from seqlora_core.teach import train_concept
 
 from .comfy_server import PACK, run_in_comfyui
@@ -56,6 +57,13 @@ def test_text_encoders_and_autoencoders_agree(model, comfy):
     assert (comfy["context"][..., :64] - ours).abs().max() < 1e-3 and comfy["context"][..., 64:].abs().max() == 0
     images = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
     assert (model.encode_images(images) - comfy["encoded"]).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal", "shifted"])
+def test_noise_levels_that_are_asked_for_are_the_same_in_both_hosts(model, comfy, kind):
+    """ComfyUI's own shift, which is for sampling, does not come on top"""
+    ours = draw_sigmas(model, TrainingConfig(timesteps=kind), 500, torch.Generator().manual_seed(0))
+    assert (comfy[f"levels_{kind}"] - ours).abs().max() <= 1e-3
 
 
 def test_both_hosts_name_the_base_model_alike(model, comfy):

@@ -135,3 +135,16 @@ def test_as_many_checkpoints_are_kept_as_training_options_says(server):
     assert len(list((folder / ".checkpoints" / "octopus").glob("step-*.checkpoint"))) == 3
     with safe_open(folder / "octopus.safetensors", "np") as file:
         assert file.metadata()["seqlora.replay_every"] == "4"
+
+
+def test_a_list_of_images_of_any_sizes_is_one_concept(server):
+    """As folder loaders give them out, each with a mask of its own"""
+    graph = train("listed", "many", "manyzu", steps=1) | REPORT
+    graph["9"] = {"class_type": "TheirFolder", "inputs": {"text": "48x64 64x64 80x64"}}
+    graph["2"] = images(captions="one manyzu\ntwo manyzu\nthree manyzu", images=["9", 0], mask=["9", 1])
+    said = server.run(graph)["8"]["text"]
+    assert len(said) == 1 and "in the library already" not in said[0]
+    assert "1 connected image: 48 x 64 became 64 x 64" in said[0] and "1 connected image: 80 x 64 became 64 x 64" in said[0]
+    assert "connected image 3 is captioned 'three manyzu'" in said[0]
+    with safe_open(server.base / "models" / "loras" / "seqlora" / "listed" / "many.safetensors", "pt") as file:
+        assert file.metadata()["ss_num_train_images"] == "3"

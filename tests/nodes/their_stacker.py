@@ -1,4 +1,6 @@
-"""A node as other packs have it: its text, a LoRA a line, as a LORA_STACK.  The test server's second custom node."""
+"""Nodes as other packs have them: a text, a LoRA a line, as a LORA_STACK; pictures as a list.  The test server's second custom node."""
+
+import torch
 
 
 class TheirStacker:
@@ -30,4 +32,19 @@ class TheirLoader:
         return model, clip
 
 
-NODE_CLASS_MAPPINGS = {"TheirStacker": TheirStacker, "TheirLoader": TheirLoader}
+class TheirFolder:
+    """Pictures of the sizes that the text names, one after another, each with its mask"""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_IS_LIST = ("IMAGE", "MASK"), "load", "tests", (True, True)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {})}}
+
+    def load(self, text):
+        sizes = [tuple(map(int, size.split("x"))) for size in text.split()]
+        images = [torch.full((1, h, w, 3), 0.2 * i) for i, (w, h) in enumerate(sizes, 1)]
+        return images, [torch.ones(i.shape[:3]) for i in images]
+
+
+NODE_CLASS_MAPPINGS = {"TheirStacker": TheirStacker, "TheirLoader": TheirLoader, "TheirFolder": TheirFolder}
