@@ -25,6 +25,13 @@ from .tensor_file import read_safetensors, write_safetensors
 FOLDER, SUFFIX = ".checkpoints", ".checkpoint"
 FORMAT = 1
 CURVES = ("losses", "energies", "weights")
+LIBRARY = "the state of the library"
+# of what a run rests on and no one can read: what to say where it is another
+OTHER = {
+    "pictures": "pictures other than these, or masks or repeats: give it those",
+    "captions": "captions other than these: give it those",
+    LIBRARY: f"{LIBRARY} before another concept was added, removed or trained anew: take that back",
+}
 
 
 @dataclass
@@ -80,9 +87,11 @@ class Checkpoints:
         for key in {**begun, **self.run}:
             was, now = begun.get(key, "not set"), self.run.get(key, "not set")
             if was != now:
+                what = OTHER.get(key, f"{key} {was}, not {now}: give it as it was")
+                keep = f"; to keep the concept as it was saved, delete {self.folder}" if key == LIBRARY else ""
                 raise UserError(
-                    f"the unfinished run of {self.folder.name!r}, stopped after step {number}, began with {key} {was}, not {now}: "
-                    "give it as it was, or start anew, with --no-resume or, in ComfyUI, with if_trained 'start anew'"
+                    f"the unfinished run of {self.folder.name!r}, stopped after step {number}, began with {what}, or start anew, with "
+                    f"--no-resume or, in ComfyUI, with if_trained 'start anew'{keep}"
                 )
 
 

@@ -18,6 +18,14 @@ from .metadata import Base
 SAMPLING_SHIFT = 3.0  # of the schedule: SD3's own
 
 
+AT_ONCE = 32  # prompts in a text encoder, which keeps the states of all its layers until it is done
+
+
+def a_few(prompts: list[str]) -> list[list[str]]:
+    """Prompts as many at a time as a text encoder is given"""
+    return [prompts[i : i + AT_ONCE] for i in range(0, max(1, len(prompts)), AT_ONCE)]
+
+
 @dataclass
 class Conditioning:
     """Encoded prompts, indexable like a batch.

@@ -227,11 +227,17 @@ class Library:
     def load(self, name: str) -> Concept:
         """A concept with everything that training on top of it needs."""
         for _ in range(READS):
-            entry = self._entry(name)
+            entry, paths = self._entry(name), self.paths(name)
+            lost = next((path.name for path in paths if not path.is_file()), None)
             try:
-                found, error = read_concept(entry, *self.paths(name)), None
+                found, error = None if lost else read_concept(entry, *paths), None
             except UserError as caught:
                 found, error = None, caught
+            if lost:
+                error = UserError(
+                    f"the library {self.folder.name!r} has lost {lost}, of its concept {name!r}: put the file back, or run "
+                    f"'seqlora library remove {self.folder} {name}'"
+                )
             self.reload()
             if self._entry(name) == entry:
                 break

@@ -95,6 +95,10 @@ def flag(name: str) -> str:
     return FLAGS.get(name, name).replace("_", "-")
 
 
+EMPTY = {"layers": "all"}  # what no words stand for, if not for nothing
+COMMAND_LINE = ("preview-every", "pictures", "device", "dtype", "again")  # of one run, not of what it makes
+
+
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, dict[str, str]] = GROUPS) -> None:
     """All options of these groups, absent from the result unless given"""
     for title, options in groups.items():
@@ -106,7 +110,7 @@ def add_options(parser: argparse.ArgumentParser, groups: dict[str, dict[str, str
                 shown = "yes" if default else "no"
             else:
                 kind = {"type": type(default), "metavar": {int: "N", float: "X", str: "TEXT"}[type(default)]}
-                shown = default if default != "" else "none"
+                shown = default if default != "" else EMPTY.get(name, "none")
             group.add_argument(
                 f"--{flag(name)}", dest=name, default=argparse.SUPPRESS, help=f"{text} (default: {shown})".replace("%", "%%"), **kind
             )  # fmt: skip
@@ -129,6 +133,8 @@ def from_recipe(values: dict[str, Any], others: dict[str, type], where: str) -> 
     out = {}
     for word, value in values.items():
         name = names.get(word.replace("-", "_"))
+        if name is None and word.replace("_", "-") in COMMAND_LINE:
+            raise UserError(f"{where}: {word} is no option of a recipe: say --{word.replace('_', '-')} on the command line")
         if name is None:
             near = difflib.get_close_matches(word, list(names), 1)
             raise UserError(f"{where}: unknown option {word!r}" + (f"; did you mean {near[0]!r}?" if near else ""))

@@ -115,14 +115,21 @@ def caption_beside(picture: Path) -> str | None:
         ) from error
 
 
-def complete_captions(captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE) -> list[str]:
+def complete_captions(
+    captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE, names: list[str] | None = None
+) -> list[str]:
     """Captions with the template in place of missing ones, and {trigger} and {class} in any filled in; UserError if one lacks
-    the trigger as a word of its own."""
+    the trigger as a word of its own.  names: the pictures', for that."""
     done = [caption_from(c or template, trigger, class_noun) for c in captions]
-    without = [c for c in done if not calls(trigger, c)]
-    if without:
+    place = next((i for i, c in enumerate(done) if not calls(trigger, c)), None)
+    if place is not None and not captions[place]:
         raise UserError(
-            f"the caption {without[0]!r} lacks the trigger {trigger!r}: add it, or leave the caption out to use the template"
+            f"the caption {template!r}, which pictures without one get, lacks the trigger: write {{trigger}} into it"
+        )
+    if place is not None:
+        whose = f" of {names[place]}" if names else ""
+        raise UserError(
+            f"the caption {done[place]!r}{whose} lacks the trigger {trigger!r}: add it, or leave the caption out to use the template"
         )
     return done
 

@@ -10,7 +10,6 @@ from .attach import Site
 from .bilevel import Group
 from .concept import Concept
 from .config import TrainingConfig
-from .errors import UserError
 from .interference import dense_energy
 from .linalg import orthonormal_basis, project_out
 from .selection import acts
@@ -35,12 +34,7 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
     No square matrix is made of a layer whose moments are sketches.
     """
     device, parts, notes, metrics, ranks = denoiser.device, {}, [], {}, {}
-    sites = [s for s in denoiser.sites() if acts(s.name, config.layers)]
-    if not sites:
-        raise UserError(
-            f"no layer of this model is named by layers {config.layers!r}: its layers are such as {_examples(denoiser)}"
-        )
-    for site in sites:
+    for site in (s for s in denoiser.sites() if acts(s.name, config.layers)):
         if site.name not in calibration.moments.layers:  # never ran: a branch for other tasks, as of image editors
             continue
         moment, other = calibration.moments.layers[site.name], others.layers[site.name]
@@ -113,11 +107,6 @@ def _plan(config: TrainingConfig, earlier: int, ranks: dict[int, int]) -> list[s
             "left, and the library may move unrelated prompts by more than its budget"
         )
     return notes
-
-
-def _examples(denoiser) -> str:
-    names = [s.name for s in denoiser.sites()]
-    return " and ".join(dict.fromkeys((names[0], names[-1])))
 
 
 def _output_energy(site: Site, moment: Tensor | Sketch, device) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,6 +121,11 @@ def tensor_bytes(value: Any, seen: set[int]) -> int:
 
 def digest(*parts: bytes) -> str:
     """Names some contents"""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """The same of contents that come one after another"""
     total = hashlib.sha256()
     for part in parts:
         total.update(hashlib.sha256(part).digest())

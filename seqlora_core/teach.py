@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -11,11 +12,12 @@ from torch import Tensor
 from .adapter import is_token_table, json_metadata
 from .calibration import Calibration, calibrate, made_beside, picture_count, recipe
 from .captions import unread
-from .checkpoint import Checkpoints
+from .checkpoint import LIBRARY, Checkpoints
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
 from .denoiser import Denoiser, check_size
 from .errors import UserError
+from .feasible import check_feasible
 from .library import Library
 from .live_prompts import is_text
 from .metadata import curves, datasets, tag_frequency, training
@@ -23,7 +25,7 @@ from .names import concept_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
 from .references import TEMPLATE, captions_of_class, complete_captions
-from .storage import digest
+from .storage import digest, digest_of
 from .trainer import Fit, Step, fit
 
 
@@ -64,18 +66,18 @@ def train_concept(
             raise UserError("no reference images: give at least one, eight or more are better")
         for some in [*sets, *regularisation]:
             check_size(denoiser, _size(some))
-        texts = [complete_captions(s.captions, trigger, class_noun, template) for s in sets]
+        texts = [complete_captions(s.captions, trigger, class_noun, template, s.names) for s in sets]
         of_class = [captions_of_class(s.captions, trigger, class_noun, template) for s in regularisation]
         config = replace(config or TrainingConfig(), planned=library.planned)
-        config.validate()
         others = library.concepts(without=name, stored_moments=True)
         learnt = any(is_token_table(layer) for c in others for layer in c.adapter.layers)
         denoiser.adapt_text(config.text_encoder, tokens=config.learn_trigger or learnt)
+        check_feasible(denoiser, config, workers)
         calibration = _calibration(denoiser, library, _size(sets[0]), config, workers)
         references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
         others_of_class = [_references(denoiser, s, t) for s, t in zip(regularisation, of_class)]
         every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
-        early = _cut_off(denoiser, sets, every, trigger)
+        early = cut_off(denoiser, sets, every, trigger)
         alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
         if library.note:  # once, of a run of many concepts
             early.append(library.note)
@@ -111,7 +113,7 @@ def _size(pictures: Pictures) -> tuple[int, int]:
     return tuple(pictures.images.shape[1:3])
 
 
-def _cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigger: str) -> list[str]:
+def cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigger: str) -> list[str]:
     """A note on captions that teach nothing of the trigger, none if there are none; UserError if no caption does.
     captions: of each picture once"""
     found = unread(denoiser, captions, trigger)
@@ -158,15 +160,14 @@ def _identity(
     library: Library, name: str, references: list[References], sets: list[Pictures], trigger: str, config: TrainingConfig
 ) -> dict[str, str]:
     """What must be the same for a run to be gone on with"""
-    tensors = [t for s in sets for t in (s.images, s.masks) if t is not None]
+    tensors = (t for s in sets for t in (s.images, s.masks) if t is not None)
+    contents = (t.float().contiguous().numpy().tobytes() for t in tensors)  # one at a time: they may fill the memory
     return {
         **{key: str(value) for key, value in asdict(config).items()},
         "trigger": trigger,
-        "pictures": digest(
-            repr([s.repeats for s in sets]).encode(), *(t.float().contiguous().numpy().tobytes() for t in tensors)
-        ),
+        "pictures": digest_of(itertools.chain([repr([s.repeats for s in sets]).encode()], contents)),
         "captions": digest(repr([r.captions for r in references]).encode()),
-        "the state of the library": library.state(name),
+        LIBRARY: library.state(name),
     }
 
 

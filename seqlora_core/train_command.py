@@ -69,10 +69,9 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     """skip: concepts that the library holds whole are left as they are"""
     from .library import Library
     from .manifest import FILE
+    from .names import concept_name
     from .parallel import launched
-    from .pictures import load
     from .preview import Preview
-    from .references import captions_of_class, complete_captions
     from .run_pictures import RunPictures
     from .teach import train_concept
 
@@ -88,29 +87,29 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     if workers.count > 1:
         say(args)(f"{workers.count} processes share each batch")
     shown = RunPictures(args.pictures, args.preview_every, say(args)) if args.pictures and workers.first else None
+    for job in jobs:
+        concept_name(job.name)
     model = open_model(args)
-    # all, before any work: a mistake shows at once
-    pictures = [load(job.images, model.size, options, model) for job, (_, options, _) in zip(jobs, configs)]
-    classes = [
-        load(job.regularisation, model.size, options, model) if job.regularisation else ([], [])
-        for job, (_, options, _) in zip(jobs, configs)
-    ]
-    for job, (_, options, _), (sets, _), (regularisation, _) in zip(jobs, configs, pictures, classes):
-        for some in sets:
-            complete_captions(some.captions, job.trigger, job.class_noun, options.caption)
-        for some in regularisation:
-            captions_of_class(some.captions, job.trigger, job.class_noun, options.caption)
+    done_before = _whole(args.library, model.fingerprint(), jobs) if skip else set()
+    # all, before any work: a mistake shows at once.  Of many concepts the first's pictures are kept, the others' read again
+    # when it is their turn
+    read: dict[str, tuple] = {}
+    for job, (config, options, _) in zip(jobs, configs):
+        if job.name not in done_before:
+            found = _read(model, job, config, options, workers)
+            read = read or {job.name: found}
+    found = None
     planned = args.planned
     if planned is None and not (args.library / FILE).exists():
         planned = max(TrainingConfig.planned, len(jobs))
     library = Library(args.library, model.fingerprint(), planned, create=True)
     done = []
-    for job, (config, options, checkpointing), (sets, notes), (regularisation, more) in zip(jobs, configs, pictures, classes):
-        if skip and job.name in library.names and not library.unfinished(job.name):
+    for job, (config, options, checkpointing) in zip(jobs, configs):
+        if job.name in done_before:
             say(args)(f"{job.name}: trained already")
             done.append({"name": job.name, "skipped": True})
         else:
-            notes += [f"regularisation: {note}" for note in more]
+            sets, notes, regularisation = read.pop(job.name, None) or _read(model, job, config, options, workers)
             for note in notes:
                 say(args)(note)
             early: list[str] = []
@@ -134,6 +133,36 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
                 done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
                 say(args)("drawn: " + ", ".join(done[-1]["shown"]))
     return done
+
+
+def _whole(folder: Path, base: str, jobs: list[Job]) -> set[str]:
+    """Names of those that the library holds whole"""
+    from .library import Library
+    from .manifest import FILE
+
+    if not (folder / FILE).exists():
+        return set()
+    library = Library(folder, base)
+    return {job.name for job in jobs if job.name in library.names and not library.unfinished(job.name)}
+
+
+def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, workers) -> tuple[list, list[str], list]:
+    """A concept's pictures, what there is to say of them, and pictures of its class; UserError for whatever would be told of
+    them or of the options once it is trained"""
+    from .feasible import check_feasible
+    from .pictures import load
+    from .references import captions_of_class, complete_captions
+    from .teach import cut_off
+
+    model.adapt_text(config.text_encoder, tokens=config.learn_trigger)
+    check_feasible(model, config, workers)
+    sets, notes = load(job.images, model.size, options, model)
+    texts = [complete_captions(s.captions, job.trigger, job.class_noun, options.caption, s.names) for s in sets]
+    cut_off(model, sets, [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]], job.trigger)
+    regularisation, more = load(job.regularisation, model.size, options, model) if job.regularisation else ([], [])
+    for some in regularisation:
+        captions_of_class(some.captions, job.trigger, job.class_noun, options.caption)
+    return sets, notes + [f"regularisation: {note}" for note in more], regularisation
 
 
 def _told(args, library, concept, fit, steps: int, early: list[str]) -> dict:

@@ -22,6 +22,7 @@ from .concept import Concept, References, merged
 from .config import TrainingConfig
 from .denoiser import Denoiser
 from .errors import UserError
+from .feasible import check_feasible
 from .learnt_trigger import LearntTrigger
 from .objective import Objective
 from .optimisers import course
@@ -83,11 +84,10 @@ def fit(
     end as if it had never stopped; one is written every so often, and one when the run is stopped.  A checkpoint that
     cannot be written stops the run.  Raises UserError for bad options and for a loss that is not finite.
     """
-    config.validate()
+    workers = workers or Workers()
+    check_feasible(denoiser, config, workers)
     if not any(acts(s.name, config.layers) for s in denoiser.sites() if not is_token_table(s.name)):
         config = replace(config, **TRIGGER_ALONE)
-    workers = workers or Workers()
-    workers.check(config)
     device, sites = denoiser.device, denoiser.sites()
     generator = torch.Generator().manual_seed(config.seed)
     sets = references if isinstance(references, list) else [references]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import Site
-from .denoiser import Conditioning, FlowMatching, fingerprint
+from .denoiser import Conditioning, FlowMatching, a_few, fingerprint
 from .errors import UserError
 from .metadata import Base
 from .transformer_sites import flux_sites, sd3_sites
@@ -50,6 +50,9 @@ class TransformerModel(FlowMatching):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        return Conditioning.cat([self._read(some) for some in a_few(prompts)])
+
+    def _read(self, prompts: list[str]) -> Conditioning:
         if self.is_flux:
             context, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device)
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attach import Site
-from .denoiser import Conditioning, fingerprint
+from .denoiser import Conditioning, a_few, fingerprint
 from .errors import UserError
 from .live_prompts import LivePrompts, clip_sites, token_site
 from .metadata import Base
@@ -78,6 +78,9 @@ class UNetModel:
         return self.live.numbered(prompts, self.device) if self.live else self.read_prompts(prompts)
 
     def read_prompts(self, prompts: list[str]) -> Conditioning:
+        return Conditioning.cat([self._read(some) for some in a_few(prompts)])
+
+    def _read(self, prompts: list[str]) -> Conditioning:
         encoded = self.pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

@@ -211,8 +211,10 @@ def test_pictures(tmp_path):
 
 def test_captions():
     assert complete_captions([None, "my zqx"], "zqx", "dog") == ["a zqx dog", "my zqx"]
-    with pytest.raises(UserError, match="lacks the trigger 'zqx'"):
-        complete_captions(["a dog"], "zqx", "dog")
+    with pytest.raises(UserError, match="the caption 'a dog' of b.png lacks the trigger 'zqx': add it"):
+        complete_captions(["a zqx", "a dog"], "zqx", "dog", names=["a.png", "b.png"])
+    with pytest.raises(UserError, match="'a dog', which pictures without one get, lacks the trigger: write {trigger} into it"):
+        complete_captions([None], "zqx", "dog", "a dog")
 
 
 def test_what_is_kept_of_a_file_is_let_go_when_it_changes():

@@ -167,3 +167,44 @@ def test_help_is_a_page_in_groups(capsys):
     for title in ("the concept:", "the method:", "prior preservation:", "stopping:", "examples:"):
         assert title in page
     assert "--recipe FILE" in page and "(default: 320)" in page
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ('optimiser = "prodigy"\nlearning_rate = 1.0', "needs the package prodigyopt"),
+        ("min_snr = 5.0", "min_snr is for models that predict noise"),
+        ('layers = "cross"', "no layer of this model is named by layers 'cross'"),
+        ('trigger = "nowhere"', "lacks the trigger 'nowhere'"),
+    ],
+)
+def test_what_is_wrong_with_a_later_concept_is_told_before_the_first_is_trained(
+    tmp_path, capsys, monkeypatch, options, message
+):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    path = write(tmp_path, "late")
+    text = path.read_text(encoding="utf-8")
+    if "trigger" in options:
+        text = text.replace('trigger = "pengvo"', options)
+    path.write_text(text + options * ("trigger" not in options), encoding="utf-8")
+    assert main(["train", "--recipe", str(path)]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "late").exists()
+
+
+def test_pictures_of_a_concept_that_is_trained_are_not_missed(calibrated, tmp_path, capsys):
+    calibrated("known")
+    path = write(tmp_path, "known", steps=2)
+    assert main(["train", "--recipe", str(path)]) == 0
+    text = (
+        path.read_text(encoding="utf-8").replace(f"{CONCEPTS}/octopus", "moved").replace('"moved"', '"moved"\nname = "octopus"')
+    )
+    path.write_text(text, encoding="utf-8")
+    assert main(["train", "--recipe", str(path), "--json"]) == 0
+    assert '"skipped": true' in capsys.readouterr().out
+
+
+def test_what_belongs_on_the_command_line_is_told(tmp_path, capsys):
+    path = write(tmp_path, "odd")
+    path.write_text("preview_every = 10\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["train", "--recipe", str(path)]) == 2
+    assert "preview_every is no option of a recipe: say --preview-every on the command line" in capsys.readouterr().err

@@ -119,6 +119,7 @@ def test_a_run_begun_otherwise_is_not_gone_on_with(model, subjects, begin, chang
     with pytest.raises(UserError, match=f"unfinished run of 'new'.* step 3, began with {change} .*start anew") as caught:
         train(model, library, s, TrainingConfig(**options), images=images)
     assert "\n" not in str(caught.value) and contents(library) == before
+    assert (f"delete {library.checkpoints('new')}" in str(caught.value)) == (change == "the state of the library")
     _, fit = train_concept(
         model, library, images, "new", s.trigger, s.class_noun, s.references.captions, TrainingConfig(**options),
         replace_existing=True, checkpointing=Checkpointing(resume=False),

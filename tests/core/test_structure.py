@@ -21,7 +21,7 @@ LAYERS = [
     {"diffusers_folder", "bilevel", "hypergradient", "lora_moments", "report"},
     {"concept", "config", "plots"},
     {"captions", "learnt_trigger", "noise_levels", "parallel", "pictures"},
-    {"replay", "budget", "report_picture", "labelled"},
+    {"replay", "budget", "report_picture", "labelled", "feasible"},
     {"start", "checkpoint", "objective", "embedding"},
     {"trainer"},
     {"concept_files"},

@@ -93,6 +93,24 @@ def test_diffusers_reads_what_is_trained_of_its_text_encoders(kind, subjects, tm
     assert (bare.context - theirs.context).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_many_prompts_go_through_a_text_encoder_a_few_at_a_time(kind, monkeypatch):
+    """It keeps the states of all its layers until it is done: of a thousand at once that would be tens of gigabytes"""
+    from benchmarks.tiny import make_pipeline
+    from seqlora_core.transformer_model import TransformerModel
+    from seqlora_core.unet_model import UNetModel
+
+    model = (TransformerModel if kind == "sd3" else UNetModel)(make_pipeline(kind))
+    asked, encode = [], model.pipeline.encode_prompt
+    monkeypatch.setattr(
+        model.pipeline, "encode_prompt", lambda texts, *a, **k: asked.append(len(texts)) or encode(texts, *a, **k)
+    )
+    texts = [f"a cat, {n} of them" for n in range(70)]
+    found = model.encode_prompts(texts)
+    assert asked == [32, 32, 6] and len(found) == 70
+    assert torch.allclose(found[torch.tensor([69])].context, model.encode_prompts(texts[69:]).context, atol=1e-5)
+
+
 def test_a_model_goes_with_its_last_name():
     """Not only when Python's collector comes by"""
     model = DemoModel()

@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_written_is_read_and_told(model):
 def test_files_that_vanish_after_they_were_listed_are_told(library):
     opened = Library(library.folder)
     library.paths("fox")[1].unlink()
-    with pytest.raises(UserError, match="no file at"):
+    with pytest.raises(UserError, match="has lost .*: put the file back, or run 'seqlora library remove"):
         opened.load("fox")
     assert any("fox" in p for p in opened.verify())
     (library.folder / "library.json").unlink()
