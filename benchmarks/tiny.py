@@ -48,23 +48,26 @@ def autoencoder(channels: int = 4, **more):
 
 
 def make_pipeline(kind: str):
-    """Random pipeline of about 0.2 M parameters: "sd15", "sdxl", "sd3", "sd35" or "flux"."""
+    """Random pipeline of about 0.2 M parameters: "sd15", "sd2" (of 768 pixels), "sdxl", "sd3", "sd35" or "flux"."""
     torch.manual_seed(0)
-    return _unet_pipeline(kind == "sdxl") if kind in ("sd15", "sdxl") else _transformer_pipeline(kind)
+    return _unet_pipeline(kind) if kind in ("sd15", "sd2", "sdxl") else _transformer_pipeline(kind)
 
 
-def _unet_pipeline(xl: bool):
+def _unet_pipeline(kind: str):
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
+    xl, velocity = kind == "sdxl", {"prediction_type": "v_prediction"} if kind == "sd2" else {}
     more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64 if xl else 32, **(more if xl else {}),
+        cross_attention_dim=64 if xl else 32, use_linear_projection=kind != "sd15", **(more if xl else {}),
     )  # fmt: skip
     parts = {
         "unet": unet, "vae": autoencoder(), "text_encoder": text_encoder(), "tokenizer": tokenizer(),
-        "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        "scheduler": DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, **velocity,
+        ),
     }  # fmt: skip
     if xl:
         return StableDiffusionXLPipeline(**parts, text_encoder_2=text_encoder(projection=True), tokenizer_2=tokenizer())

@@ -18,19 +18,28 @@ from seqlora_core.parallel import Workers
 OPTIONS = [
     "--images", str(DEMO_FOLDER / "concepts" / "octopus"), "--trigger", "octzu", "--class-noun", "animal", "--steps", "5",
     "--batch", "4", "--replay-batch", "3", "--no-use-decoys",  # of three, one process has two
-    "--seed", "2",  # with seed 0 Adam's first steps enlarge rounding to 2.5 % of one layer, with 1, 2 and 3 to 0.5 % or less
 ]  # fmt: skip
 
 
-def test_two_processes_make_the_adapter_of_one(model, calibration, tmp_path):
+@pytest.mark.parametrize(
+    "more, bound",
+    [
+        (["--optimiser", "sgd", "--learning-rate", "1.0"], 0.004),
+        # Adam divides its first steps by next to nothing and so enlarges rounding: with seed 0 to 2.5 % of one layer, with 1, 2
+        # and 3 to 0.5 % or less
+        (["--seed", "2"], 0.02),
+    ],
+    ids=["sgd", "adam"],
+)
+def test_two_processes_make_the_adapter_of_one(model, calibration, tmp_path, more, bound):
     pytest.importorskip("accelerate")
     for name in ("one", "two"):
         Library(tmp_path / name, model.fingerprint(), create=True).keep_calibration(calibration)
-    assert main(["train", "--library", str(tmp_path / "one"), *OPTIONS]) == 0
+    assert main(["train", "--library", str(tmp_path / "one"), *OPTIONS, *more]) == 0
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "seqlora_core", "train",
-        "--device", "cpu", "--library", str(tmp_path / "two"), *OPTIONS,
+        "--device", "cpu", "--library", str(tmp_path / "two"), *OPTIONS, *more,
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=DEMO_FOLDER.parent, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -40,7 +49,7 @@ def test_two_processes_make_the_adapter_of_one(model, calibration, tmp_path):
     one, two = (load_adapter(tmp_path / name / "octopus.safetensors") for name in ("one", "two"))
     for name, delta in one.layers.items():
         a, b = delta.dense(), two.layers[name].dense()
-        assert torch.linalg.norm(a - b) < 0.02 * torch.linalg.norm(a), name
+        assert torch.linalg.norm(a - b) < bound * torch.linalg.norm(a), name
     assert Library(tmp_path / "two").verify() == []
 
 
