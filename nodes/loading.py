@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..seqlora_core.adapter import Adapter, load_adapter, read_safetensors
+from ..seqlora_core.calibration import FILE as CALIBRATION
 from ..seqlora_core.composition import Wishes, check_strength, norm_shares, project
 from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
@@ -193,7 +194,7 @@ def compose_stack(
         (file_stamps(entry_file(m.entry)), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected) for m in members
     )
     files = (entry_file(m.entry) for m in members)
-    key = (*files, states, mode, amount, wishes, exact, weights and weights.signature, tuple(read))
+    key = (*files, states, _general_state(members), mode, amount, wishes, exact, weights and weights.signature, tuple(read))
     projected = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
     pieces = [
         Part(m.concept.name, m.entry.strength * shares[i], a, m.fitted.patches, m.entry.start, m.entry.end)
@@ -258,6 +259,12 @@ def _whole(members: list[Member]) -> Adapter:
     """All layers of one LoRA that any of its entries has"""
     first, *others = (m.fitted.adapter for m in members)
     return first if not others else Adapter({n: d for a in (first, *others) for n, d in a.layers.items()}, first.metadata)
+
+
+def _general_state(members: list[Member]) -> tuple:
+    """Changes whenever what `general_moments` reads does"""
+    libraries = {library_folder(m.entry.library) / CALIBRATION for m in members if m.entry.library}
+    return tuple(stamp(path) for path in sorted({*libraries, *libraries_folder().glob("general.*.safetensors")}))
 
 
 def general_moments(entries: list[Entry]) -> Moments | None:

@@ -123,10 +123,10 @@ class DemoModel(FlowMatching):
                     "use the ComfyUI nodes for other models"
                 )
         mmdit, vae, text = parts.values()
-        self.mmdit = _load_denoiser(mmdit).eval().requires_grad_(False).to(self.device, dtype)
+        self.mmdit = self._ready(_load_denoiser(mmdit), dtype)
         self.largest_side = self.pixel_step * self.mmdit.config.pos_embed_max_size
-        self.vae = _load_autoencoder(vae).eval().requires_grad_(False).to(self.device, dtype)
-        self.text = _load_text_encoder(text).eval().requires_grad_(False).to(self.device, dtype)
+        self.vae = self._ready(_load_autoencoder(vae), dtype)
+        self.text = self._ready(_load_text_encoder(text), dtype)
         self.tokenize, self.live = tokenizer(), LivePrompts()
         self._sites: list[Site] | None = None
 
@@ -146,6 +146,10 @@ class DemoModel(FlowMatching):
         if self._sites is None:
             self._sites = sd3_sites(self.mmdit)
         return self._sites
+
+    def _ready(self, part: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+        part.eval().requires_grad_(False)
+        return torch.nn.Module.to(part, self.device, dtype)  # diffusers' own warns of parts to be kept in float32: of none
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
