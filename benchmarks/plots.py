@@ -1,4 +1,4 @@
-"""What every figure here starts from, and those of docs/results/method*.json: what is kept, and what a concept costs, as the number of concepts grows."""
+"""What every figure here starts from, and those of docs/results/method*.json: what is kept as the number of concepts grows."""
 
 from __future__ import annotations
 
@@ -71,28 +71,12 @@ def _plain(name: str) -> str:
     return {"ordinary": "ordinary_sum", "ordinary_closed_form": "closed_form"}.get(plain, plain)
 
 
-def costs(series: dict[str, list[dict]], path: Path) -> None:
-    """Seconds and bytes of each concept in the order of training."""
-    figure, axes = new_figure(11, 4, 2)
-    for name, own in series.items():
-        order = range(1, len(own) + 1)
-        axes[0].plot(order, [c["seconds"] for c in own], ".-", label=name)
-        axes[1].plot(order, [c["bytes"] / 2**20 for c in own], ".-", label=name)
-    for plot, title in zip(axes, ("seconds to train", "MiB on disk, statistics included")):
-        plot.set(title=title, xlabel="the concept's number in its library")
-        plot.set_ylim(0, 1.15 * plot.get_ylim()[1])
-        plot.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path)
-
-
 def main() -> None:
     def load(name: str) -> dict:
         return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
     for name in ("method", "method_long_triggers"):
         method(load(name)["rows"], ROOT / "docs" / "images" / f"{name}.png")
-    costs(load("method_large")["costs"], ROOT / "docs" / "images" / "costs_large.png")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_fixed_weight": dict(drift_budget=0.0),
     "seqlora_budget_5": dict(drift_budget=0.05),
     "seqlora_budget_10": dict(drift_budget=0.1),
-    "seqlora_budget_20": dict(drift_budget=0.2),
     "seqlora_no_kept_latents": dict(keep_latents=0),
     "seqlora_replay_every_2": dict(replay_every=2),
     "seqlora_image_stream": dict(layers="-@text"),
@@ -65,7 +64,6 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_learnt_trigger_one_batch": dict(learn_trigger=True, batch=5, replay_batch=3),
     "seqlora_learnt_trigger_budget_3": dict(learn_trigger=True, drift_budget=0.03),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
-    "seqlora_learnt_trigger_budget_25": dict(learn_trigger=True, drift_budget=0.255),  # of which two thirds are spent
     # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else
     "trigger_alone": dict(layers="@trigger", learn_trigger=True),
     "seqlora_adaptive_rank": dict(rank_energy=0.8),

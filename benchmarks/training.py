@@ -7,12 +7,13 @@ small latents.  Each way runs in a process of its own, in one thread, in turns; 
 system), so that what else the machine does does not count; memory is the peak resident set from the loaded model on.
 
     ours, ours_no_replay     trainer.fit, in diffusers and in a ComfyUI server
+    ours_one_batch           the same with the replayed pictures within a batch of the others' size, not beside it
     native                   TrainLoraNode in a ComfyUI server, float32, no checkpointing.  It trains every layer and bias, and
                              knows no other way
     peft                     the step of diffusers' LoRA scripts: peft's adapters on the same layers as ours, AdamW, clipping
 
 Replay (predicting on other prompts what was predicted before) is work that no other does; so ours is measured with it, as
-it is by default, and without.
+it is by default, with less of it, and without.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ MODELS = {
     "demo": {"side": 8, "batch": 8, "replay_batch": 12, "steps": 30, "calibration": 32, "decoys": True, "size": 64},
     "sd15": {"side": 8, "batch": 2, "replay_batch": 3, "steps": 3, "calibration": 1, "decoys": False, "size": 512},
 }
+ONE_BATCH = {"demo": {"batch": 5, "replay_batch": 3}, "sd15": {"batch": 1, "replay_batch": 1}}
 WAYS = [
-    ("ours", "diffusers"), ("ours_no_replay", "diffusers"), ("peft", "diffusers"),
+    ("ours", "diffusers"), ("ours_one_batch", "diffusers"), ("ours_no_replay", "diffusers"), ("peft", "diffusers"),
     ("ours", "comfyui"), ("ours_no_replay", "comfyui"), ("native", "comfyui"),
 ]  # fmt: skip
 
@@ -58,7 +60,7 @@ def run(way: str, host: str, settings: dict, comfyui) -> dict:
             sys.executable,
             "-m",
             "benchmarks.training_steps",
-            way.removesuffix("_no_replay"),
+            "ours" if way.startswith("ours") else way,
             json.dumps(settings),
             str(output),
         ]
@@ -183,7 +185,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         found: dict[tuple[str, str], list[dict]] = {way: [] for way in ways}
         for _ in range(args.repeats):
             for way, host in ways:
-                found[way, host].append(run(way, host, {**settings, "replay": way == "ours"}, comfyui))
+                own = settings | (ONE_BATCH[model] if way == "ours_one_batch" else {})
+                found[way, host].append(run(way, host, {**own, "replay": way != "ours_no_replay"}, comfyui))
                 print(model, way, host, found[way, host][-1], flush=True)
         rows += [row(model, *way, results, settings) for way, results in found.items()]
     if args.output.exists():  # the rows of models that are not measured now stay

@@ -33,7 +33,13 @@ def patching_table() -> str:
 
 def training_rows() -> list[tuple[str, dict]]:
     """What a row is called, and it"""
-    names = {"ours": "ours", "ours_no_replay": "ours, without replay", "native": "TrainLoraNode", "peft": "peft"}
+    names = {
+        "ours": "ours",
+        "ours_one_batch": "ours, replay within the batch",
+        "ours_no_replay": "ours, without replay",
+        "native": "TrainLoraNode",
+        "peft": "peft",
+    }
     models, hosts = {"demo": "demo model", "sd15": "SD1.5"}, {"diffusers": "diffusers", "comfyui": "ComfyUI"}
     return [(f"{models[r['model']]} | {hosts[r['host']]} | {names[r['row']]}", r) for r in load("training")["rows"]]
 
