@@ -28,11 +28,11 @@ def test_a_picture_dropped_onto_the_page_opens_its_workflow(page, server, taught
 
 def test_training_tells_how_far_it_is(page):
     page.open(page_graph("teach_a_concept"))
-    page.set_widgets(steps=30, library="browser", preview_every=0)
+    page.set_widgets(steps=90, library="browser", preview_every=0)
     page.press_run()
     texts = set()
     page.wait_until_done(each=lambda: texts.add(page.progress_text()))
-    assert len({text for text in texts if "of 30" in text}) >= 2, texts
+    assert len({text for text in texts if "of 90" in text}) >= 2, texts
     assert page.pictures()["PreviewImage"] > 0 and page.errors == []
 
 
