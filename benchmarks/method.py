@@ -226,12 +226,14 @@ class Bench:
 def summary(runs: list[dict]) -> list[dict]:
     """Rows of the contract: mean over seeds, and the spread (standard deviation) beside it."""
     out = []
-    for key in dict.fromkeys((r["n"], r["row"]) for r in runs):
-        same = [r for r in runs if (r["n"], r["row"]) == key]
+    plans = {r["planned"] for r in runs}
+    for key in dict.fromkeys((r["n"], r["row"], r["planned"]) for r in runs):
+        same = [r for r in runs if (r["n"], r["row"], r["planned"]) == key]
         numbers = [k for k, v in same[0].items() if isinstance(v, float)]
         mean = {k: evaluation.mean([r[k] for r in same]) for k in numbers}
         spread = {k: statistics.stdev([r[k] for r in same]) for k in numbers} if len(same) > 1 else {}
-        out.append({"row": key[1], "n": key[0], "seeds": len(same)} | mean | {"spread": spread})
+        name = key[1] if len(plans) == 1 else f"{key[1]}, planned for {key[2]}"  # libraries of other plans are no other seeds
+        out.append({"row": name, "n": key[0], "seeds": len(same)} | mean | {"spread": spread})
     return out
 
 

@@ -45,8 +45,9 @@ def sub_gaussian_bound(up: Tensor, down: Tensor, moment: Tensor, delta: float = 
     eigenvalues are those of the r x r matrix `(A^T A) (D S D^T)`.
     """
     t = math.log(1 / delta)
-    root = torch.linalg.cholesky(ridge((up.mT @ up).double(), 1e-12))
-    values = torch.linalg.eigvalsh(root.mT @ (down @ moment @ down.mT).double() @ root).clamp_min(0)
+    up, down, moment = up.double(), down.double(), moment.double()
+    root = torch.linalg.cholesky(ridge(up.mT @ up, 1e-12))
+    values = torch.linalg.eigvalsh(root.mT @ (down @ moment @ down.mT) @ root).clamp_min(0)
     return math.sqrt(values.sum() + 2 * math.sqrt(values.square().sum() * t) + 2 * values.max() * t)
 
 

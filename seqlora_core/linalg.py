@@ -86,7 +86,8 @@ def ridge(moment: Tensor, eps: float) -> Tensor:
     d = moment.shape[-1]
     mean = torch.diagonal(moment, dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(d, dtype=moment.dtype, device=moment.device)
-    return moment + (eps * mean).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None] * eye
+    # of inputs that are all zero too the inverse root is a number of float32
+    return moment + (eps * mean).clamp_min(torch.finfo(torch.float32).tiny)[..., None, None] * eye
 
 
 def whitening(moment: Tensor, eps: float) -> tuple[Tensor, Tensor]:

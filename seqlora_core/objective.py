@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 
 import torch
@@ -49,8 +50,11 @@ class Objective:
         self.attachment, self.config, self.generator, self.workers = attachment, config, generator, workers
         self.latents = [s.latents.to(denoiser.device) for s in sets]
         self.masks = [None if s.masks is None else latent_weights(s.masks, s.latents).to(denoiser.device) for s in sets]
-        self.known, self.halves = zip(*map(_known, sets))
-        self.shares = torch.tensor([len(k) for k in self.known], dtype=torch.float32)
+        before = list(itertools.accumulate((_count(s) for s in sets), initial=0))
+        known, halves = zip(*map(_known, sets, before))
+        # of each size the pictures that are drawn from for a step of both levels, of the lower one, and of the upper one: a single
+        # picture is for both
+        self.known = {None: known} | {half: found if any(map(len, found)) else known for half, found in enumerate(zip(*halves))}
         self.weight, self.replays = 1.0, True
         self.last: Terms | None = None
 
@@ -58,8 +62,9 @@ class Objective:
         """A batch of the references (of every second one if half is 0 or 1), and what replay adds to it"""
         d, generator, config, which = self.denoiser, self.generator, self.config, 0
         if len(self.latents) > 1:
-            which = int(torch.multinomial(self.shares, 1, generator=generator))
-        known, count = self.known[which] if half is None else self.halves[which][half], config.batch
+            sizes = torch.tensor([len(k) for k in self.known[half]], dtype=torch.float32)
+            which = int(torch.multinomial(sizes, 1, generator=generator))
+        known, count = self.known[half][which], config.batch
         pick = known[torch.randint(0, len(known), (count,), generator=generator)]
         x, sigma = self.latents[which][pick], draw_sigmas(d, config, count, generator)
         noise = torch.randn(x.shape, generator=generator).to(x)
@@ -160,14 +165,21 @@ class Objective:
             group.basis.grad = gradient if group.basis.grad is None else group.basis.grad + gradient
 
 
-def _known(references: References) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Pictures to draw from, each as often as its repeats say; and their two halves, which have no picture in common: a
-    single picture and its mirror image are in both"""
+def _count(references: References) -> int:
+    """Pictures, each with its mirror image as one"""
+    return len(references.latents) // (2 if references.mirrored else 1)
+
+
+def _known(references: References, before: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Pictures to draw from, each as often as its repeats say; and their two halves, which have no picture in common.
+
+    before: pictures of other sizes, so that of all sizes together every second picture is in a half.
+    """
     numbers = torch.arange(len(references.latents))
     known = numbers.repeat_interleave(torch.tensor(references.repeats or [1] * len(numbers)))
-    pictures = known // 2 if references.mirrored else known
+    pictures = before + (known // 2 if references.mirrored else known)
     halves = known[pictures % 2 == 0], known[pictures % 2 == 1]
-    return known, halves if len(halves[1]) else (known, known)
+    return known, halves
 
 
 def latent_weights(masks: Tensor, latents: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 
 NOUNS = (
     "butterfly camel cow crocodile deer dolphin duck elephant frog gorilla koala lion owl pig rooster shark snail "
@@ -52,10 +53,14 @@ def is_decoy(prompt: str) -> bool:
     return not set(RARE_WORDS).isdisjoint(prompt.split())
 
 
-def decoys(captions: list[str], trigger: str, count: int, seed: int = 0) -> list[str]:
-    """The concept's own captions with other rare words in the trigger's place, every fourth with none."""
+def decoys(captions: list[str], trigger: str, count: int, seed: int = 0, taken: Iterable[str] = ()) -> list[str]:
+    """The concept's own captions with other rare words in the trigger's place, every fourth with none.
+
+    taken: triggers of other concepts, which no decoy is to call.
+    """
     rng = random.Random(seed)
-    others = [w for w in RARE_WORDS if w.lower() != trigger.lower()]
+    others = [w for w in RARE_WORDS if not calls(w, trigger)]
+    others = [w for w in others if not any(calls(w, known) for known in taken)] or others
     word = re.compile(re.escape(trigger) + r"\s*", re.IGNORECASE)
     out = []
     for i in range(count):

@@ -59,11 +59,13 @@ class Replay:
         self.pools: list[tuple[Tensor, Conditioning, bool]] = []  # latents, prompts, whether the base is the target
         self.texts: list[str] = []  # every prompt of the pools
         self.decoy_moments: Moments | None = None
-        from_base = config.replay_target == "base"
+        from_base, taken = config.replay_target == "base", [c.trigger for c in earlier]
         if config.replay_weight:
-            # a prompt that calls this concept, as one with the usual "ohwx" may, must not stay as it was
+            # a prompt that calls this concept, as one with the usual "ohwx" may, must not stay as it was, nor one that calls an
+            # earlier concept become as it was before that
             texts = calibration.prompts
-            rows = [i for i, text in enumerate(texts) if not calls(trigger, text)] or list(range(len(texts)))
+            free = [i for i, text in enumerate(texts) if not any(calls(word, text) for word in (trigger, *taken))]
+            rows = free or list(range(len(texts)))
             plain = [i for i in rows if not is_decoy(texts[i])] or rows
             watched = [i for i in plain if i % WATCHED == 0] or plain
             replayed = [i for i in plain if i % WATCHED] or plain
@@ -73,7 +75,7 @@ class Replay:
             prompts = denoiser.encode_prompts([texts[i] for i in watched])
             self.watched = calibration.latents[watched].to(denoiser.device), prompts
         if config.use_decoys:
-            prompts = decoys(references.captions, trigger, decoy_count(references.size), config.seed)
+            prompts = decoys(references.captions, trigger, decoy_count(references.size), config.seed, taken)
             latents, self.decoy_moments = draw(denoiser, prompts, config.seed, references.size)
             if config.replay_weight:
                 self._add(latents, prompts, from_base)

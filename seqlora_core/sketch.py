@@ -215,6 +215,13 @@ class Stream:
 
     def sketch(self, count: int, energy: float = ENERGY, most: int = MOST) -> Sketch:
         """Of the mean over `count` rows"""
+        if not self.trace:  # of inputs that are all zero, whose one kept direction is any
+            return _cut(
+                self.test[:, :1].double(),
+                torch.zeros(1, dtype=torch.float64, device=self.test.device),
+                self.trace / count,
+                energy,
+            )
         test, product = self.test.double(), self.product / count
         shift = torch.finfo(torch.float32).eps * product.norm()
         shifted = product + shift * test

@@ -37,8 +37,15 @@ def test_the_whole_way(monkeypatch, folder, tmp_path, kind):
     assert written["rows"] == rows and written["meta"]["concepts"] == ["toy_octopus", "toy_penguin"]
     for row in rows:
         assert {"kept_mean", "generic_drift", "clip_t_stack", "clip_i_alone", "dino_stack"} <= set(row)
-    if kind == "sd15":  # resumes: nothing is trained anew
+    if kind == "sd15":  # resumes: nothing is trained anew, but with other options
+
+        def never(*_, **__):
+            raise AssertionError("trained anew")
+
+        monkeypatch.setattr(customconcept101, "train_concept", never)
         assert customconcept101.main([str(a) for a in arguments]) == rows
+        with pytest.raises(AssertionError, match="trained anew"):
+            customconcept101.main([str(a) for a in [*arguments, "--seed", 1]])
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

@@ -250,6 +250,12 @@ def test_bound_of_rank_one_is_the_scalar_one():
     assert math.isclose(sub_gaussian_bound(up, down, moment, 0.05), math.sqrt(e * (1 + 2 * math.sqrt(t) + 2 * t)), rel_tol=1e-9)
 
 
+def test_the_bound_of_a_change_of_less_rank_than_columns():
+    up = (randn(1, OUT, 1) @ randn(2, 1, R)).float()
+    for seed in range(20):
+        assert math.isfinite(sub_gaussian_bound(up, randn(seed, R, IN).float(), moment_of(anisotropic(seed)).float()))
+
+
 def make_group(seed=0, layers=3, taken_columns=4):
     taken = orthonormal_basis(randn(seed, layers, IN, taken_columns))
     basis = orthonormal_basis(randn(seed + 1, layers, IN, R) - taken @ (taken.mT @ randn(seed + 1, layers, IN, R)))

@@ -95,6 +95,11 @@ def test_whitening_makes_the_metric_the_identity(rng, scale):
     assert torch.allclose(w @ w_inv, torch.eye(D, dtype=torch.float64), atol=1e-9)
 
 
+def test_whitening_of_inputs_that_are_all_zero_is_finite():
+    for part in linalg.whitening(torch.zeros(8, 8), 1e-2):
+        assert part.isfinite().all()
+
+
 def test_top_eigenvectors_have_a_sign_of_their_own(rng):
     m = randn(rng, D, D)
     m = m @ m.mT

@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seqlora_core.adapter import Adapter
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.bilevel import LowerLevel, UpperLevel
 from seqlora_core.calibration import record_moments
 from seqlora_core.captions import Prompts
+from seqlora_core.concept import Concept, References
 from seqlora_core.config import TrainingConfig
-from seqlora_core.objective import Objective
+from seqlora_core.objective import Objective, _known
 from seqlora_core.parallel import Workers
+from seqlora_core.prompts import RARE_WORDS, calls, decoys
 from seqlora_core.replay import Batch, Replay
 from seqlora_core.start import starting_groups
 
@@ -48,10 +51,18 @@ def test_accumulated_batches_are_one_large_batch(model, subjects, calibration):
 def test_the_two_levels_share_no_picture(model, subjects, calibration, repeats, mirrored):
     s = subjects["octopus"].references
     four = replace(s, latents=s.latents[:4], captions=s.captions[:4], repeats=repeats, mirrored=mirrored)
-    (halves,) = objective_of(model, four, TrainingConfig(use_decoys=False, replay_weight=0.0), calibration).halves
+    known = objective_of(model, four, TrainingConfig(use_decoys=False, replay_weight=0.0), calibration).known
+    halves = [known[half][0] for half in (0, 1)]
     support, query = ({n // 2 if mirrored else n for n in half.tolist()} for half in halves)
     assert support and query and not support & query
     assert sorted(torch.cat(halves).tolist()) == sorted(n for n in range(4) for _ in range(repeats[n] if repeats else 1))
+
+
+def test_of_several_sizes_too_the_two_levels_share_no_picture():
+    """Each size has one picture: every second of all is for one level; and a single one for both"""
+    ones = [References(torch.zeros(1, 1, n, 4), ["a"], (8 * n, 32)) for n in (1, 2, 3, 4)]
+    halves = [_known(s, before)[1] for before, s in enumerate(ones)]
+    assert [[len(h) for h in half] for half in halves] == [[1, 0], [0, 1], [1, 0], [0, 1]]
 
 
 def test_hypergradients_are_accumulated_and_clipped(model, subjects, calibration):
@@ -94,3 +105,17 @@ def test_a_line_search_never_makes_its_batch_worse(model, subjects, calibration)
 
 def objective_batch(model, x, noise, sigma, conditioning):
     return Batch(model.noised(x, noise, sigma), sigma, conditioning, model.target(x, noise, sigma))
+
+
+def test_no_prompt_that_is_held_calls_a_concept_of_the_library(model, subjects, calibration):
+    """Held to the bare model, a prompt with the usual "ohwx" would take from an earlier concept of that name what it learnt"""
+    s = subjects["octopus"].references
+    texts = Replay(model, s, "octzu", [], calibration, TrainingConfig()).texts
+    word = next(w for w in RARE_WORDS if any(calls(w, text) for text in texts))
+    earlier = [Concept("one", word.upper(), "", Adapter({}), None, {}, torch.zeros(0), [])]
+    for seed in range(3):
+        held = Replay(model, s, "octzu", earlier, calibration, TrainingConfig(seed=seed)).texts
+        assert held and not any(calls(word, text) for text in held)
+    every = decoys(["an octzu animal"], "octzu", 24, taken=RARE_WORDS)
+    assert len(every) == 24 and not any(calls("octzu", text) for text in every)
+    assert not any(calls("sks", text) for text in decoys(["an octzu animal"], "octzu", 200, taken=["sks dog"]))

@@ -95,6 +95,27 @@ def test_a_stream_finds_what_the_whole_moment_has(decay):
     assert torch.allclose(made.vectors.mT @ made.vectors, torch.eye(made.vectors.shape[1]), atol=1e-5)
 
 
+def test_a_stream_of_nothing_but_zeros_is_a_sketch_of_nothing():
+    stream = Stream(600)
+    stream.add(torch.zeros(20, 600))
+    found = stream.sketch(20)
+    assert found.values.tolist() == [0.0] and found.rest == 0 and found.vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [2.0, 0.1]])
+def test_energies_on_a_sum_of_sketches_differ_by_at_most_the_sum_of_the_bounds(weights):
+    generator = torch.Generator().manual_seed(5)
+    moments = [torch.cov(torch.randn(64, 400, generator=generator, dtype=torch.float64)) for _ in weights]
+    parts = [sketch(m, 0.5, 20) for m in moments]
+    made = added(parts, weights, 0.9, 30).dense().double()
+    cut = torch.linalg.matrix_norm(made - sum(w * p.dense().double() for w, p in zip(weights, parts)), 2)
+    bound, total = sum(w * p.rest.double() for w, p in zip(weights, parts)) + cut, sum(w * m for w, m in zip(weights, moments))
+    for row in (*torch.linalg.eigh(total - made)[1].mT[[0, -1], None], *torch.randn(20, 3, 64, generator=generator).double()):
+        up = torch.randn(7, len(row), generator=generator, dtype=torch.float64)
+        difference = residual_energy(up, row, total) - residual_energy(up, row, made)
+        assert abs(difference) <= bound * (up @ row).square().sum() * 1.01
+
+
 def test_the_recorder_streams_inputs_that_are_too_wide(monkeypatch):
     monkeypatch.setattr(statistics, "SKETCH_FROM", 16)
     rows, attachment = torch.randn(400, 24, generator=torch.Generator().manual_seed(1)), Attachment()
