@@ -109,9 +109,11 @@ def test_a_merge_is_one_change_of_each_weight():
 
 
 def test_summary_is_mean_and_spread_over_seeds():
-    runs = [{"row": "seqlora", "n": 2, "kept_mean": v, "seed": i} for i, v in enumerate((0.8, 0.9, 1.0))]
+    runs = [{"row": "seqlora", "n": 2, "kept_mean": v, "seed": i, "planned": 10} for i, v in enumerate((0.8, 0.9, 1.0))]
     (row,) = method.summary(runs)
     assert row["kept_mean"] == pytest.approx(0.9) and row["spread"]["kept_mean"] == pytest.approx(0.1) and row["seeds"] == 3
+    first, other = method.summary([*runs, {**runs[0], "planned": 101, "kept_mean": 0.5}])  # another library, no other seed
+    assert first["seeds"] == 3 and other["kept_mean"] == 0.5 and other["row"] == "seqlora, planned for 101"
 
 
 def test_concept_sets_are_apart_and_large_enough():
