@@ -144,8 +144,8 @@ def test_a_file_without_its_text_encoders_part_is_not_written(server, folder):  
         server.run(BASE | {"2": concept("both")} | save("2", "half", model=["1", 0]))
     with pytest.raises(Failed, match="text_alone.safetensors changes text encoders alone, first .*: connect the clip"):
         server.run(BASE | {"2": concept("text_alone")} | save("2", "half", model=["1", 0]))
-    server.run(BASE | {"2": concept("both")} | save("2", "both", model=["1", 0], clip=["1", 1]))
-    assert TEXT in load_adapter(server.base / "models" / "loras" / "both.safetensors").layers
+    server.run(BASE | {"2": concept("both")} | save("2", "with_its_text", model=["1", 0], clip=["1", 1]))
+    assert TEXT in load_adapter(server.base / "models" / "loras" / "with_its_text.safetensors").layers
 
 
 def test_a_file_of_loras_that_look_at_the_weight_says_what_it_is(server, folder):  # noqa: F811
