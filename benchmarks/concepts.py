@@ -65,10 +65,22 @@ def names(which: str = "all") -> list[str]:
     return {"tuning": tuning, "final": final, "all": tuning + final}[which]
 
 
+def style_trigger(style: str, rng: np.random.Generator) -> str:
+    """A rare word, and another one if a subject has it already"""
+    taken, trigger, more = (
+        {t for *_, t, _ in table().values()},
+        rare_word(rng),
+        np.random.default_rng([SEED, 1, STYLES.index(style)]),
+    )
+    while trigger in taken:
+        trigger = rare_word(more)
+    return trigger
+
+
 def make_style(style: str, cache: Path, target: Path) -> None:
     """Known subjects in an unknown style: ten references, four others held out."""
     rng = np.random.default_rng([SEED, STYLES.index(style)])
-    trigger, icons = rare_word(rng), emoji.icon_set(style, cache)
+    trigger, icons = style_trigger(style, rng), emoji.icon_set(style, cache)
     known = [n for n in rng.permutation(sorted(scenes.SUBJECTS)) if n in icons]
     for i in range(make_concepts.REFERENCES + make_concepts.HELD_OUT):
         colour = str(rng.choice(list(scenes.BACKGROUNDS)))

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -120,7 +121,9 @@ def test_concept_sets_are_apart_and_large_enough():
     tuning, final = concepts.names("tuning"), concepts.names("final")
     assert not set(tuning) & set(final)
     assert len(tuning) + len(final) >= 102 and len(final) >= 32
-    assert len({t for *_, t, _ in concepts.table().values()}) == len(concepts.table())
+    triggers = [t for *_, t, _ in concepts.table().values()]
+    triggers += [concepts.style_trigger(s, np.random.default_rng([concepts.SEED, i])) for i, s in enumerate(concepts.STYLES)]
+    assert len(set(triggers)) == len(triggers)
 
 
 @pytest.mark.parametrize("tokens", [4, 8])
