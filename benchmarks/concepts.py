@@ -70,7 +70,7 @@ def style_trigger(style: str, rng: np.random.Generator) -> str:
     taken, trigger, more = (
         {t for *_, t, _ in table().values()},
         rare_word(rng),
-        np.random.default_rng([SEED, 1, STYLES.index(style)]),
+        np.random.default_rng([SEED, STYLES.index(style), 1]),
     )
     while trigger in taken:
         trigger = rare_word(more)

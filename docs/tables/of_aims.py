@@ -88,14 +88,17 @@ def _patching() -> list[Line]:
 
 
 def _training() -> list[Line]:
-    rows = {n.rpartition(" | ")[0].replace(" | ", " in "): r for n, r in training_rows() if r["row"] == "ours"}
-    bare = {n.rpartition(" | ")[0].replace(" | ", " in "): r for n, r in training_rows() if r["row"] == "ours_no_replay"}
-    return [
-        _all_most("a step of training over the fastest other", TIME, {n: r["time_ratio"] for n, r in rows.items()}),
-        _all_most("the same without replay", TIME, {n: r["time_ratio"] for n, r in bare.items()}),
-        _all_most("its memory over the leanest other", MEMORY, {n: r["memory_ratio"] for n, r in rows.items()}),
-        _all_most("its start-up, of 500 steps", START_UP, {n: r["start_up_share"] for n, r in rows.items()}, "{:.0%}"),
+    def of(way: str, key: str) -> dict[str, float]:
+        return {n.rpartition(" | ")[0].replace(" | ", " in "): r[key] for n, r in training_rows() if r["row"] == way}
+
+    lines = [
+        _all_most("a step of training over the fastest other", TIME, of("ours", "time_ratio")),
+        _all_most("the same without replay", TIME, of("ours_no_replay", "time_ratio")),
+        _all_most("its memory over the leanest other", MEMORY, of("ours", "memory_ratio")),
+        _all_most("its start-up, of 500 steps", START_UP, of("ours", "start_up_share"), "{:.0%}"),
     ]
+    within = of("ours_one_batch", "time_ratio")
+    return [*lines, *([_all_most("a step with replay within the batch, not beside it", TIME, within)] if within else [])]
 
 
 def _all_most(what: str, aim: float, found: dict[str, float], form: str = "{:.2f}") -> Line:
