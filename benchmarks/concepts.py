@@ -67,11 +67,8 @@ def names(which: str = "all") -> list[str]:
 
 def style_trigger(style: str, rng: np.random.Generator) -> str:
     """A rare word, and another one if a subject has it already"""
-    taken, trigger, more = (
-        {t for *_, t, _ in table().values()},
-        rare_word(rng),
-        np.random.default_rng([SEED, STYLES.index(style), 1]),
-    )
+    taken, trigger = {t for *_, t, _ in table().values()}, rare_word(rng)
+    more = np.random.default_rng([SEED, STYLES.index(style), 1])
     while trigger in taken:
         trigger = rare_word(more)
     return trigger

@@ -230,14 +230,14 @@ class Library:
             entry, paths = self._entry(name), self.paths(name)
             lost = next((path.name for path in paths if not path.is_file()), None)
             try:
-                found, error = None if lost else read_concept(entry, *paths), None
+                if lost:
+                    raise UserError(
+                        f"the library {self.folder.name!r} has lost {lost}, of its concept {name!r}: put the file back, or run "
+                        f"'seqlora library remove {self.folder} {name}'"
+                    )
+                found, error = read_concept(entry, *paths), None
             except UserError as caught:
                 found, error = None, caught
-            if lost:
-                error = UserError(
-                    f"the library {self.folder.name!r} has lost {lost}, of its concept {name!r}: put the file back, or run "
-                    f"'seqlora library remove {self.folder} {name}'"
-                )
             self.reload()
             if self._entry(name) == entry:
                 break

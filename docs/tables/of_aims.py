@@ -12,17 +12,16 @@ WON_BACK, SPEARMAN = 0.5, 0.8
 CHAIN, ONE_FILE, LAYERS = 10, 1.2, 2
 TIME, MEMORY, START_UP = 1.10, 1.05, 0.10
 
-Line = tuple[str, str, str, bool | None]  # what, the aim, what was measured, whether it is met
+Line = tuple[str, str, str, bool]  # what, the aim, what was measured, whether it is met
 
 
 def aims_table() -> str:
     lines = [*_method(), *_short_triggers(), *_stacking(), *_patching(), *_training()]
-    said = {True: "yes", False: "**no**", None: ""}
     return "\n".join(
         [
             "| what | aim | measured | met |",
             "|---|---|---|---|",
-            *(f"| {a} | {b} | {c} | {said[met]} |" for a, b, c, met in lines),
+            *(f"| {a} | {b} | {c} | {'yes' if met else '**no**'} |" for a, b, c, met in lines),
         ]
     )
 
