@@ -14,14 +14,10 @@ import torch
 
 from benchmarks import concepts
 from benchmarks.method import ROOT, Bench
-from benchmarks.rivals import COMBINED
 from seqlora_core.adapter import Adapter
 from seqlora_core.config import TrainingConfig
-from seqlora_core.demo import moments_of
-from seqlora_core.evaluation import summed
 from seqlora_core.identity import COLOURS
 from seqlora_core.labelled import labelled_grid
-from seqlora_core.ordinary import combined
 from seqlora_core.preview import draw_with
 
 OURS = "seqlora_learnt_trigger"
@@ -29,15 +25,12 @@ COLUMNS, TILE = 4, 60
 
 
 def stacks(bench: Bench, names: list[str], rate: float) -> dict[str, Adapter]:
-    """All of them on: ours by plain addition, ordinary LoRAs as they come and by the closed form"""
-    everything = list(range(len(names)))
-    ordinary = [bench.ordinary(n, rate, 0) for n in names]
-    moments = [moments_of(bench.model, bench.subject(n), a, 0) for n, a in zip(names, ordinary)]
-    library = bench.chain(OURS, rate, 0, names, len(names))
+    """All of them on: ours by plain addition, ordinary LoRAs by the closed form and as they come"""
+    count = len(names)
+    heads = (f"SeqLoRA, all {count} on", "ordinary LoRAs\nby the closed form", "ordinary LoRAs added")
+    rows = (OURS, "closed_form", "ordinary_sum")
+    found = {h: bench.taught(r, rate, 0, names, count).stack(list(range(count))) for h, r in zip(heads, rows)}
     bench.measuring()
-    found = {f"SeqLoRA, all {len(names)} on": summed([library.load(n).adapter for n in names])(everything)}
-    for head, row in (("ordinary LoRAs\nby the closed form", "closed_form"), ("ordinary LoRAs added", "ordinary_sum")):
-        found[head] = combined(COMBINED[row], ordinary, moments, bench.calibration().moments)(everything)
     return found
 
 

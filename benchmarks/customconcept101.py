@@ -35,7 +35,7 @@ from seqlora_core.config import TrainingConfig
 from seqlora_core.diffusers_folder import open_folder
 from seqlora_core.drawing import draw
 from seqlora_core.errors import UserError
-from seqlora_core.evaluation import HeldOut, held_out_loss, measure, row, summed
+from seqlora_core.evaluation import HeldOut, Stack, held_out_loss, measure, row, summed
 from seqlora_core.judge import MEAN as IMAGENET_MEAN
 from seqlora_core.judge import STD as IMAGENET_STD
 from seqlora_core.library import Library
@@ -153,7 +153,6 @@ def run(args) -> list[dict]:
     everyone = range(len(entries))
     tried = {r: evaluation.mean([held_out_loss(model, held_outs[i], ordinary(i, r)) for i in everyone]) for r in args.rates}
     rate = min(tried, key=tried.get)
-    ordinaries = [ordinary(i, rate) for i in everyone]
 
     def chain(way: str, rate: float, count: int) -> Library:
         """The first `count` concepts taught one after another; goes on from what is there"""
@@ -172,31 +171,34 @@ def run(args) -> list[dict]:
             )  # fmt: skip
         return library
 
+    general = chain("seqlora", args.rates[0], 0).calibration().moments
+
+    def taught(way: str, rate: float, count: int) -> tuple[list[Adapter], Stack]:
+        """The first `count` concepts, each alone, and what stacks those of them that are asked for"""
+        if way in TRAINED:
+            library = chain(way, rate, count)
+            alone = [library.load(e.name).adapter for e in entries[:count]]
+            return alone, summed(alone)
+        alone, moments = [ordinary(i, rate) for i in range(count)], [None] * count
+        if way == "closed_form":
+            texts = [model.encode_prompts(r.captions) for r in references[:count]]
+            moments = [record_moments(model, r.latents, t, a, seed=args.seed) for r, t, a in zip(references, texts, alone)]
+        return alone, combined(COMBINED[way], alone, moments, general)
+
     def best_rate(way: str) -> float:
         """By the stack of the first few concepts, in a library planned as the whole is"""
         few, scores = range(min(SEARCH, len(entries))), {}
         for each in args.rates:
-            library = chain(way, each, len(few))
-            stack = summed([library.load(entries[i].name).adapter for i in few])(list(few))
+            stack = taught(way, each, len(few))[1](list(few))
             scores[each] = evaluation.mean([held_out_loss(model, held_outs[i], stack) for i in few])
         return min(scores, key=scores.get)
 
-    general = chain("seqlora", args.rates[0], 0).calibration().moments
-    moments = [
-        record_moments(model, r.latents, model.encode_prompts(r.captions), a, seed=args.seed)
-        for r, a in zip(references, ordinaries)
-    ]
     base = [held_out_loss(model, h) for h in held_outs]
-    best = [held_out_loss(model, h, a) for h, a in zip(held_outs, ordinaries)]
+    best = [held_out_loss(model, held_outs[i], ordinary(i, rate)) for i in everyone]
     base_generic, rows, rates = held_out_loss(model, generic), [], {"ordinary": rate}
     for name in args.rows:
-        if name in TRAINED:
-            rates[name] = best_rate(name)
-            library = chain(name, rates[name], len(entries))
-            alone = [library.load(e.name).adapter for e in entries]
-            stack = summed(alone)
-        else:
-            alone, stack = ordinaries, combined(COMBINED[name], ordinaries, moments, general)
+        rates[name] = best_rate(name)
+        alone, stack = taught(name, rates[name], len(entries))
         result = row(name, measure(model, alone, stack, held_outs, generic, seed=args.seed), base, best, base_generic)
         everything = stack(list(everyone))
         for where, adapters in (("alone", alone), ("stack", [everything] * len(entries))):

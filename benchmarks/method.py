@@ -5,9 +5,9 @@
     python -m benchmarks.method --model pixel_unet    the same on a model of another kind: docs/results/method_unet.json
 
 Protocol: docs/RESULTS.md, "Protocol".  Every row's learning rate is the best of RATES by the same search on
-the tuning concepts; the table's concepts are others (`benchmarks.concepts`).  What is trained is kept in the cache, and
-the results file keeps every run (count, planned, seed, row) that it holds: seeds and counts can be added on other days
-and machines.
+the tuning concepts, by what its own stack keeps; the table's concepts are others (`benchmarks.concepts`).  What is
+trained is kept in the cache, and the results file keeps every run (count, planned, seed, row) that it holds: seeds and
+counts can be added on other days and machines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from seqlora_core.config import TrainingConfig
 from seqlora_core.demo import Subject, load_generic, load_pairs, load_subject, moments_of
 from seqlora_core.demo_model import DemoModel
 from seqlora_core.errors import UserError
-from seqlora_core.evaluation import held_out_loss, measure, row, summed
+from seqlora_core.evaluation import Stack, held_out_loss, measure, row, summed
 from seqlora_core.identity import Identity
 from seqlora_core.library import Library
 from seqlora_core.ordinary import combined, train_ordinary
@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # what --model may name: (what opens it, its results)
 MODELS = {"demo": (DemoModel, "method.json"), "pixel_unet": (PixelUNet, "method_unet.json")}
 RATES = (3e-4, 1e-3, 3e-3)
+BEYOND = {3e-4: 1e-4, 3e-3: 1e-2}  # tried too where the best of RATES is at an end
 REFITTED = "_closed_form"  # ends rows of libraries that are stacked by the closed form instead of by addition
 SUBSETS = 32  # concepts that random subsets are drawn for: of larger libraries the first ones
 SEARCH = 3  # tuning concepts that the search of learning rates uses
@@ -58,6 +59,15 @@ def runs_folder(cache: Path, model: str, steps: int, tokens: int = 0) -> Path:
 def given_rates(pairs: list[str]) -> dict[str, float]:
     """["seqlora=0.003"] -> {"seqlora": 0.003}"""
     return {row: float(rate) for row, rate in (pair.split("=") for pair in pairs)}
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a row makes of concepts: each alone, what stacks those that are asked for, and the means of what each cost"""
+
+    alone: list[Adapter]
+    stack: Stack
+    costs: dict[str, float]
 
 
 class Bench:
@@ -146,27 +156,49 @@ class Bench:
         lines = (library.folder / "costs.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    # --- rates ---------------------------------------------------------------------------------------------------
+    # --- rows and their rates ------------------------------------------------------------------------------------
+
+    def taught(self, row: str, rate: float, seed: int, names: list[str], planned: int) -> Taught:
+        """The concepts of a row: ordinary LoRAs together, or a library, added or stacked by the closed form"""
+        general = self.calibration().moments
+        if row in COMBINED:
+            alone, moments = [self.ordinary(n, rate, seed) for n in names], [None] * len(names)
+            if row == "closed_form":  # minutes for a hundred, and no other row reads them
+                moments = [moments_of(self.model, self.subject(n), a, seed) for n, a in zip(names, alone)]
+            costs = {"seconds": evaluation.mean([float(a.metadata["seconds"]) for a in alone])}
+            return Taught(alone, combined(COMBINED[row], alone, moments, general), costs)
+        row_of = row.removesuffix(REFITTED)
+        library = self.chain(row_of, rate, seed, names, planned)
+        concepts_of, series = [library.load(n) for n in names], self.costs(library)
+        self.series[row_of], alone = series, [c.adapter for c in concepts_of]
+        stack = summed(alone)
+        if row != row_of:
+            stack = combined(COMBINED["closed_form"], alone, [c.moments for c in concepts_of], general)
+        costs = {k: evaluation.mean([c[k] for c in series[: len(names)]]) for k in ("seconds", "bytes", "weight")}
+        return Taught(alone, stack, costs)
 
     def rate(self, row: str, planned: int = SEARCH) -> float:
-        """The one given, or the best of RATES on tuning concepts, seed 0: ordinary LoRAs by what they gain alone, others by
-        what is kept in a library planned as the table's is.  The method's ablations take the method's, but for `seqlora_budget_*`."""
+        """The one given, or the best on tuning concepts, seed 0: of "ordinary" by what each gains alone, of a row by what its
+        stack keeps, in a library planned as the table's is.  The method's ablations take the method's, but for `seqlora_budget_*`."""
         if row in self.rates:
             return self.rates[row]
         if row in ABLATIONS and not row.startswith("seqlora_budget"):
             return self.rate("seqlora", planned)
-        names = concepts.names("tuning")[:SEARCH]
-        if row == "ordinary":
-            scores = {r: -evaluation.mean([self.loss(n, self.ordinary(n, r, 0)) for n in names]) for r in RATES}
-        else:
-            scores = {}
-            for r in RATES:
-                library = self.chain(row, r, 0, names, planned)
-                stack = summed([c.adapter for c in library.concepts()])(list(range(len(names))))
-                scores[r] = -evaluation.mean([self.loss(n, stack) for n in names])
+        scores = {r: self.score(row, r, planned) for r in RATES}
+        best = max(scores, key=scores.get)
+        if best in BEYOND:
+            scores[BEYOND[best]] = self.score(row, BEYOND[best], planned)
         self.rates[row] = max(scores, key=scores.get)
         print(f"{row}: learning rate {self.rates[row]:g}, of {scores}", flush=True)
         return self.rates[row]
+
+    def score(self, row: str, rate: float, planned: int) -> float:
+        """How well a row does on the tuning concepts: minus the held-out loss"""
+        names = concepts.names("tuning")[:SEARCH]
+        if row == "ordinary":
+            return -evaluation.mean([self.loss(n, self.ordinary(n, rate, 0)) for n in names])
+        stack = self.taught(row, rate, 0, names, planned).stack(list(range(len(names))))
+        return -evaluation.mean([self.loss(n, stack) for n in names])
 
     def loss(self, name: str, adapter: Adapter | None) -> float:
         self.measuring()
@@ -183,42 +215,35 @@ class Bench:
         """One row after another of `rows` over these concepts, taught in this order."""
         held_outs = [self.subject(n).held_out for n in names]
         base = [held_out_loss(self.model, h) for h in held_outs]
-        ordinary = [self.ordinary(n, self.rate("ordinary"), seed) for n in names]
-        best = [held_out_loss(self.model, h, a) for h, a in zip(held_outs, ordinary)]
-        moments = [None] * len(names)
-        if "closed_form" in rows:  # minutes for a hundred, and no other row reads them
-            moments = [moments_of(self.model, self.subject(n), a, seed) for n, a in zip(names, ordinary)]
+        best = [self.loss(n, self.ordinary(n, self.rate("ordinary"), seed)) for n in names]
         self.measuring()
-        pairs, general = load_pairs(self.model, names, self.pairs_folder), self.calibration().moments
+        pairs = load_pairs(self.model, names, self.pairs_folder)
         bank = torch.cat([self.subject(n).images for n in names])
         identity = Identity(self.model, [self.subject(n) for n in names], bank, drawn=4)
-        drawn: dict[int, tuple] = {}
+        of_each: dict[tuple, tuple[list[float], dict]] = {}  # of concepts alone, which several rows may stack
         for name in rows:
-            losses_alone = None
-            if name in COMBINED:
-                losses_alone = best
-                stack = combined(COMBINED[name], ordinary, moments, general)
-                alone, extra = ordinary, {"learning_rate": self.rate("ordinary")}
-                extra["seconds"] = evaluation.mean([float(a.metadata["seconds"]) for a in ordinary])
-            else:
-                row_of = name.removesuffix(REFITTED)
-                library = self.chain(row_of, self.rate(row_of, planned), seed, names, planned)
-                taught = [library.load(n) for n in names]
-                alone, self.series[row_of] = [c.adapter for c in taught], self.costs(library)
-                stack, costs = summed(alone), self.series[row_of][: len(names)]
-                if name != row_of:
-                    stack = combined(COMBINED["closed_form"], alone, [c.moments for c in taught], general)
-                extra = {"learning_rate": self.rate(row_of, planned)}
-                extra |= {k: evaluation.mean([c[k] for c in costs]) for k in ("seconds", "bytes", "weight")}
+            rate = self.rate(name, planned)
+            taught = self.taught(name, rate, seed, names, planned)
             self.measuring()
+            each = ("ordinary" if name in COMBINED else name.removesuffix(REFITTED), rate)
+            if each not in of_each:
+                alone = [held_out_loss(self.model, h, a) for h, a in zip(held_outs, taught.alone)]
+                of_each[each] = alone, identity.scores(taught.alone, "alone")
+            alone, identity_alone = of_each[each]
             losses = measure(
-                self.model, alone, stack, held_outs, self.generic, pairs, seed=seed, subsets=SUBSETS, alone_losses=losses_alone
+                self.model,
+                taught.alone,
+                taught.stack,
+                held_outs,
+                self.generic,
+                pairs,
+                seed=seed,
+                subsets=SUBSETS,
+                alone_losses=alone,
             )
-            result = row(name, losses, base, best, self.generic_base) | extra | {"seed": seed, "planned": planned}
-            if id(alone) not in drawn:  # the same ordinary LoRAs stand in many rows
-                drawn[id(alone)] = alone, identity.scores(alone, "alone")
-            result |= drawn[id(alone)][1]
-            result |= identity.scores([stack(list(range(len(names))))] * len(names), "stack")
+            result = row(name, losses, base, best, self.generic_base) | taught.costs | identity_alone
+            result |= {"learning_rate": rate, "seed": seed, "planned": planned}
+            result |= identity.scores([taught.stack(list(range(len(names))))] * len(names), "stack")
             print(markdown([result]).splitlines()[-1], flush=True)
             yield result
 
@@ -290,7 +315,9 @@ def main(arguments: list[str] | None = None) -> None:
     common = {"steps": args.steps, "concepts": args.concepts, "model": model}
     common |= {"trigger_tokens": args.trigger_tokens} if args.trigger_tokens else {}
     ledger = Ledger(args.output, common)
-    bench.rates = {"ordinary": 3e-3} | dict.fromkeys(bench.options, 1e-3) if args.quick else dict(ledger.rates)
+    bench.rates = (
+        dict.fromkeys(["ordinary", *COMBINED], 3e-3) | dict.fromkeys(bench.options, 1e-3) if args.quick else dict(ledger.rates)
+    )
     bench.rates |= given_rates(args.rates)
     rows, names = args.rows + (list(ABLATIONS) if args.ablations else []), concepts.names(args.concepts)
     longest = max(args.counts)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,13 @@ import torch
 
 from benchmarks import concepts
 from benchmarks.method import ROOT, Bench, given_rates
-from benchmarks.rivals import COMBINED
 from demo import make_concepts, scenes
 from demo.judge_base import Finder, to_tensor
 from seqlora_core.adapter import Adapter
 from seqlora_core.config import TrainingConfig
-from seqlora_core.demo import moments_of
-from seqlora_core.evaluation import HeldOut, held_out_loss, mean, summed
+from seqlora_core.evaluation import HeldOut, Stack, held_out_loss, mean
 from seqlora_core.judge import Judge
 from seqlora_core.labelled import labelled_grid
-from seqlora_core.ordinary import combined
 from seqlora_core.preview import draw_with
 from seqlora_core.storage import written_aside
 from seqlora_core.tables import meta
@@ -38,8 +34,6 @@ OURS = "seqlora_learnt_trigger"
 WIDTHS, SPANS = {1: 58, 2: 30, 3: 20}, {1: (1,), 2: (1, 2), 3: (1,)}
 PLACES = {1: ("",), 2: (" on the left", " on the right"), 3: (" on the left", " in the middle", " on the right")}
 PICTURES = 2  # of each group
-
-Stack = Callable[[list[int]], Adapter]
 
 
 def groups(count: int, size: int) -> list[tuple[int, ...]]:
@@ -107,12 +101,10 @@ class Together:
 
 
 def stacks(bench: Bench, names: list[str], seed: int) -> dict[str, Stack]:
-    ordinary = [bench.ordinary(n, bench.rate("ordinary"), seed) for n in names]
-    moments = [moments_of(bench.model, bench.subject(n), a, seed) for n, a in zip(names, ordinary)]
-    out = {row: combined(COMBINED[row], ordinary, moments, bench.calibration().moments) for row in RIVALS}
-    library = bench.chain(OURS, bench.rate(OURS, len(names)), seed, names, len(names))
+    count = len(names)
+    out = {row: bench.taught(row, bench.rate(row, count), seed, names, count).stack for row in (*RIVALS, OURS)}
     bench.measuring()
-    return out | {OURS: summed([library.load(n).adapter for n in names])}
+    return out
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from .denoiser import Conditioning, Denoiser, loss
 LEVELS = 12  # noise levels, evenly spread
 REPEATS = 2  # noise samples at each level
 LEAST_GAIN = 0.05  # of the bare model's loss
+Stack = Callable[[list[int]], Adapter]  # indices of concepts -> those together
 
 
 @dataclass
@@ -68,15 +69,15 @@ class Losses:
 
 
 def measure(
-    denoiser: Denoiser, alone: list[Adapter], stack: Callable[[list[int]], Adapter], concepts: list[HeldOut], generic: HeldOut,
+    denoiser: Denoiser, alone: list[Adapter], stack: Stack, concepts: list[HeldOut], generic: HeldOut,
     pairs: list[tuple[int, int, HeldOut]] = (), others: int = 2, seed: int = 0, subsets: int | None = None,
     alone_losses: list[float] | None = None,
 ) -> Losses:  # fmt: skip
     """Losses of adapters, alone and as they stand together.
 
-    stack: indices of concepts -> those together as one adapter.  others: how many stand beside a concept in the random
-    subsets, three of which are drawn for each of the first `subsets` concepts (None: of all).  pairs: (i, j, pictures of
-    both), measured with only those two on.  alone_losses: if they are known already.
+    others: how many stand beside a concept in the random subsets, three of which are drawn for each of the first `subsets`
+    concepts (None: of all).  pairs: (i, j, pictures of both), measured with only those two on.  alone_losses: if they are
+    known already.
     """
     count, rng, subset = len(concepts), random.Random(seed), []
     for i, held_out in enumerate(concepts[:subsets]):
@@ -94,7 +95,7 @@ def measure(
     )
 
 
-def summed(adapters: list[Adapter]) -> Callable[[list[int]], Adapter]:
+def summed(adapters: list[Adapter]) -> Stack:
     """The plain sum of those that are asked for, as `measure` takes it"""
     return lambda members: concatenate([adapters[i] for i in members])
 

@@ -12,6 +12,7 @@ from .attach import Attachment, attached
 from .composition import compose, gram_schmidt, norm_controlled
 from .concept import References
 from .denoiser import Denoiser, loss
+from .evaluation import Stack
 from .optimisers import schedule
 from .statistics import Moments
 
@@ -25,9 +26,7 @@ COMBINED: dict[str, Combine] = {
 }
 
 
-def combined(
-    combine: Combine, adapters: list[Adapter], moments: list[Moments], general: Moments
-) -> Callable[[list[int]], Adapter]:
+def combined(combine: Combine, adapters: list[Adapter], moments: list[Moments], general: Moments) -> Stack:
     """Those that are asked for, combined anew, as `evaluation.measure` takes it"""
     return lambda members: combine([adapters[i] for i in members], [moments[i] for i in members], general)
 
