@@ -123,13 +123,7 @@ class Objective:
         half, terms, count = None if not self.config.lower_steps else int(upper_turn), [], self.config.accumulate
         self.drawn = []
         for _ in range(count):
-            if followed:
-                self._hypergradient(count)
-            else:
-                self.drawn.append(self.draw(half))
-                value = self.value(*self.drawn[-1])
-                (value if count == 1 else value / count).backward()
-            terms.append(self.last)
+            terms.append(self._hypergradient(count) if followed else self._gradient(half, count))
         found = terms[0] if len(terms) == 1 else Terms.mean(terms)
         found = self._averaged(found)
         if self.config.clip:
@@ -150,19 +144,34 @@ class Objective:
         self.workers.average([values])
         return float(values)
 
-    def _hypergradient(self, count: int) -> None:
-        """Adds a count-th part of that of one batch of each half to the bases' gradients"""
+    def _gradient(self, half: int | None, count: int) -> Terms:
+        """Adds a count-th part of that of one batch to the gradients"""
+        self.drawn.append(self.draw(half))
+        value = self.value(*self.drawn[-1])
+        (value if count == 1 else value / count).backward()
+        return self.last
+
+    def _hypergradient(self, count: int) -> Terms:
+        """Adds a count-th part of that of one batch of each half to the bases' gradients; the terms are the query's"""
         support, query = self.draw(0), self.draw(1)
         self.drawn.append(query)
+        of_query = []
+
+        def upper() -> Tensor:
+            value = self.value(*query)
+            of_query.append(self.last)
+            return value
+
         # only the plain attention can be differentiated twice
         with sdpa_kernel(SDPBackend.MATH):
             _, gradients = hypergradient(
-                lambda: self.value(*query), lambda: self.value(*support), [g.up for g in self.groups],
+                upper, lambda: self.value(*support), [g.up for g in self.groups],
                 [g.basis for g in self.groups], self.config.hypergradient, DAMPING,
             )  # fmt: skip
         for group, gradient in zip(self.groups, gradients):
             gradient = gradient / count
             group.basis.grad = gradient if group.basis.grad is None else group.basis.grad + gradient
+        return of_query[0]
 
 
 def _count(references: References) -> int:

@@ -66,7 +66,7 @@ def test_of_several_sizes_too_the_two_levels_share_no_picture():
 
 
 def test_hypergradients_are_accumulated_and_clipped(model, subjects, calibration):
-    """Of the same two pairs of batches: the mean of their hypergradients; clipped, as long as was said"""
+    """Of the same two pairs of batches: the mean of their hypergradients; clipped, as long as was said; told is the query's error"""
     found = {}
     for accumulate, clip in ((1, 0.0), (2, 0.0), (2, 1e-6)):
         config = TrainingConfig(
@@ -78,7 +78,8 @@ def test_hypergradients_are_accumulated_and_clipped(model, subjects, calibration
                 group.up.copy_(0.01 * torch.randn(group.up.shape, generator=torch.Generator().manual_seed(3)))
         with attached(model.sites(), objective.attachment):
             for _ in range(3 - accumulate):
-                objective.gradients(True)
+                told = objective.gradients(True)
+                assert told.total == pytest.approx(objective.again(), rel=1e-4)  # the query's, as of a plain step of the bases
                 gradient = torch.cat([g.basis.grad.flatten() for g in objective.groups])
                 found.setdefault((accumulate, clip), []).append(gradient)
     one, two = found[1, 0.0]
