@@ -32,8 +32,6 @@ TRAINED: dict[str, dict] = {
     "ordinary_replay_learnt_trigger": PLAIN | dict(
         orthogonal=False, earlier_active=True, replay_weight=85.0, replay_target="before", learn_trigger=True
     ),
-    # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else
-    "trigger_alone": dict(layers="@trigger", learn_trigger=True),
     # trained apart with the trigger's embeddings learnt, nothing of ours: summed, or by the closed form with its suffix
     "ordinary_learnt_trigger": PLAIN | dict(orthogonal=False, learn_trigger=True),
     "seqlora": {},
@@ -66,6 +64,8 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_learnt_trigger_one_batch": dict(learn_trigger=True, batch=5, replay_batch=3),
     "seqlora_learnt_trigger_budget_3": dict(learn_trigger=True, drift_budget=0.03),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
+    # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else
+    "trigger_alone": dict(layers="@trigger", learn_trigger=True),
     "seqlora_adaptive_rank": dict(rank_energy=0.8),
     "seqlora_alternating": dict(lower_steps=1),
     "seqlora_bilevel_first_order": dict(lower_steps=3),
