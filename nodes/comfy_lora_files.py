@@ -6,7 +6,7 @@ layer under the weight's one name, and whatever else stays the patch that ComfyU
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import comfy.lora
 import comfy.lora_convert
@@ -153,13 +153,13 @@ def _layers(places: list[Place], tensors: dict[str, Tensor], weights: Weights, s
         shape, where = weights.shapes[place.key], f"{source}: {place.name}"
         mid = None if place.mid is None else tensors[place.mid]
         alpha = None if place.alpha is None else alpha_of(tensors[place.alpha], where)
-        delta = layer_delta(Factors(tensors[place.down], tensors[place.up], mid, alpha), where, halves=True)
+        delta = layer_delta(Factors(tensors[place.down], tensors[place.up], mid, alpha), where, as_stored=True)
         delta.kernel = shape[2:]
         check_size(tuple(delta.shape), rows_shape(shape, place.rows), where)
         if place.rows:
             whole = delta.up.new_zeros(shape[0], delta.rank)
             whole[place.rows[1] : place.rows[1] + place.rows[2]] = delta.up
-            delta.up = whole
+            delta = replace(delta, up=whole)
         found.setdefault(place.name, []).append(delta)
     return {name: d[0] if len(d) == 1 else joined(d) for name, d in found.items()}
 

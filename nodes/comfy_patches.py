@@ -28,7 +28,10 @@ class StackPatch(WeightAdapterBase):
     def __init__(self, parts: list[tuple[float, LayerDelta]]):
         self.parts = parts
         self.loaded_keys: set[str] = set()
-        self.weights = [t for _, d in parts for t in (d.up, d.down)]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [t for _, d in self.parts for t in d.stored()[:2]]
 
     def calculate_weight(
         self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32, original_weight=None
@@ -39,10 +42,11 @@ class StackPatch(WeightAdapterBase):
         in_place = weight.dtype == intermediate_dtype and weight.is_contiguous()
         total = weight.view(len(weight), -1) if in_place else None
         for parts in self._pieces(min(len(weight), weight[0].numel())):
-            down, up = joined([d.down for _, d in parts], 0), joined([d.up for _, d in parts], 1)
+            downs, ups, scales = zip(*(d.stored() for _, d in parts))
+            down, up = joined(downs, 0), joined(ups, 1)
             # once for all: many small products would take longer than all the rest
-            scale = torch.tensor([s * strength for s, d in parts for _ in range(d.rank)], dtype=up.dtype, device=up.device)
-            up = up * scale
+            columns = [s * strength * scale for (s, d), scale in zip(parts, scales) for _ in range(d.rank)]
+            up = up * torch.tensor(columns, dtype=up.dtype, device=up.device)
             total = up @ down if total is None else total.addmm_(up, down)
         return weight if in_place else weight.add_(total.reshape(weight.shape).to(weight.dtype))
 

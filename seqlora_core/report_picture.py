@@ -17,6 +17,7 @@ BARS = 10  # most disturbed concepts, or worst pairs, that get a bar
 BEFORE, AFTER = "#d98c73", "#1f5fa8"
 CHANCES = 8.0  # overlap at which the colour scale ends
 LONGEST = 16  # characters of a name
+LEVEL = 26  # characters of all names together that fit beside one another
 
 
 @needs_matplotlib
@@ -96,10 +97,11 @@ def _maps(figure, report: Report) -> None:
 
 
 def _ticks(axes, names: list[str], first: bool, measured: bool) -> None:
-    count, size = len(names), 11.5 if len(names) <= 12 else 8.5
+    count, size, labels = len(names), 11.5 if len(names) <= 12 else 8.5, [short(n) for n in names]
     if count <= NAMED:
-        axes.set_xticks(range(count), [short(n) for n in names], rotation=90 if count > 4 else 0, fontsize=size)
-        axes.set_yticks(range(count), [short(n) for n in names] if first else [], fontsize=size)
+        crowded = count > 4 or count * max(map(len, labels)) > LEVEL
+        axes.set_xticks(range(count), labels, rotation=90 if crowded else 0, fontsize=size)
+        axes.set_yticks(range(count), labels if first else [], fontsize=size)
     else:
         step = 10 if count <= 120 else 50
         places = [0, *range(step - 1, count, step)]

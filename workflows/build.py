@@ -18,15 +18,16 @@ LIBRARY = "workflow_demo"
 SUBJECTS = {"octopus": ("octzu", "animal"), "penguin": ("pengvo", "animal"), "fox": ("foxqi", "animal")}
 OWN_MODEL = (
     "Runs as it is on the pack's tiny demo model.\n\nFor your own checkpoint: put Load Checkpoint in the place of Demo "
-    "Model, name your picture folders, set the resolution in Concept Images and the empty latent to your model's (512, "
-    "1024), and use a new library name."
+    "Model, name your picture folders, set Concept Images and the empty latent to your model's size, take Upscale Image By "
+    "out where there is one, and use a new library name.\n\nTaught already? Delete the teaching nodes and let a Library node "
+    "take their place."
 )
 
 
 OWN_LORAS = (
     "Runs as it is on the pack's tiny demo model.\n\nFor your own: put Load Checkpoint in the place of Demo Model, choose two "
-    "LoRAs that were made for it, write what calls each into Calibrate, and set the resolution there and the empty latent to "
-    "your model's (512, 1024)."
+    "LoRAs that were made for it (a third: one more Concept node), write what calls each into Calibrate, change the prompt, "
+    "set Calibrate and the empty latent to your model's size, and take both Upscale Image By out."
 )
 
 
@@ -87,8 +88,8 @@ def draw(
     )  # fmt: skip
     graph.add(own("decode"), "VAEDecode", (x + 780, y + 320), (320, 60), samples=(own("sampler"), 0), vae=("base", 2))
     graph.add(
-        own("bigger"), "ImageScale", (x + 780, y + 430), (320, 150),
-        image=(own("decode"), 0), upscale_method="bicubic", width=256, height=256, crop="disabled",
+        own("bigger"), "ImageScaleBy", (x + 780, y + 430), (320, 110),
+        image=(own("decode"), 0), upscale_method="bicubic", scale_by=4.0,
     )  # fmt: skip
     graph.add(
         own("save"), "SaveImage", (x + 1150, y), (420, 460), name, images=(own("bigger"), 0),

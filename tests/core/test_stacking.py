@@ -1,5 +1,7 @@
 """Files of other trainers without ComfyUI, projections from weights, and low-rank forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -172,11 +174,16 @@ def test_a_convolution_over_videos_is_read_and_written(tmp_path):
     assert torch.equal(written["l.lora_down.weight"], down) and torch.equal(written["l.lora_up.weight"], up)
 
 
-def test_an_alpha_that_rounds_nothing_leaves_half_precision(tmp_path):
-    up = torch.randn(5, 4).half()
-    for alpha, kind in ((2.0, torch.float16), (1e-4, torch.float32), (3.0, torch.float32)):
-        found = layer_delta(Factors(torch.randn(4, 6).half(), up, None, alpha), "file", halves=True)
-        assert found.up.dtype == kind and torch.equal(found.up.float(), up.float() * (alpha / 4))
+@pytest.mark.parametrize("alpha", [2.0, 1e-4, 3.0])
+def test_an_alpha_is_folded_when_lora_up_is_first_read_and_rounds_nothing(alpha):
+    down, up = torch.randn(4, 6).half(), torch.randn(5, 4).half()
+    found = layer_delta(Factors(down, up, None, alpha), "file", as_stored=True)
+    assert found.acts and found.shape == [5, 6] and found.rank == 4
+    stored_down, stored_up, scale = found.stored()
+    assert stored_down is down and torch.equal(stored_up, up) and scale == alpha / 4
+    whole = up.float() * (alpha / 4)
+    assert torch.equal(found.dense(), whole @ down.float()) and found.stored()[2] == 1
+    assert torch.equal(replace(found, kernel=()).up, whole) and torch.equal(found.float().down, down.float())
 
 
 def test_what_is_left_of_a_twin_is_not_blown_up():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 SNAPSHOT = Path(__file__).with_name("schema.json")
 STOCK = (
-    "CLIPTextEncode", "EmptySD3LatentImage", "KSampler", "VAEDecode", "SaveImage", "PreviewImage", "ImageScale",
+    "CLIPTextEncode", "EmptySD3LatentImage", "KSampler", "VAEDecode", "SaveImage", "PreviewImage", "ImageScaleBy",
     "PrimitiveStringMultiline",
 )  # fmt: skip
 

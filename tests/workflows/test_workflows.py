@@ -126,6 +126,20 @@ def test_the_client_of_the_docs_runs_a_workflow(server, taught, tmp_path):
     assert any(Image.open(p).size == (256, 256) for p in tmp_path.glob("*.png"))
 
 
+def test_the_client_of_the_docs_says_what_went_wrong(server, tmp_path):
+    missing = {
+        "1": {"class_type": "SeqLoRALibrary", "inputs": {"library": "nobody has this", "concepts": "", "strength": 1.0}},
+        "2": {"class_type": "SeqLoRAInterferenceReport", "inputs": {"stack": ["1", 0]}},
+    }
+    for graph, told in ((missing, "nobody has this"), ({"1": {"class_type": "No Such Node", "inputs": {}}}, "No Such Node")):
+        (tmp_path / "graph.json").write_text(json.dumps(graph))
+        done = subprocess.run(
+            [sys.executable, ROOT / "docs" / "client.py", "graph.json", f"http://127.0.0.1:{server.port}"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode != 0 and told in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_template_browser_lists_them(server):
     listed = server.get("/workflow_templates")
     assert sorted(listed["seqlora"]) == NAMES
