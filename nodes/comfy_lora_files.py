@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import comfy.lora
 import comfy.lora_convert
+import torch
 from comfy.weight_adapter import BOFTAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
 from torch import Tensor
 
@@ -88,16 +89,19 @@ def fit(tensors: dict[str, Tensor], metadata: dict[str, str], weights: Weights, 
 
 def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weights: Weights, source: str) -> Fitted:
     factors(tensors, source)  # tells of a missing half, which ComfyUI would leave out
-    # of plain LoRAs `layer_delta` looks at every number
-    for key, tensor in tensors.items() if other_kind(tensors) else ():
-        if tensor.dtype not in FLOATS and tensor.numel() > 1 and not key.endswith(".reshape_weight"):
+    keys, tensors = tuple(tensors), comfy.lora_convert.convert_lora(tensors)
+    stems = {key: _stem(key, weights.targets) for key in tensors}
+    stems = {key: stem if stem and _exists(key, weights.targets[stem], weights.shapes) else None for key, stem in stems.items()}
+    # of plain LoRAs `layer_delta` looks at every number; alphas are looked at where they count, in `check_patch`
+    unusual = other_kind(tensors)
+    for key, tensor in tensors.items():
+        if not (unusual and stems[key]) or key.endswith((".alpha", ".reshape_weight")):
+            continue
+        if tensor.dtype not in FLOATS and tensor.numel() > 1:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{source}: {key} is of {kind}: convert the LoRA to float16 or float32 first")
         if not tensor.float().isfinite().all():
             raise UserError(f"{source}: {key} holds values that are not finite; the file is damaged, get it again")
-    keys, tensors = tuple(tensors), comfy.lora_convert.convert_lora(tensors)
-    stems = {key: _stem(key, weights.targets) for key in tensors}
-    stems = {key: stem if stem and _exists(key, weights.targets[stem], weights.shapes) else None for key, stem in stems.items()}
     used = {stem: weights.targets[stem] for stem in stems.values() if stem}
     unknown = [key for key, stem in stems.items() if not stem]
     if not used:
@@ -161,7 +165,15 @@ def _layers(places: list[Place], tensors: dict[str, Tensor], weights: Weights, s
             whole[place.rows[1] : place.rows[1] + place.rows[2]] = delta.up
             delta = replace(delta, up=whole)
         found.setdefault(place.name, []).append(delta)
-    return {name: d[0] if len(d) == 1 else joined(d) for name, d in found.items()}
+    return {name: d[0] if len(d) == 1 else _side_by_side(d) for name, d in found.items()}
+
+
+def _side_by_side(parts: list[LayerDelta]) -> LayerDelta:
+    """Changes of one weight's rows together; a fused layer that was taken apart has one and the same lora_down in all"""
+    first = parts[0]
+    if all(p.down.shape == first.down.shape and torch.equal(p.down, first.down) for p in parts):
+        return replace(first, up=sum(p.up.float() for p in parts), down=first.down.float())
+    return joined(parts)
 
 
 def _stem(key: str, names: dict) -> str | None:

@@ -64,7 +64,8 @@ class StackPatch(WeightAdapterBase):
 
 @dataclass
 class Part:
-    """One LoRA as it goes onto the model.  start, end: shares of the sampling between which it acts."""
+    """One LoRA as it goes onto the model.  start, end: shares of the sampling between which it acts.  share: of its strength at
+    which its patches act, by norm control; the adapter has that in it."""
 
     source: str
     strength: float
@@ -72,6 +73,11 @@ class Part:
     patches: dict[Target, object] = field(default_factory=dict)
     start: float = 0.0
     end: float = 1.0
+    share: float = 1.0
+
+    @property
+    def patch_strength(self) -> float:
+        return self.strength * self.share
 
 
 def patch_model(model, clip, parts: list[Part], weights: Weights):
@@ -88,12 +94,13 @@ def patch_model(model, clip, parts: list[Part], weights: Weights):
     if missing and not any(own or joined for own, joined in made.values()):
         raise UserError("the stack does not fit this model: none of its layers is in it; load the model it was trained on")
     model, clip = model.clone(), clip.clone() if clip is not None else None
-    hooks = comfy.hooks.HookGroup()
+    hooks, texts = comfy.hooks.HookGroup(), False
     for (start, end), (own, joined) in made.items():
         # those that look at the weight come first, so that they see it as it was
         for strength, patches in [*own, (1.0, joined)]:
             if (start, end) != (0.0, 1.0):
                 hooks.add(_scheduled_hook(patches, strength, start, end))
+                texts = texts or any(map(weights.of_text, patches))
                 continue
             model.add_patches(patches, strength)
             if clip is not None:
@@ -101,7 +108,7 @@ def patch_model(model, clip, parts: list[Part], weights: Weights):
     if hooks.hooks:
         if clip is None:
             raise UserError("a schedule needs the clip: connect it, and encode the prompts with the clip that comes out")
-        _set_hooks(clip, hooks)
+        _set_hooks(clip, hooks, texts)
     return model, clip, list(dict.fromkeys(missing))
 
 
@@ -121,7 +128,7 @@ def _patches(group: list[Part], weights: Weights, missing: list[str]):
                     f"{list(shape)}: it was trained on another kind of model, load that one"
                 )
             joined.setdefault(key, []).append((part.strength, delta))
-    own = [(p.strength, p.patches) for p in group if p.patches]
+    own = [(p.patch_strength, p.patches) for p in group if p.patches]
     return own, {key: StackPatch(deltas) for key, deltas in joined.items()}
 
 
@@ -136,15 +143,16 @@ def _scheduled_hook(patches: dict, strength: float, start: float, end: float):
     return hook
 
 
-def _set_hooks(clip, hooks) -> None:
-    """As ComfyUI's Set CLIP Hooks does: prompts that this clip encodes carry the hooks to the sampler.  The text encoder
-    itself has them on all the time."""
+def _set_hooks(clip, hooks, texts: bool) -> None:
+    """As ComfyUI's Set CLIP Hooks does: prompts that this clip encodes carry the hooks to the sampler.  texts: they change the
+    text encoder too, so a prompt is encoded anew for each part of the sampling."""
     if clip.apply_hooks_to_conds is not None:
         hooks = clip.apply_hooks_to_conds.clone_and_combine(hooks)
     clip.apply_hooks_to_conds = hooks
     clip.patcher.forced_hooks = hooks.clone()
-    clip.use_clip_schedule = False
-    clip.patcher.forced_hooks.set_keyframes_on_hooks(None)
+    clip.use_clip_schedule = clip.use_clip_schedule or texts
+    if not clip.use_clip_schedule:
+        clip.patcher.forced_hooks.set_keyframes_on_hooks(None)
     clip.patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip))
 
 
@@ -158,6 +166,7 @@ def full_differences(parts: list[Part], weights: Weights | None) -> tuple[dict[s
             if not (isinstance(target, str) and isinstance(patch, tuple) and patch[0] == "diff"):
                 left.append(f"{stem}.{kind}")
                 continue
-            key = f"{weights.name_of.get(f'{stem}.weight', stem)}.{'diff_b' if kind == 'bias' else 'diff'}"
-            found[key] = found.get(key, 0) + part.strength * patch[1][0].float()
+            whole = target if kind not in ("weight", "bias") else weights.name_of.get(f"{stem}.weight", stem)
+            key = f"{whole}.{'diff_b' if kind == 'bias' else 'diff'}"
+            found[key] = found.get(key, 0) + part.patch_strength * patch[1][0].float()
     return found, left

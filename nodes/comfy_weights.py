@@ -54,6 +54,10 @@ class Weights:
         target = self.key_of.get(name, self.targets.get(name))
         return target if isinstance(target, str) else None
 
+    def of_text(self, target: Target) -> bool:
+        """Whether it is a weight of the text encoder's"""
+        return parts(target)[0] not in self._of_model
+
     def original(self, key: str) -> Tensor:
         """The unpatched weight, in float64, on the processor, where all that is read from LoRA files is, whatever holds the model"""
         layer, kept = self._kept(key)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ..seqlora_core.adapter import Adapter, load_adapter, read_safetensors
+from ..seqlora_core.adapter import Adapter, joined, load_adapter, read_safetensors
 from ..seqlora_core.calibration import FILE as CALIBRATION
-from ..seqlora_core.composition import Wishes, check_strength, norm_shares, project
+from ..seqlora_core.composition import Wishes, check_strength, norm_shares, project, shared
 from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
-from ..seqlora_core.lora_moments import kept_general, kept_moments, kept_trigger
+from ..seqlora_core.lora_moments import kept_general, kept_moments, kept_trigger, shared_base
 from ..seqlora_core.same_layers import check_widths, moments_under, one_spelling, under_names, unseen
 from ..seqlora_core.selection import acts, selected
 from ..seqlora_core.spectrum import spikes
@@ -107,7 +107,11 @@ def load_members(stack: Stack, weights: Weights | None = None) -> list[Member]:
         raise UserError("the stack is empty: add a concept")
     for entry in stack.entries:
         check_strength(entry.name, entry.strength)
-    members = [_load(entry, weights) for entry in stack.entries]
+    entries = stack.entries
+    if weights is None:
+        base = shared_base([lora_file(e.name) for e in entries if not (e.library or e.base)]) or ""
+        entries = [e if e.library or e.base else replace(e, base=base) for e in entries]
+    members = [_load(entry, weights) for entry in entries]
     members = [m for m in members if m.fitted.acts or not m.entry.part]
     if not members:
         raise UserError(f"nothing of the stack acts: {stack.entries[0].name} changes no {stack.entries[0].part} layer")
@@ -181,15 +185,23 @@ def compose_stack(
     members, wishes, read = load_members(stack, weights), wishes or Wishes(), []
     members = [m for m in members if m.entry.strength] or members
     groups = by_file(members)
+    if amount == 0 or (mode == "weights" and len(groups) == 1):  # nothing gives way, so nothing need become low-rank
+        mode = "sum"
     wishes = replace(wishes, protected=frozenset(n for n, g in enumerate(groups) if any(members[i].entry.protected for i in g)))
-    of_groups = norm_shares(len(groups), mode, amount, wishes) if norm_control else [1.0] * len(groups)
-    shares = {i: share for group, share in zip(groups, of_groups) for i in group}
+    # what the projection divides by already norm control does not divide again; patches are not projected
+    of_adapters, of_patches = (
+        [s for _, s in sorted((i, share) for group, share in zip(groups, of_groups) for i in group)]
+        for of_groups in (
+            norm_shares(len(groups), how, amount, wishes) if norm_control else [1.0] * len(groups) for how in (mode, "sum")
+        )
+    )
     readers = Counter(key for m in members for key in m.fitted.read_weights())
-    for place, member in enumerate(members):
-        if member.fitted.patches and (exact or compared or mode != "sum" or wishes.cap):
-            strength = member.entry.strength * shares[place]
+    projects = mode != "sum" or wishes.cap is not None
+    for member, share in zip(members, of_patches):
+        if member.fitted.patches and (exact or compared or projects):
+            strength = member.entry.strength * share
             read.append((weights.digest(member.fitted.read_weights()), member.fitted.bends_at(strength)))
-            member.fitted = _as_low_rank(member, weights, exact, *read[-1])
+            member.fitted = _as_low_rank(member, weights, exact and not projects, *read[-1])
     states = tuple(
         (file_stamps(entry_file(m.entry)), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected) for m in members
     )
@@ -197,9 +209,11 @@ def compose_stack(
     key = (*files, states, _general_state(members), mode, amount, wishes, exact, weights and weights.signature, tuple(read))
     projected = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
     pieces = [
-        Part(m.concept.name, m.entry.strength * shares[i], a, m.fitted.patches, m.entry.start, m.entry.end)
-        for i, (m, a) in enumerate(zip(members, projected))
+        Part(m.concept.name, m.entry.strength, shared(a, own), m.fitted.patches, m.entry.start, m.entry.end, share)
+        for m, a, own, share in zip(members, projected, of_adapters, of_patches)
     ]
+    if exact and projects:
+        pieces = [_as_factors(piece, weights) for piece in pieces]
     chained = [key for key, count in readers.items() if count > 1]
     return Composed(members, pieces, unrecorded(members) if mode == "data" else "", chained)
 
@@ -213,6 +227,17 @@ def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str, stren
     key = (path, weights.signature, entry.layers, entry.part, exact, read, strength)
     found = _low_rank.get(key, stamp(path), lambda: in_low_rank(fitted, weights, exact, strength))
     return replace(found, adapter=Adapter(found.adapter.layers, fitted.adapter.metadata))  # what calls it may be new
+
+
+def _as_factors(part: Part, weights: Weights | None) -> Part:
+    """A part for a file: its patches of matrices as factors too, unprojected as a model would have them"""
+    if not part.patches:
+        return part
+    found = in_low_rank(Fitted(Adapter({}), part.patches), weights, exact=True, strength=part.patch_strength)
+    layers = shared(found.adapter, part.share).layers
+    for name, delta in part.adapter.layers.items():
+        layers[name] = joined([delta.float(), layers[name]]) if name in layers else delta
+    return replace(part, adapter=Adapter(layers, part.adapter.metadata), patches=found.patches)
 
 
 def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, exact: bool) -> list[Adapter]:

@@ -166,12 +166,12 @@ def joined(parts: list[LayerDelta]) -> LayerDelta:
     return LayerDelta(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1), parts[0].kernel)
 
 
-def check_useful(path: Path, adapter: Adapter) -> None:
-    """UserError for an adapter that does nothing or is not finite."""
+def check_useful(path: Path, adapter: Adapter, extra: bool = False) -> None:
+    """UserError for an adapter that does nothing or is not finite.  extra: something beside it in the file does something."""
     for name, delta in adapter.layers.items():
         if not (delta.up.isfinite().all() and delta.down.isfinite().all()):
             raise UserError(f"not saving {path}: layer {name} is not finite; lower the learning rate and train again")
-    if not any(delta.up.any() for delta in adapter.layers.values()):
+    if not extra and not any(delta.up.any() for delta in adapter.layers.values()):
         raise UserError(
             f"not saving {path}: every lora_up is zero, it would do nothing; train for more steps, or give a strength other than 0"
         )
@@ -184,7 +184,7 @@ def save_adapter(
 
     extra: tensors that go into it as they are, such as changes of biases.
     """
-    check_useful(path, adapter)
+    check_useful(path, adapter, any(t.any() for t in (extra or {}).values()))
     tensors = dict(extra or {})
     for name, delta in adapter.layers.items():
         down, up = delta.down.to(dtype), delta.up.to(dtype)

@@ -99,11 +99,11 @@ def project(
 
 
 def _restored(before: Adapter, after: Adapter) -> Adapter:
-    """Scaled back to the energy that it had, but for token tables, which no projection touches"""
+    """Scaled back to the energy that it had"""
     kept = energy_kept(before, after)
     if kept < LEAST_KEPT:
         return after
-    return Adapter(after.layers | after.without_token_tables().scaled(kept**-0.5).layers, after.metadata)
+    return shared(after, kept**-0.5)
 
 
 def _with_token_tables(projection: Callable[..., list[Adapter]], adapters: list[Adapter], *options) -> list[Adapter]:
@@ -251,7 +251,14 @@ def _inverses(seen: list[Tensor | Sketch], beta: float) -> Callable[[int], Calla
 
 def norm_controlled(adapters: list[Adapter]) -> list[Adapter]:
     """Each adapter over the square root of their number: the sum keeps one adapter's energy if they are unrelated."""
-    return [a.scaled(s) for a, s in zip(adapters, norm_shares(len(adapters)))]
+    return [shared(a, s) for a, s in zip(adapters, norm_shares(len(adapters)))]
+
+
+def shared(adapter: Adapter, share: float) -> Adapter:
+    """`share` of an adapter, but for its token tables: each acts on its own trigger alone"""
+    if share == 1:
+        return adapter
+    return Adapter(adapter.layers | adapter.without_token_tables().scaled(share).layers, adapter.metadata)
 
 
 def norm_shares(count: int, mode: str = "sum", amount: float = 1.0, wishes: Wishes = Wishes()) -> list[float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from .adapter import Adapter, is_token_table
@@ -40,14 +40,29 @@ def kept_moments(lora: Path, base: str | None = None) -> tuple[Moments, str] | N
 
     base: the one wanted; without it the newest file counts.
     """
+    return next(((read_statistics(path)[0], on) for path, on in _recorded(lora) if base in (None, on)), None)
+
+
+def shared_base(loras: list[Path]) -> str | None:
+    """The base model on which most of these LoRAs have moments, of several the one that the first of them saw last: what one
+    sees on another model is not what it sees beside the others.  None if none has any."""
+    named = {lora: [on for _, on in _named(lora)] for lora in loras}
+    if len({on for bases in named.values() for on in bases}) > 1:  # only then need the LoRAs themselves be read
+        named = {lora: [on for _, on in _recorded(lora)] for lora in loras}
+    bases = [on for bases in named.values() for on in bases]
+    return max(bases, key=bases.count, default=None)  # the first of equals
+
+
+def _recorded(lora: Path) -> Iterator[tuple[Path, str]]:
+    """Its files of moments, the newest first, and the base model that each is of"""
+    return ((path, on) for path, on in _named(lora) if read_metadata(path).get("seqlora.lora") == tensors_hash(lora))
+
+
+def _named(lora: Path) -> list[tuple[Path, str]]:
+    """The same by their names alone: the LoRA may be another one since"""
     pattern = re.compile(re.escape(lora.stem) + r"\.([0-9a-f]{16})\.stats\.safetensors")
     found = [(p, pattern.fullmatch(p.name)) for p in lora.parent.glob("*.stats.safetensors")]
-    fitting = [(p, match[1]) for p, match in found if match and base in (None, match[1])]
-    for path, on in sorted(fitting, key=lambda f: _changed(f[0]), reverse=True):
-        moments, _, metadata = read_statistics(path)
-        if metadata.get("seqlora.lora") == tensors_hash(lora):
-            return moments, on
-    return None
+    return sorted(((p, match[1]) for p, match in found if match), key=lambda f: _changed(f[0]), reverse=True)
 
 
 def kept_trigger(lora: Path, base: str) -> str:

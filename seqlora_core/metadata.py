@@ -77,7 +77,7 @@ def datasets(name: str, phrase: str, count: int) -> list[dict]:
 def network(adapter) -> dict[str, str]:
     """Of any LoRA; the rank is the widest layer's"""
     layers = adapter.without_token_tables().layers or adapter.layers
-    rank = str(max(d.rank for d in layers.values()))
+    rank = str(max((d.rank for d in layers.values()), default=0))
     return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "modelspec.sai_model_spec": "1.0.1",
             "modelspec.implementation": HOME}  # fmt: skip
 

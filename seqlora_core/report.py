@@ -123,6 +123,7 @@ def interference_report(
     if known:
         own = before.own()
         report.crosstalk, report.disturbance = before.crosstalk(own), before.disturbance(own)
+    after = None
     if projected is not None and mode != "sum":
         after = _Sums(projected, plain, seen, strengths)
         report.mode, report.overlap_after = mode, after.overlap().tolist()
@@ -130,7 +131,7 @@ def interference_report(
         report.energy_kept = (after.own() / kept).where(kept > LEAST, 1.0).tolist()
         if known:
             report.crosstalk_after, report.disturbance_after = after.crosstalk(own), after.disturbance(own)
-    report.worst = _worst(report, before)
+    report.worst = _worst(report, before, after)
     report.advice = _advice(report, strengths)
     report.advice += [
         f"{' and '.join(called[:4])}{' and others' if len(called) > 4 else ''} share the trigger {words!r}: "
@@ -227,8 +228,9 @@ def _moved(deltas: list, own: list, plain: bool, seen: list, strengths: list[flo
     return out
 
 
-def _worst(report: Report, before: _Sums) -> list[dict]:
-    """The pairs with the largest figures: as a plain sum, since that is what a projection has to repair"""
+def _worst(report: Report, before: _Sums, after: _Sums | None) -> list[dict]:
+    """The pairs with the largest figures: as a plain sum, since that is what a projection has to repair.  layers: that cause
+    it as a plain sum; layers_after: what is left of it with the projection"""
     matrix, names = torch.tensor(report.before), report.names
     matrix.fill_diagonal_(-1)
     if not report.measured:
@@ -239,7 +241,7 @@ def _worst(report: Report, before: _Sums) -> list[dict]:
         if matrix[i, j] > 0:
             then = None if report.after is None else report.after[i][j]
             pair = {"source": names[i], "target": names[j], "before": report.before[i][j], "after": then}
-            out.append(pair | {"layers": before.causes(i, j)})
+            out.append(pair | {"layers": before.causes(i, j), "layers_after": after and after.causes(i, j)})
     return out
 
 
@@ -261,11 +263,12 @@ def _advice(report: Report, strengths: list[float]) -> list[str]:
         )
     elif now[worst] > DISTURBED:
         out.append(
-            f"the others move {report.names[worst]} by {percent(now[worst])} of a concept's own effect: Apply Stack's mode 'data' takes "
-            "most of that away."
+            f"the others move {report.names[worst]} by {percent(now[worst])} of a concept's own effect: try Apply Stack's mode 'data', "
+            "and look here with it."
         )
     for pair in report.worst[:3]:
-        value = pair["before"] if pair["after"] is None else pair["after"]
+        told = "before" if pair["after"] is None else "after"
+        value, layers = pair[told], pair["layers" if told == "before" else "layers_after"]
         if value > DISTURBED:
             strength = strengths[report.names.index(pair["source"])]
             lower = strength * (DISTURBED / value) ** 0.5
@@ -275,7 +278,7 @@ def _advice(report: Report, strengths: list[float]) -> list[str]:
                 else f"leave {pair['source']} out"
             )
             out.append(
-                f"{pair['source']} moves {pair['target']} by {percent(value)} of its own effect, most in {pair['layers'][0]}: {what}."
+                f"{pair['source']} moves {pair['target']} by {percent(value)} of its own effect, most in {layers[0]}: {what}."
             )
     weak = [(kept, name) for name, kept in zip(report.names, report.energy_kept or []) if kept < LEFT]
     if weak:

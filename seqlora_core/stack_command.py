@@ -17,7 +17,7 @@ def _adapters(args):
     """
     from .adapter import load_adapter
     from .library import Library
-    from .lora_moments import kept_general, kept_moments
+    from .lora_moments import kept_general, kept_moments, shared_base
     from .same_layers import check_widths, moments_under, one_spelling, under_names
     from .statistics import read_statistics
 
@@ -30,13 +30,17 @@ def _adapters(args):
     names, out, general, ask = [], [], None, "give their model with --model, or use the node Save Stack with it"
     if args.model is not None:
         names, ask = [s.name for s in open_model(args).sites()], "use the node Save Stack with their model"
-    for item in args.adapters:
-        path, strength = _with_strength(item)
+    files = [_with_strength(item) for item in args.adapters]
+    twice = next((p for p, _ in files if [q.resolve() for q, _ in files].count(p.resolve()) > 1), None)
+    if twice:
+        raise UserError(f"{twice} is named twice: name it once, with one strength")
+    base = shared_base([path for path, _ in files])
+    for path, strength in files:
         adapter, stats, moments = load_adapter(path), path.with_name(f"{path.stem}.stats.safetensors"), None
         if stats.exists():
             moments, *_ = read_statistics(stats)
-        elif kept := kept_moments(path):
-            moments, base = kept
+        elif kept := kept_moments(path, base):
+            moments, _ = kept
             general = general or kept_general(path.parent, base)
         out.append((path.stem, under_names(adapter, [*names, *(moments.layers if moments else ())]), strength, moments))
     out = [part for part in out if part[2]] or out
@@ -72,7 +76,7 @@ def _with_strength(item: str) -> tuple[Path, float]:
 
 def stack(args):
     from .adapter import check_useful, concatenate, save_adapter
-    from .composition import Wishes, energy_kept, norm_shares, project
+    from .composition import Wishes, energy_kept, norm_shares, project, shared
     from .diffusers_names import as_diffusers
     from .low_rank import truncated
     from .same_layers import unseen
@@ -97,7 +101,7 @@ def stack(args):
     projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
     shares = norm_shares(len(parts), args.mode, args.amount, wishes) if args.norm_control else [1.0] * len(parts)
-    together = concatenate([p.scaled(s * share) for p, (_, _, s, _), share in zip(projected, parts, shares)])
+    together = concatenate([shared(p, share).scaled(s) for p, (_, _, s, _), share in zip(projected, parts, shares)])
     together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
     written, lost = truncated(together, args.rank)
     if args.diffusers:

@@ -50,10 +50,10 @@ def shared_triggers(metadata: dict[str, dict[str, str]]) -> list[tuple[str, list
             words[name] = phrase
     rare = {name: {w for w in (own[:-1] or own) if w not in EVERYDAY} for name, own in words.items()}
     out: dict[tuple[str, ...], str] = {}
-    for phrase in dict.fromkeys(frozenset(own) for own in words.values()):
-        called = [name for name, own in words.items() if phrase <= set(own)]
+    for phrase in words.values():
+        called = [name for name, own in words.items() if set(phrase) <= set(own)]
         if len(called) > 1:
-            out[tuple(called)] = " ".join(sorted(phrase))
+            out.setdefault(tuple(called), " ".join(phrase))
     for word in dict.fromkeys(w for own in words.values() for w in own):
         called = [name for name, own in rare.items() if word in own]
         if len(called) > 1:

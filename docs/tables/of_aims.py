@@ -43,11 +43,11 @@ def _method() -> list[Line]:
             if "identity_alone" in r and "identity_stack" in r and count == 10:
                 away = abs(r["identity_alone"] - r["identity_stack"])
                 lines.append(_most("identity of the stack, away from a concept alone", IDENTITY, away))
-            ahead = {
-                n: x["kept_mean"] for n, x in here.items() if x["kept_mean"] > r["kept_mean"] and not n.startswith("seqlora")
-            }
+            rivals = {n: x["kept_mean"] for n, x in here.items() if not n.startswith("seqlora")}
+            ahead = {n: kept for n, kept in rivals.items() if kept > r["kept_mean"]}
             named = "; ".join(f"`{n}` keeps {k:.2f} at {here[n]['generic_drift']:.1%} of drift" for n, k in ahead.items())
-            lines.append(("ahead of the rivals that were measured", "all", named or "all", not ahead))
+            found = named or ("all" if rivals else "none was measured")
+            lines.append(("ahead of the rivals that were measured", "all", found, bool(rivals) and not ahead))
     return lines
 
 

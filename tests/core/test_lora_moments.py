@@ -1,6 +1,7 @@
 """Moments of anyone's LoRA: drawn by itself, kept beside its file, found again, and not trusted when the file changed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from seqlora_core.lora_moments import (
     kept_moments,
     moments_path,
     see_trigger,
+    shared_base,
 )
 from seqlora_core.statistics import Moments
 from seqlora_core.tensor_file import tensors_hash
@@ -64,6 +66,17 @@ def test_moments_are_kept_for_one_lora_and_one_base(tmp_path, model):
     assert base == BASE and found.layers["q"] is found.layers["k"] and torch.equal(found["out"], moments["out"])
     assert kept_moments(lora, BASE) is not None and kept_moments(lora, "f" * 16) is None
     assert kept_moments(lora.with_name("a.safetensors")) is None  # a name that this one only starts with
+
+
+def test_of_several_base_models_the_one_counts_that_all_have_seen(tmp_path, model):
+    both, other = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], "f" * 16
+    assert shared_base(both) is None
+    for seed, lora in enumerate(both):
+        save_adapter(lora, adapter_of(model, seed))
+        keep_moments(lora, BASE, Moments({"q": torch.eye(3)}), "ohwx")
+    keep_moments(both[0], other, Moments({"q": torch.eye(3)}), "ohwx")  # the newest, of one of them
+    os.utime(moments_path(both[0], other), (2e9, 2e9))
+    assert shared_base(both) == BASE and shared_base(both[:1]) == other
 
 
 def test_moments_outlive_new_metadata_but_not_new_weights(tmp_path, model):
@@ -155,5 +168,8 @@ def test_calibrate_then_stack_by_data_on_the_command_line(model, tmp_path, capsy
     assert main(["report", *names, "--mode", "weights", "--output", str(data)]) == 0
     assert json.loads(data.read_text(encoding="utf-8"))["mode"] == "weights"
     assert main(["report", *names, "--amount", "2"]) == 2
-    assert main(["report", names[0], names[0]]) == 2
+    assert main(["report", names[0], names[0]]) == 2 and "is named twice" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    save_adapter(tmp_path / "other" / "one.safetensors", load_adapter(files[0]))
+    assert main(["report", names[0], str(tmp_path / "other" / "one.safetensors")]) == 2
     assert "have the same name" in capsys.readouterr().err

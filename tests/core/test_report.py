@@ -170,7 +170,7 @@ def test_a_projection_that_does_harm_is_not_advised():
     harm = [adapters["a"].scaled(3.0), adapters["b"].scaled(4.0)]
     report = interference_report(adapters, moments, [0.2, 0.2], harm, "data")
     assert max(report.disturbance) < 0.25 < max(report.disturbance_after)
-    assert "as a plain sum: use mode 'sum'." in report.advice[0] and "takes most of that away" not in report.text()
+    assert "as a plain sum: use mode 'sum'." in report.advice[0] and "try Apply Stack's mode 'data'" not in report.text()
     assert "energy on its own inputs that mode 'data' keeps, the least first: a 900%, b 1600%" in report.text()
 
 

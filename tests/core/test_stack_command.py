@@ -52,6 +52,12 @@ def test_what_has_strength_0_takes_no_part(capsys, files, tmp_path):
     assert code == 2 and "give a strength other than 0" in err
 
 
+def test_a_file_that_is_named_twice_is_told(capsys, files, tmp_path):
+    a = files("a", 1)
+    code, _, err = run(capsys, "stack", f"{a}:0.5", f"{a}:0.5", "--output", tmp_path / "x.safetensors")
+    assert code == 2 and "is named twice: name it once, with one strength" in err
+
+
 @pytest.mark.parametrize("command", ["stack", "report"])
 def test_who_was_not_calibrated_is_named(capsys, files, tmp_path, command):
     both = files("a", 1), files("b", 2)

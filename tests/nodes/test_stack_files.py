@@ -14,6 +14,7 @@ from seqlora_core.spectrum import capped
 from .comfy_server import Failed
 from .test_training import BASE, draw, pixels
 
+CLIP_LAYER = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
 PROJ = "diffusion_model.joint_blocks.0.x_block.attn.proj"
 
 
@@ -81,6 +82,18 @@ def test_a_schedule_acts_between_its_percents(server, folder):
     assert np.abs(half - always).max() > 10 and np.abs(half - never).max() > 10
     with pytest.raises(Failed, match="it would never act"):
         between(0.5, 0.5)
+
+
+def test_a_schedule_holds_for_the_text_encoder_too(server, folder):
+    layer = LayerDelta(torch.ones(1, 256), torch.full((256, 1), 0.05))
+    save_adapter(folder / "texts.safetensors", Adapter({CLIP_LAYER: layer}))
+
+    def between(start, end):
+        return drawn(server, applied({"2": concept("texts", start_percent=start, end_percent=end)}, "2"))
+
+    always, never = between(0.0, 1.0), drawn(server, dict(BASE), "1")
+    assert np.abs(always - never).max() > 10
+    assert np.abs(between(0.99, 1.0) - never).max() <= 1 and np.abs(between(0.0, 0.99) - always).max() <= 1
 
 
 def test_filters_protection_and_projection_are_told(server, folder):

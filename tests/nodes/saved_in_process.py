@@ -1,0 +1,114 @@
+"""Run by ComfyUI's own python (not by pytest): what a saved stack does beside what Apply Stack does, for every kind of change.
+
+argv: ComfyUI checkout, this pack, a folder for LoRAs, output file (JSON).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+comfy_root, pack, folder, output = map(Path, sys.argv[1:5])
+sys.path.insert(0, str(pack / "benchmarks"))
+
+from comfy_process import start  # noqa: E402
+
+start(comfy_root, pack)
+
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from seqlora_pack.nodes.apply_stack import SeqLoRAApplyStack  # noqa: E402
+from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
+from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
+from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
+from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
+
+folder_paths.folder_names_and_paths["loras"] = ([str(folder)], {".safetensors"})
+STEM = "diffusion_model.joint_blocks.0.x_block.attn.proj"
+WIDTH = 192
+generator = torch.Generator().manual_seed(0)
+
+
+def randn(*shape, size=0.05):
+    return size * torch.randn(*shape, generator=generator)
+
+
+def plain():
+    return {f"{STEM}.lora_down.weight": randn(4, WIDTH), f"{STEM}.lora_up.weight": randn(WIDTH, 4)}
+
+
+def kinds():
+    halves = {f"{STEM}.lokr_w1": randn(4, 4, size=1), f"{STEM}.lokr_w2": randn(WIDTH // 4, WIDTH // 4)}
+    return {
+        "plain": plain(),
+        "other": plain(),
+        "full": {f"{STEM}.diff": randn(WIDTH, WIDTH, size=0.01)},
+        "dora": plain() | {f"{STEM}.dora_scale": 1 + randn(WIDTH, 1), "text_model.embeddings.position_ids": torch.arange(77)},
+        "oft": {f"{STEM}.oft_blocks": randn(8, 24, 24, size=0.1), f"{STEM}.alpha": torch.tensor(0.0)},
+        "lokr": {k: v.half() for k, v in halves.items()} | {f"{STEM}.alpha": torch.tensor(1e5).half()},
+        "bias": {f"{STEM}.diff_b": randn(WIDTH)},
+    }
+
+
+def changes(patched, clip):
+    """Key -> what became of the weight, less what it was"""
+    found = {}
+    for patcher in (patched, clip.patcher):
+        before = {k: comfy.utils.get_attr(patcher.model, k).detach().clone() for k in patcher.patches}
+        patcher.patch_model()
+        found |= {k: comfy.utils.get_attr(patcher.model, k).detach() - before[k] for k in patcher.patches}
+        patcher.unpatch_model()
+    return found
+
+
+def away(found, wanted):
+    """Of one set of changes from another, as a share of that"""
+    keys = {*found, *wanted}
+    zero = torch.zeros(())
+    error = sum(float((found.get(k, zero) - wanted.get(k, zero)).double().square().sum()) for k in keys)
+    return (error / sum(float(w.double().square().sum()) for w in wanted.values())) ** 0.5
+
+
+def stack(*names):
+    return Stack([Entry("", f"{name}.safetensors", 1.0 if i == 0 else 0.6) for i, name in enumerate(names)])
+
+
+def applied(*names, mode="sum", amount=1.0, **options):
+    return changes(*SeqLoRAApplyStack.execute(model, clip, stack(*names), mode, amount, **options).args[:2])
+
+
+def saved(*names, mode="sum", **options):
+    SeqLoRASaveStack.execute(stack(*names), "saved", mode, 1.0, True, model=model, clip=clip, **options)
+    return by_stock("saved")
+
+
+def by_stock(name):
+    tensors = comfy.utils.load_torch_file(str(folder / f"{name}.safetensors"), safe_load=True)
+    return changes(*comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 1.0))
+
+
+with torch.inference_mode():
+    model, clip, _ = load_demo_model(DEMO_MODEL)
+    everything = kinds()
+    for name, tensors in everything.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    others = [name for name in everything if name != "plain"]
+    bias = f"{STEM}.bias"
+    lengths = {
+        mode: float(applied("bias", "plain", "other", "full", mode=mode, norm_control=True)[bias].norm())
+        for mode in ("sum", "weights")
+    }
+    found = {
+        "saved": {
+            f"{mode} {name}": away(saved("plain", name, mode=mode), applied("plain", name, mode=mode))
+            for mode in ("sum", "weights") for name in others
+        },
+        "amount 0": {n: away(applied("plain", n, mode="weights", amount=0.0), applied("plain", n)) for n in others},
+        "alone": {n: away(applied(n, mode="weights"), applied(n)) for n in others},
+        "stock": {n: away(applied(n), by_stock(n)) for n in others},
+        "bias saved": away(saved("bias"), by_stock("bias")),
+        "norm control": {m: v / float(by_stock("bias")[bias].norm()) for m, v in lengths.items()},
+    }  # fmt: skip
+output.write_text(json.dumps(found))
