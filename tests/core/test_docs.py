@@ -56,6 +56,7 @@ def test_the_import_order_of_the_docs_is_the_tested_one():
     assert [set(line.split()) for line in block] == LAYERS
 
 
-def test_the_first_screen_names_both_commands():
+def test_the_first_screen_names_both_commands_and_what_to_open():
     first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40])
-    assert "make demo" in first and "make test" in first
+    for name in ("make demo", "make test", "`bring_your_own_loras`", "`teach_a_concept`", "(docs/TUTORIAL.md)"):
+        assert name in first, name
