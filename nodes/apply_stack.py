@@ -82,7 +82,7 @@ class SeqLoRAApplyStack(io.ComfyNode):
         stack = Stack([e.times(strength, layers) for e in stack.entries])
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control)
         model, clip, missing = patch_model(model, clip, composed.parts, weights)
-        lines = [report_of(composed, mode).text(), *composed.notes(mode, wishes.cap)]
+        lines = [report_of(composed, mode, strength).text(), *composed.notes(mode, wishes.cap)]
         if missing:
             lines.append(
                 f"{len(missing)} layers of the stack have no place in this model, first {missing[0]}: it was trained on another kind."

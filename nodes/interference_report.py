@@ -11,7 +11,7 @@ from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
 from .comfy_patches import Part
 from .comfy_weights import Weights
-from .loading import Composed, by_file, compose_stack, load_members, names_of, unrecorded
+from .loading import Composed, by_file, compose_stack, load_members, meeting, names_of, unrecorded
 from .types import CATEGORY, StackType
 
 AUTO = "auto"
@@ -56,9 +56,9 @@ class SeqLoRAInterferenceReport(io.ComfyNode):
         return io.NodeOutput(report.text(), picture, data, ui=ui.PreviewImage(picture, cls=cls))
 
 
-def report_of(composed: Composed, mode: str) -> Report:
+def report_of(composed: Composed, mode: str, times: float = 1.0) -> Report:
     """The stack as a plain sum beside its projection, as far as it is low-rank; a LoRA that is there several times, for other
-    layers, steps or parts of the model, stands in it once"""
+    layers, steps or parts of the model, stands in it once.  times: of the strengths that the entries had"""
     concepts, parts = composed.concepts, composed.parts
     groups = by_file(composed.members)
     firsts = [concepts[group[0]] for group in groups]
@@ -67,9 +67,11 @@ def report_of(composed: Composed, mode: str) -> Report:
     strengths = [max((parts[i].strength for i in group), key=abs) for group in groups]
     plain, projected = (
         [_joined([(a[i], parts[i], top or 1.0) for i in group]) for group, top in zip(groups, strengths)]
-        for a in ([c.adapter for c in concepts], [p.adapter for p in parts])
+        # of a plain sum what norm control and the cap leave of each is what acts
+        for a in ([(c if mode != "sum" else p).adapter for c, p in zip(concepts, parts)], [p.adapter for p in parts])
     )
-    return interference_report(dict(zip(names, plain)), moments, strengths, projected, mode)
+    asked = [s / (times or 1.0) for s in strengths]
+    return interference_report(dict(zip(names, plain)), moments, strengths, projected, mode, asked, meeting(composed.members))
 
 
 def _joined(entries: list[tuple[Adapter, Part, float]]) -> Adapter:

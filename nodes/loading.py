@@ -203,7 +203,11 @@ def compose_stack(
             read.append((weights.digest(member.fitted.read_weights()), member.fitted.bends_at(strength)))
             member.fitted = _as_low_rank(member, weights, exact and not projects, *read[-1])
     states = tuple(
-        (file_stamps(entry_file(m.entry)), m.entry.base, m.entry.layers, m.entry.part, m.entry.protected) for m in members
+        (
+            file_stamps(entry_file(m.entry)),
+            *(getattr(m.entry, k) for k in ("base", "layers", "part", "protected", "start", "end")),
+        )
+        for m in members
     )
     files = (entry_file(m.entry) for m in members)
     key = (*files, states, _general_state(members), mode, amount, wishes, exact, weights and weights.signature, tuple(read))
@@ -256,13 +260,32 @@ def _project(members: list[Member], mode: str, amount: float, wishes: Wishes, ex
     general = general_moments([m.entry for m in members]) if mode == "data" else None
     if general is not None:
         general = moments_under(general, [n for a in adapters for n in a.layers])
-    projected = project(adapters, mode, amount, None if silent else moments, general, wishes=wishes)
+    projected: list[Adapter] = [None] * len(groups)
+    for some in _at_once(meeting(members)):  # what never acts at the same time need not give way
+        own = replace(wishes, protected=frozenset(n for n, i in enumerate(some) if i in wishes.protected))
+        known = None if silent else [moments[i] for i in some]
+        for i, adapter in zip(some, project([adapters[i] for i in some], mode, amount, known, general, wishes=own)):
+            projected[i] = adapter
     pieces: list[Adapter] = [None] * len(members)
     for group, whole in zip(groups, projected):
         for place in group:
             own = members[place].fitted.adapter.layers
             pieces[place] = whole if len(group) == 1 else Adapter({n: whole.layers[n] for n in own}, whole.metadata)
     return pieces
+
+
+def meeting(members: list[Member]) -> torch.Tensor:
+    """[N, N] of the LoRAs, as `by_file` has them: whether two ever act at the same time"""
+    entries = [[members[i].entry for i in group] for group in by_file(members)]
+    return torch.tensor([[any(a.start < b.end and b.start < a.end for a in x for b in y) for y in entries] for x in entries])
+
+
+def _at_once(meet: torch.Tensor) -> list[list[int]]:
+    """Those that meet, or are met by one that does, together"""
+    reached = meet.double()
+    for _ in range(len(meet).bit_length()):
+        reached = (reached @ reached).clamp_max(1.0)
+    return [list(group) for group in dict.fromkeys(tuple(row.nonzero().flatten().tolist()) for row in reached)]
 
 
 def by_file(members: list[Member]) -> list[list[int]]:

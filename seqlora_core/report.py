@@ -106,33 +106,35 @@ def percent(value: float) -> str:
 
 def interference_report(
     adapters: dict[str, Adapter], moments: dict[str, Moments] | None = None, strengths: list[float] | None = None,
-    projected: list[Adapter] | None = None, mode: str = "sum",
+    projected: list[Adapter] | None = None, mode: str = "sum", asked: list[float] | None = None, meet: Tensor | None = None,
 ) -> Report:  # fmt: skip
     """Who disturbs whom, before any picture is drawn.
 
     adapters: name -> adapter at strength 1.  moments: name -> second moments of the inputs that concept sees; None (or
     a name missing) leaves only what the weights say.  projected: the adapters as `composition.project` makes them with
-    `mode`, at strength 1.
+    `mode`, at strength 1.  asked: the strengths as their user set them, if something else scales them too: advice is in these.
+    meet: [N, N], whether two ever act at the same time; None: all do.
     """
     names, plain = list(adapters), list(adapters.values())
     strengths = [1.0] * len(names) if strengths is None else strengths
     known = moments is not None and all(n in moments for n in names)
     seen = [moments[n] for n in names] if known else None
-    before = _Sums(plain, plain, seen, strengths)
+    meet = torch.ones(len(names), len(names), dtype=torch.bool) if meet is None else meet
+    before = _Sums(plain, plain, seen, strengths, meet)
     report = Report(names, None, before.overlap().tolist())
     if known:
         own = before.own()
         report.crosstalk, report.disturbance = before.crosstalk(own), before.disturbance(own)
     after = None
     if projected is not None and mode != "sum":
-        after = _Sums(projected, plain, seen, strengths)
+        after = _Sums(projected, plain, seen, strengths, meet)
         report.mode, report.overlap_after = mode, after.overlap().tolist()
         kept = before.own()
         report.energy_kept = (after.own() / kept).where(kept > LEAST, 1.0).tolist()
         if known:
             report.crosstalk_after, report.disturbance_after = after.crosstalk(own), after.disturbance(own)
     report.worst = _worst(report, before, after)
-    report.advice = _advice(report, strengths)
+    report.advice = _advice(report, asked or strengths)
     report.advice += [
         f"{' and '.join(called[:4])}{' and others' if len(called) > 4 else ''} share the trigger {words!r}: "
         "one prompt word calls them all, give each its own."
@@ -155,13 +157,16 @@ def interference_report(
 class _Sums:
     """What a report needs of one stack, added up layer by layer.
 
-    stack: adapters at strength 1, projected or not; plain: the same unprojected; moments: of each one's inputs, or None.
+    stack: adapters at strength 1, projected or not; plain: the same unprojected; moments: of each one's inputs, or None;
+    meet: [N, N], whether two ever act at the same time.
     """
 
-    def __init__(self, stack: list[Adapter], plain: list[Adapter], moments: list[Moments] | None, strengths: list[float]):
+    def __init__(
+        self, stack: list[Adapter], plain: list[Adapter], moments: list[Moments] | None, strengths: list[float], meet: Tensor
+    ):  # fmt: skip
         self.layers = list(dict.fromkeys(n for a in plain for n in a.without_token_tables().layers))
         self.square = torch.tensor(strengths, dtype=torch.float64).square()[:, None]
-        self.stack, self.energies, self.alike = stack, [], []  # of each layer, [N, N]
+        self.stack, self.energies, self.alike, self.meet = stack, [], [], meet  # of each layer, [N, N]
         self.moved = torch.zeros(len(stack), dtype=torch.float64)
         for name in self.layers:
             own = [a.layers[name].float() if name in a.layers else None for a in plain]
@@ -172,7 +177,7 @@ class _Sums:
                 width = next((len(s) for s in seen if s is not None), None)
                 deltas, own = ([d and width and d.by_channel(width) for d in ds] for ds in (deltas, own))
                 self.energies.append(energies(deltas, seen))
-                self.moved += _moved(deltas, own, stack is plain, seen, strengths)
+                self.moved += _moved(deltas, own, stack is plain, seen, strengths, meet)
 
     def own(self) -> Tensor:
         """Energy of each on its own inputs; of its weights, where no moments are known"""
@@ -183,7 +188,8 @@ class _Sums:
 
     def crosstalk(self, own: Tensor) -> list[list[float]]:
         """0 for those that have no low-rank effect to be moved"""
-        return (self.square * sum(self.energies, torch.zeros(len(own), len(own))) / own.where(own > LEAST, torch.inf)).tolist()
+        total = sum(self.energies, torch.zeros(len(own), len(own))) * self.meet
+        return (self.square * total / own.where(own > LEAST, torch.inf)).tolist()
 
     def disturbance(self, own: Tensor) -> list[float]:
         some = own[own > LEAST]
@@ -192,7 +198,7 @@ class _Sums:
     def overlap(self) -> Tensor:
         if not self.alike:
             return torch.zeros(len(self.stack), len(self.stack), dtype=torch.float64)
-        return torch.stack(self.alike).nanmean(0).nan_to_num(0.0)
+        return torch.stack(self.alike).nanmean(0).nan_to_num(0.0) * self.meet
 
     def causes(self, source: int, target: int) -> list[str]:
         """The layers that cause most of a pair's figure: as few as make half of it, at most three"""
@@ -204,17 +210,18 @@ class _Sums:
         return [self.layers[i].removeprefix("diffusion_model.").removeprefix("lora_unet_") for i in order[:count].tolist()]
 
 
-def _moved(deltas: list, own: list, plain: bool, seen: list, strengths: list[float]) -> Tensor:
-    """[j]: energy on j's inputs, in one layer, of all that the stack does there and j alone would not.
+def _moved(deltas: list, own: list, plain: bool, seen: list, strengths: list[float], meet: Tensor) -> Tensor:
+    """[j]: energy on j's inputs, in one layer, of all that the stack does there while j acts and j alone would not.
 
     By r x r products where that has far fewer directions than the weight, else by the weight's own change.
     plain: the stack is not projected, so that j alone does just what it does there.
     """
     out = torch.zeros(len(seen), dtype=torch.float64)
-    parts = {i: replace(d, up=d.up * s) for i, (d, s) in enumerate(zip(deltas, strengths)) if d is not None}
-    whole = None
+    everything = {i: replace(d, up=d.up * s) for i, (d, s) in enumerate(zip(deltas, strengths)) if d is not None}
+    wholes: dict[tuple[int, ...], Tensor] = {}
     for j, moment in enumerate(seen):
         unchanged = plain or deltas[j] is own[j]
+        parts = {i: p for i, p in everything.items() if meet[i, j]}
         others = [p for i, p in parts.items() if not (unchanged and i == j)]
         if own[j] is not None and not unchanged:
             others.append(replace(own[j], up=own[j].up * -strengths[j]))
@@ -223,7 +230,9 @@ def _moved(deltas: list, own: list, plain: bool, seen: list, strengths: list[flo
         if sum(p.rank for p in others) < min(others[0].shape) / 2:
             out[j] = energies([joined(others)], [moment])[0, 0].clamp_min(0)
             continue
-        whole = sum(p.dense() for p in parts.values()) if whole is None else whole
+        if tuple(parts) not in wholes:
+            wholes[tuple(parts)] = sum(p.dense() for p in parts.values())
+        whole = wholes[tuple(parts)]
         out[j] = dense_energy(whole if own[j] is None else whole - strengths[j] * own[j].dense(), moment)
     return out
 

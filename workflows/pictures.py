@@ -9,7 +9,9 @@ web/docs/images/*.png         every node, for its help page (NAME: nodes)
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 import tempfile
 from io import BytesIO
@@ -21,25 +23,34 @@ from PIL.PngImagePlugin import PngInfo
 from tests.nodes.comfy_server import Server, find_comfyui
 from tests.workflows.browser import EMPTY, Page, find_browser
 
-from .build import HERE, WORKFLOWS
+from .build import HERE, LIBRARY, WORKFLOWS
 
 DRAWN = HERE.parent / "docs" / "images" / "workflows"
 NODES = HERE.parent / "web" / "docs" / "images"
 
 
 def take(page: Page, name: str) -> None:
-    page.open(json.loads((HERE / f"{name}.json").read_text(encoding="utf-8")))
+    """Of a run that begins with an empty library, so that nothing of other workflows is in it"""
+    shutil.rmtree(page.server.base / "models" / "loras" / "seqlora" / LIBRARY, ignore_errors=True)
+    graph = (HERE / f"{name}.json").read_text(encoding="utf-8")
+    page.open(json.loads(graph))
     page.press_run()
     page.wait_until_done(1200)
     page.fit()
     shot = DRAWN / "shot.png"
     page.screenshot_canvas(shot)
-    Image.open(shot).convert("RGB").resize((1024, 615), Image.Resampling.LANCZOS).save(HERE / f"{name}.jpg", quality=82)
+    small = Image.open(shot).convert("RGB").resize((1024, 615), Image.Resampling.LANCZOS)
+    small.save(HERE / f"{name}.jpg", quality=82, comment=shown(graph))
     shot.unlink()
     newest = max(page.server.get("/history").values(), key=lambda entry: entry["prompt"][0])
     images = [image for out in newest["outputs"].values() for image in out.get("images", [])]
     drawn = next((i for i in images if i["type"] == "output"), images[0])
     save_to_drag(page.server.picture(drawn), name)
+
+
+def shown(graph: str) -> str:
+    """What a picture says of the graph that it was taken of"""
+    return hashlib.sha256(graph.encode()).hexdigest()
 
 
 def save_to_drag(picture: bytes, name: str) -> None:

@@ -1,6 +1,8 @@
 """The report's figures against their plain definitions, in float64; its words; its pictures."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +61,40 @@ def test_overlaps_of_all_pairs_equal_those_of_each():
         for j in range(3):
             assert found[i, j].item() == pytest.approx(plain_overlap(deltas[i].down, deltas[j].down), rel=1e-6)
     assert found[3].isnan().all()
+
+
+def test_those_that_never_act_at_the_same_time_do_not_disturb_each_other():
+    """c0 meets c1 alone: what there is of c2 counts for neither, and c0's figures are those of the two"""
+    adapters, moments = stack_of(3)
+    meet = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    report = interference_report(adapters, moments, [0.7, 1.0, 1.0], meet=meet)
+    both = {n: adapters[n] for n in ("c0", "c1")}
+    alone = interference_report(both, moments, [0.7, 1.0])
+    assert report.crosstalk[2][:2] == [0.0, 0.0] and report.crosstalk[0][2] == report.overlap[0][2] == 0.0
+    assert report.crosstalk[0][:2] == pytest.approx(alone.crosstalk[0])
+    assert report.disturbance[2] == 0.0 and min(report.disturbance[:2]) > 0
+
+
+def test_advice_is_in_the_strengths_that_its_user_set():
+    adapters, moments = stack_of(2)
+    halved, whole = (
+        interference_report(adapters, moments, [0.5 * s, 0.5 * s], asked=asked) for s, asked in ((2.0, None), (2.0, [2.0, 2.0]))
+    )
+    numbers = [[float(w) for a in r.advice for w in re.findall(r"lower c\d to ([\d.]+)", a)] for r in (halved, whole)]
+    assert numbers[0] and numbers[1] == pytest.approx([2 * n for n in numbers[0]], rel=0.02)
+
+
+def test_the_layer_that_is_named_is_the_one_that_is_left_with_the_projection():
+    """As a plain sum all of it is in layer l, of which the projection takes everything"""
+    adapters, moments = stack_of(2)
+    adapters["c0"].layers["l"] = replace(adapters["c0"].layers["l"], up=30 * adapters["c0"].layers["l"].up)
+    without = Adapter({"m": adapters["c0"].layers["m"], "l": replace(adapters["c0"].layers["l"], up=torch.zeros(OUT, 1))})
+    report = interference_report(adapters, moments, projected=[without, adapters["c1"]], mode="data")
+    pair = next(p for p in report.worst if p["source"] == "c0")
+    assert pair["layers"] == ["l"] and pair["layers_after"] == ["m"]
+    assert any("most in m:" in a for a in report.advice) and not any(
+        "most in l:" in a for a in report.advice if "c0 moves" in a
+    )
 
 
 @pytest.mark.parametrize("mode, order", [("weights", "symmetric"), ("weights", "first"), ("data", "symmetric")])

@@ -5,6 +5,7 @@ argv: ComfyUI checkout, this pack, a folder for LoRAs, output file (JSON).
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 comfy_root, pack, folder, output = map(Path, sys.argv[1:5])
@@ -21,6 +22,8 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from seqlora_pack.nodes.apply_stack import SeqLoRAApplyStack  # noqa: E402
 from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
+from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
+from seqlora_pack.nodes.loading import compose_stack  # noqa: E402
 from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
 from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
@@ -79,6 +82,15 @@ def applied(*names, mode="sum", amount=1.0, **options):
     return changes(*SeqLoRAApplyStack.execute(model, clip, stack(*names), mode, amount, **options).args[:2])
 
 
+def in_turns(mode):
+    """Two that share the sampling but no step of it: how far each is from itself alone"""
+    entries = [replace(e, start=i / 2, end=(i + 1) / 2) for i, e in enumerate(stack("plain", "other").entries)]
+    parts = compose_stack(Stack(entries), mode, 1.0, None, Weights(model, clip)).parts
+    own = [compose_stack(Stack([e]), "sum", 1.0, None, Weights(model, clip)).parts[0] for e in entries]
+    pairs = [(p.adapter.layers[STEM], o.adapter.layers[STEM]) for p, o in zip(parts, own)]
+    return max(float((p.dense() - o.dense()).norm() / o.dense().norm()) for p, o in pairs)
+
+
 def saved(*names, mode="sum", **options):
     SeqLoRASaveStack.execute(stack(*names), "saved", mode, 1.0, True, model=model, clip=clip, **options)
     return by_stock("saved")
@@ -108,6 +120,7 @@ with torch.inference_mode():
         "amount 0": {n: away(applied("plain", n, mode="weights", amount=0.0), applied("plain", n)) for n in others},
         "alone": {n: away(applied(n, mode="weights"), applied(n)) for n in others},
         "stock": {n: away(applied(n), by_stock(n)) for n in others},
+        "in turns": in_turns("weights"),
         "bias saved": away(saved("bias"), by_stock("bias")),
         "norm control": {m: v / float(by_stock("bias")[bias].norm()) for m, v in lengths.items()},
     }  # fmt: skip

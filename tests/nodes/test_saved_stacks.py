@@ -29,6 +29,10 @@ def test_files_that_the_stock_loader_reads_are_read_alike(found):
     assert max(found["stock"].values()) < 1e-5
 
 
+def test_what_never_acts_at_the_same_time_does_not_give_way(found):
+    assert found["in turns"] < 1e-5
+
+
 def test_changes_of_biases_alone_are_saved(found):
     assert found["bias saved"] < 1e-6
 

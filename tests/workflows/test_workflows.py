@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from workflows.build import LIBRARY, SUBJECTS, build
+from workflows.pictures import shown
 
 from .conftest import WORKFLOWS, api_graph, page_graph
 
@@ -31,8 +32,13 @@ def test_committed_files_are_what_the_script_writes(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_workflow_has_a_small_picture(name):
-    picture = WORKFLOWS / f"{name}.jpg"
-    assert Image.open(picture).width >= 400 and picture.stat().st_size < 150_000
+    path = WORKFLOWS / f"{name}.jpg"
+    with Image.open(path) as picture:
+        assert picture.width >= 400 and path.stat().st_size < 150_000
+        graph = (WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
+        assert picture.info.get("comment", b"").decode() == shown(graph), (
+            f"{name}.jpg is stale: run python -m workflows.pictures"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
