@@ -5,9 +5,9 @@ from comfy_api.latest import io
 from ..seqlora_core.composition import MODES, ORDERS, Wishes
 from .comfy_patches import patch_model
 from .comfy_weights import Weights
+from .composing import compose_stack
 from .concept import LAYERS
 from .interference_report import report_of
-from .loading import compose_stack
 from .types import CATEGORY, Stack, StackType, advanced
 
 

@@ -11,7 +11,8 @@ from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
 from .comfy_patches import Part
 from .comfy_weights import Weights
-from .loading import Composed, by_file, compose_stack, load_members, meeting, names_of, unrecorded
+from .composing import Composed, by_file, compose_stack, meeting, names_of, unrecorded
+from .loading import load_members
 from .types import CATEGORY, StackType
 
 AUTO = "auto"

@@ -16,7 +16,7 @@ from .apply_stack import cap_input, projection_inputs
 from .comfy_patches import full_differences
 from .comfy_texts import Texts
 from .comfy_weights import Weights
-from .loading import Composed, compose_stack
+from .composing import Composed, compose_stack
 from .types import CATEGORY, StackType, advanced
 
 

@@ -26,9 +26,9 @@ from seqlora_pack.nodes.calibrate import SeqLoRACalibrate, _triggers  # noqa: E4
 from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
+from seqlora_pack.nodes.composing import compose_stack  # noqa: E402
 from seqlora_pack.nodes.concept import SeqLoRAConcept  # noqa: E402
 from seqlora_pack.nodes.interference_report import SeqLoRAInterferenceReport  # noqa: E402
-from seqlora_pack.nodes.loading import compose_stack  # noqa: E402
 from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import Adapter  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
@@ -157,11 +157,11 @@ def bent():
     patch = loading._read_file(folder / "oft.safetensors", weights).patches[KEY]
     ours = part.strength * part.adapter.layers[weights.name_of[KEY]].dense()
     before, wrong = weights.original(KEY), {}
-    for key, strength in (("acting", part.strength), ("asked", 0.8)):
+    for key, strength in (("acting", part.patch_strength), ("asked", 0.8)):
         after = comfy.lora.calculate_weight([(strength, patch, 1.0, None, None)], before.clone(), KEY)
-        theirs = (after - before) * (part.strength / strength)
+        theirs = (after - before) * (part.patch_strength / strength)
         wrong[key] = float((ours - theirs).norm() / theirs.norm())
-    return wrong | {"strength": part.strength}
+    return wrong | {"strength": part.patch_strength}
 
 
 with torch.inference_mode():

@@ -23,7 +23,7 @@ from safetensors.torch import save_file  # noqa: E402
 from seqlora_pack.nodes.apply_stack import SeqLoRAApplyStack  # noqa: E402
 from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
-from seqlora_pack.nodes.loading import compose_stack  # noqa: E402
+from seqlora_pack.nodes.composing import compose_stack  # noqa: E402
 from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
 from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
