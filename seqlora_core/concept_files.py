@@ -20,9 +20,12 @@ def read_concept(entry: dict[str, Any], lora: Path, stats: Path) -> Concept:
     adapter = load_adapter(lora)
     moments, tensors, metadata = read_statistics(stats)
     captions = json_of(stats, metadata, "seqlora.captions", list)
-    bases = {k.removeprefix("basis."): v for k, v in tensors.items() if k.startswith("basis.")}
+    stored = {k.removeprefix("basis."): v for k, v in tensors.items() if k.startswith("basis.")}
+    # fits once kept those of layers that no gradient reaches too, which a LoRA leaves out
+    bases = {n: b for n, b in stored.items() if n in adapter.layers}
     latents = tensors.get("latents", torch.zeros(0))
-    unfit = any(b.ndim != 2 or n not in adapter.layers or len(b) != adapter.layers[n].down.shape[1] for n, b in bases.items())
+    unfit = any(b.ndim != 2 or len(b) != adapter.layers[n].down.shape[1] for n, b in bases.items())
+    unfit = unfit or bool(stored) and not bases
     if unfit or latents.ndim == 0 or len(captions) != len(latents) or not all(isinstance(c, str) for c in captions):
         raise UserError(f"{stats} does not belong to {lora.name}: one of them is damaged or from another run, get both again")
     return Concept(entry["name"], entry["trigger"], entry["class_noun"], adapter, moments, bases, latents, captions)

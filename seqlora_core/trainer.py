@@ -169,7 +169,7 @@ def fit(
             with contextlib.suppress(UserError):  # of a full disk, which may be what stopped it
                 checkpoints.save(len(result.losses), progress.state())
     result.adapter = concept().to("cpu")
-    result.bases = {n: b.detach().cpu().clone() for g in groups for n, b in zip(g.names, g.basis)}
+    result.bases = {n: b.detach().cpu().clone() for g in groups for n, b in zip(g.names, g.basis) if n in result.adapter.layers}
     groups = learnt = lower = upper = objective = progress = replay = active = None  # what follows needs the room
     result.moments = _moments(denoiser, sets, prompts, result.adapter, config.seed)
     return result

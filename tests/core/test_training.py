@@ -1,6 +1,7 @@
 """Training on the real demo model: what the files hold, what survives a cancel, what is refused."""
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,16 +9,17 @@ import torch
 
 from seqlora_core import statistics, subspace
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, read_safetensors
-from seqlora_core.attach import Attachment, attached
+from seqlora_core.attach import Attachment, Site, attached
 from seqlora_core.calibration import record_moments
 from seqlora_core.config import TrainingConfig
+from seqlora_core.demo_model import DemoModel
 from seqlora_core.denoiser import loss
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import held_out_loss
 from seqlora_core.interference import adapter_energy
 from seqlora_core.library import Library
 from seqlora_core.linalg import ridge
-from seqlora_core.statistics import Recorder
+from seqlora_core.statistics import Moments, Recorder
 from seqlora_core.teach import train_concept
 from seqlora_core.trainer import fit
 
@@ -331,3 +333,30 @@ def test_adaptive_rank_leaves_room(model, subjects, calibration, new_library, tm
     (concept,) = library.concepts()
     ranks = {d.rank for d in concept.adapter.layers.values()}
     assert min(ranks) < 4 and all(b.shape[1] == concept.adapter.layers[n].rank for n, b in concept.bases.items())
+
+
+def test_a_library_of_a_model_with_a_layer_that_nothing_uses_is_read_and_taught_more(calibration, subjects, tmp_path):
+    """As the text half of some models' last block: lora_up stays zero there, so the LoRA leaves the layer out"""
+    model, name = DemoModel(), "diffusion_model.unused"
+    used = model.sites()[0]
+    unused = torch.nn.Linear(used.in_features, 4)
+
+    def run_unused(module, args, output):
+        unused(args[0])
+
+    used.modules[0].register_forward_hook(run_unused)
+    model._sites = [*model.sites(), Site(name, (unused,), used.in_features, 4)]
+    general = Moments({**calibration.moments.layers, name: calibration.moments.layers[used.name]})
+    library = Library(tmp_path / "library", model.fingerprint(), create=True)
+    library.keep_calibration(replace(calibration, moments=general))
+    teach(model, library, subjects["octopus"], steps=2)
+    first = library.load("octopus")
+    assert name not in first.adapter.layers and set(first.bases) == set(first.adapter.layers) and name in first.moments.layers
+    with_it = replace(first, bases={**first.bases, name: torch.eye(used.in_features)[:, :4]})
+    library.add(with_it, replace_existing=True)  # as it was once written
+    assert set(library.load("octopus").bases) == set(first.bases) and library.verify() == []
+    teach(model, library, subjects["penguin"], steps=2)
+    assert library.verify() == [] and name not in library.load("penguin").bases
+    library.add(replace(first, bases={name: with_it.bases[name]}), replace_existing=True)
+    with pytest.raises(UserError, match="does not belong to octopus.safetensors"):
+        library.load("octopus")
