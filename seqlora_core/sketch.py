@@ -156,8 +156,8 @@ def products(parts: list[Sketch]) -> Tensor:
         left, rows = one.vectors.double().mT, slice(ends[i], ends[i + 1])
         for j, other in enumerate(parts[: i + 1]):
             columns = slice(ends[j], ends[j + 1])
-            out[rows, columns] = left @ other.vectors.double()
-            out[columns, rows] = out[rows, columns].mT
+            block = left @ other.vectors.double()
+            out[rows, columns], out[columns, rows] = block, block.mT
     return out
 
 

@@ -190,6 +190,20 @@ def test_the_closed_form_of_more_pairs_than_inputs():
         assert (found[0].layers["l"].down - wanted[0]).norm() < 1e-5 * wanted[0].norm()
 
 
+def test_the_closed_form_of_moments_that_are_kept_as_one_pair():
+    """Of inputs that are all zero, or of one channel that outdoes all others"""
+    rows, nothing = torch.randn(200, 768, generator=torch.Generator().manual_seed(0)), Stream(768)
+    nothing.add(torch.zeros(20, 768))
+    rows[:, 5] *= 1e6
+    massive = Stream(768)
+    massive.add(rows)
+    seen = [nothing.sketch(20), massive.sketch(200)]
+    assert len(seen[0].values) == len(seen[1].values) == 1
+    parts = [Adapter({"l": LayerDelta(torch.randn(2, 768), torch.ones(5, 2))}) for _ in seen]
+    found = closed_form(parts, [Moments({"l": s}) for s in seen])
+    assert all(a.layers["l"].down.isfinite().all() for a in found)
+
+
 class Largest(TorchDispatchMode):
     """Numbers in the largest tensor that is made meanwhile"""
 
