@@ -107,7 +107,7 @@ def refit(sources: list[Library], folder: Path | str, beta: float = 1.0) -> tupl
 
 def _double(names: list[str]) -> str | None:
     """A name that is there twice, in whatever case: file systems differ"""
-    alike = [n.lower() for n in names]
+    alike = [n.casefold() for n in names]
     return next((n for n, a in zip(names, alike) if alike.count(a) > 1), None)
 
 

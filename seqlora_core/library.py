@@ -187,7 +187,7 @@ class Library:
 
     def check_free(self, name: str, replace_existing: bool = False) -> None:
         """UserError if the name is taken (in any case: file systems differ), or a file that is not this library's has it."""
-        taken = next((n for n in self.names if n.lower() == name.lower()), None)
+        taken = next((n for n in self.names if n.casefold() == name.casefold()), None)
         if taken is not None and not (replace_existing and taken == name):
             raise UserError(
                 f"the library {self.folder.name!r} has a concept {taken!r} already: remove it first, or use another name"

@@ -16,7 +16,8 @@ from .tensor_file import tensors_hash
 
 def repair(folder: Path | str) -> Library:
     """Rebuild the manifest from the concepts that are whole, in the order they were trained; of a manifest that can be read
-    a half done change is finished first and the order is kept.  Files that are not whole are left where they are."""
+    a half done change is finished first and the order is kept.  Files that are not whole are left where they are, and so are
+    those of a name that an earlier concept has in another case."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path")
@@ -53,4 +54,7 @@ def _whole_concepts(folder: Path) -> tuple[list[dict], str, int]:
             base, planned = metadata.get("seqlora.base", base), max(1, int(metadata.get("seqlora.planned", planned)))
         except (UserError, OSError, KeyError, ValueError):
             continue
-    return sorted(found, key=lambda e: (e["order"], e["name"])), base, planned
+    first: dict[str, dict] = {}
+    for entry in sorted(found, key=lambda e: (e["order"], e["name"])):
+        first.setdefault(entry["name"].casefold(), entry)
+    return list(first.values()), base, planned

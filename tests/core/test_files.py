@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter, write_safetensors
-from seqlora_core.editing import rename
+from seqlora_core.editing import refit, rename
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.names import safe_name
@@ -170,6 +170,26 @@ def test_a_library_belongs_to_one_base_model(library):
 def test_no_library_is_told(tmp_path):
     with pytest.raises(UserError, match="no library"):
         Library(tmp_path / "nothing")
+
+
+def test_a_name_that_is_another_one_in_capitals_is_taken(copy, tmp_path):
+    """As file systems see it: of the German sharp s too.  A library that has both already is read again after a repair"""
+    rename(copy, "fox", "straße")
+    shutil.copytree(copy.folder, tmp_path / "other")
+    with pytest.raises(UserError, match="has a concept 'straße' already"):
+        rename(copy, "penguin", "STRASSE")
+    for old, new in zip(copy.paths("penguin"), copy.paths("strasse")):
+        shutil.copy(old, new)
+    assert Library(copy.folder).names == ["octopus", "penguin", "straße"]
+    text = copy.manifest_path.read_text(encoding="utf-8").replace('"penguin"', '"strasse"')
+    copy.manifest_path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="names 'straße' twice"):
+        Library(copy.folder)
+    repair(copy.folder)
+    opened = Library(copy.folder)
+    assert opened.names == ["octopus", "penguin", "strasse"]
+    with pytest.raises(UserError, match="two of the libraries hold a concept 'straße'"):
+        refit([Library(tmp_path / "other"), opened], tmp_path / "merged")
 
 
 def test_two_writers_wait_or_are_told(copy, monkeypatch):
