@@ -111,6 +111,8 @@ class TrainingConfig:
             raise UserError(f"replay_target is {self.replay_target!r}: use 'base' or 'before'")
         if parse(self.hypergradient)[1] and not self.lower_steps:
             raise UserError("a hypergradient needs lower_steps: give 1 or more, such as 3")
+        if parse(self.hypergradient)[1] and not self.learn_basis:
+            raise UserError("a hypergradient is of the bases: turn learn_basis on, or leave the hypergradient out")
 
 
 def settings(config: TrainingConfig) -> dict[str, str]:

@@ -182,6 +182,7 @@ def test_masks_weight_the_latents_they_cover():
         ({"clip": -1.0}, "clip is -1"), ({"caption_dropout": 1.0}, "caption_dropout is 1"), ({"min_snr": -1.0}, "min_snr is -1"),
         ({"optimiser": "prodigy"}, "prodigy finds the rate itself"), ({"shift": 0.0}, "shift is 0"),
         ({"gradient_checkpointing": True, "hypergradient": "cg:2", "lower_steps": 1}, "leave one of them out"),
+        ({"learn_basis": False, "hypergradient": "cg:2", "lower_steps": 1}, "turn learn_basis on"),
         ({"line_search": True}, "give lower_steps"),
         ({"line_search": True, "lower_steps": 3, "hypergradient": "cg:2"}, "hypergradient none"),
     ],
