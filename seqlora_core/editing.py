@@ -41,10 +41,12 @@ class Price:
 
 
 def rename(library: Library, old: str, new: str) -> None:
-    """The same concept under another name, at its place; its trigger stays.  Killed meanwhile it may stand under both."""
+    """The same concept under another name, at its place and trained when it was; its trigger stays.  Killed meanwhile it may
+    stand under both."""
     concept, names = library.load(old), library.names
+    order = library.manifest["concepts"][names.index(old)]["order"]
     library.check_free(new)
-    library.add(replace(concept, name=new))
+    library.add(replace(concept, name=new), order=order)
     library.remove(old)
     library.reorder([new if name == old else name for name in names])
 

@@ -198,8 +198,11 @@ class Library:
                 f"{strange} is not of this library: use another name, move it, or run 'seqlora library repair {self.folder}'"
             )
 
-    def add(self, concept: Concept, replace_existing: bool = False) -> None:
-        """Write a concept and append it to the order, or put it in the place of the one it replaces."""
+    def add(self, concept: Concept, replace_existing: bool = False, order: int | None = None) -> None:
+        """Write a concept and append it to the list, or put it in the place of the one it replaces.
+
+        order: when among the others it was trained; None: last.
+        """
         name = concept_name(concept.name)
         trigger, class_noun = safe_text(concept.trigger, "trigger"), safe_text(concept.class_noun, "class noun")
         lora, stats = self.paths(name)
@@ -208,7 +211,8 @@ class Library:
             self.check_free(name, replace_existing)
             entries = list(self.manifest["concepts"])
             place = self.names.index(name) if name in self.names else len(entries)
-            order = 1 + max((e["order"] for e in entries if e["name"] != name), default=-1)  # what is trained anew comes last
+            if order is None:  # what is trained anew comes last
+                order = 1 + max((e["order"] for e in entries if e["name"] != name), default=-1)
             entry = {"name": name, "trigger": trigger, "class_noun": class_noun, "order": order}
             concept.adapter.metadata |= lora_metadata(entry, self.manifest, self.identity())
             try:

@@ -188,3 +188,14 @@ def test_a_concept_trained_anew_was_trained_last(library, tmp_path):
     opened.add(opened.load("octopus"), replace_existing=True)
     assert opened.names == ["octopus", "penguin", "fox"]
     assert "octopus" in opened.cost("penguin") and opened.cost("octopus") == ""
+
+
+def test_a_renamed_concept_was_trained_when_it_was(library, tmp_path):
+    shutil.copytree(library.folder, tmp_path / "l")
+    opened = Library(tmp_path / "l")
+    rename(opened, "octopus", "squid")
+    assert "penguin, fox were trained beside it" in opened.cost("squid") and "squid" not in opened.cost("penguin")
+    opened.manifest_path.unlink()
+    assert repair(tmp_path / "l").names == ["squid", "penguin", "fox"]
+    rename(opened, "fox", "vixen")
+    assert opened.cost("vixen") == "" and opened.names == ["squid", "penguin", "vixen"]
