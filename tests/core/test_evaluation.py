@@ -2,7 +2,8 @@
 
 import pytest
 
-from seqlora_core.evaluation import Losses, row
+from seqlora_core import evaluation
+from seqlora_core.evaluation import Losses, measure, row
 
 
 def test_a_row_of_known_losses():
@@ -21,3 +22,22 @@ def test_a_concept_without_a_gain_has_nothing_to_keep():
     found = row("ours", losses, [1.0, 1.0], [0.5, 0.96], 1.0)
     assert (found["counted"], found["kept_mean"], found["kept_worst"], found["kept_subset"]) == (1, 1.0, 1.0, 1.0)
     assert row("short", losses, [1.0, 1.0], [0.99, 0.99], 1.0)["counted"] == 2
+
+
+def test_who_is_on_when_each_loss_is_measured(monkeypatch):
+    """A stack that names its members, a loss that is a number of its own for each (pictures, what is on)"""
+    number = {}
+    monkeypatch.setattr(evaluation, "held_out_loss", lambda _, seen, on: number.setdefault((seen, on), len(number) + 1.0))
+    concepts, alone = list("abcde"), [f"{c} alone" for c in "abcde"]
+    found = measure(None, alone, tuple, concepts, "generic", [(0, 2, "a and c"), (1, 4, "b and e")], subsets=3)
+    everything = (0, 1, 2, 3, 4)
+    assert found.alone == [number[c, a] for c, a in zip(concepts, alone)]
+    assert found.stack == [number[c, everything] for c in concepts] and found.generic == number["generic", everything]
+    assert found.pairs == (number["a and c", (0, 2)] + number["b and e", (1, 4)]) / 2
+    said = {value: key for key, value in number.items()}
+    assert len(found.subset) == 3
+    for i, drawn in enumerate(found.subset):
+        assert len(drawn) == 3 and all(said[d][0] == concepts[i] for d in drawn)
+        beside = [set(said[d][1]) - {i} for d in drawn]
+        assert all(len(b) == 2 and i in said[d][1] for b, d in zip(beside, drawn))
+    assert len({key for key in number if len(key[1]) == 3 and key[0] in concepts}) > 4  # others each time

@@ -9,6 +9,8 @@ from seqlora_core import subspace
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
 from seqlora_core.bilevel import Group, UpperLevel, mean_energy, whitened_energies
 from seqlora_core.composition import Wishes, closed_form, compose, gram_schmidt, norm_controlled, norm_shares, project
+from seqlora_core.concept import Concept
+from seqlora_core.config import TrainingConfig
 from seqlora_core.errors import UserError
 from seqlora_core.interference import (
     overlaps,
@@ -17,6 +19,7 @@ from seqlora_core.interference import (
     whitened_energy,
 )
 from seqlora_core.linalg import orthonormal_basis, ridge
+from seqlora_core.start import others_moments
 from seqlora_core.statistics import Moments
 
 IN, OUT, R = 16, 12, 3
@@ -290,6 +293,39 @@ def test_a_thousand_upper_steps_stay_orthonormal_and_disjoint(how):
     assert (b.mT @ b - torch.eye(R, dtype=torch.float64)).abs().max() < 1e-6
     assert (group.occupied.mT @ b).abs().max() < 1e-6
     assert objective.item() < first
+
+
+def test_a_step_of_the_upper_level_is_riemannian_adam():
+    """Three steps against the formulas written out: tangent gradient, its moments without their bias, the step made tangent,
+    QR, and the first moment carried to the new tangent space"""
+    group, rate, b1, b2 = make_group(), 3e-2, 0.9, 0.99
+    level = UpperLevel([group], rate)
+    basis, first, second = group.basis.detach().clone(), 0.0, 0.0
+    free = torch.eye(IN, dtype=torch.float64) - group.occupied @ group.occupied.mT
+
+    def tangent(at, g):
+        inner = at.mT @ free @ g
+        return free @ g - at @ (inner + inner.mT) / 2
+
+    for t in (1, 2, 3):
+        group.basis.grad = randn(20 + t, *basis.shape)
+        level.step()
+        g = tangent(basis, group.basis.grad)
+        first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
+        step = (first / (1 - b1**t)) / ((second / (1 - b2**t)).sqrt() + 1e-8)
+        basis = orthonormal_basis(basis - rate * tangent(basis, step))
+        first = tangent(basis, first)
+        assert torch.allclose(group.basis.detach(), basis, atol=1e-12)
+
+
+@pytest.mark.parametrize("protection", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("use_decoys", [True, False])
+def test_what_a_concept_leaves_alone_is_generic_inputs_decoys_and_the_mean_of_earlier_ones(protection, use_decoys):
+    general, decoy, *seen = (Moments({"l": moment_of(anisotropic(i))}) for i in range(5))
+    earlier = [Concept(str(i), "", "", Adapter({}), s, {}, torch.zeros(0), []) for i, s in enumerate(seen)]
+    found = others_moments(general, decoy if use_decoys else None, earlier, TrainingConfig(protection=protection))
+    everything_else = (general["l"] + decoy["l"]) / 2 if use_decoys else general["l"]
+    assert torch.allclose(found["l"], everything_else + protection * sum(s["l"] for s in seen) / 3)
 
 
 def test_the_upper_level_finds_the_minimum_on_the_manifold():

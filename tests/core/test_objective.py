@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqlora_core.adapter import Adapter
 from seqlora_core.attach import Attachment, attached
-from seqlora_core.bilevel import LowerLevel, UpperLevel
+from seqlora_core.bilevel import LowerLevel, UpperLevel, to_adapter
 from seqlora_core.calibration import record_moments
 from seqlora_core.captions import Prompts
 from seqlora_core.concept import Concept, References
 from seqlora_core.config import TrainingConfig
-from seqlora_core.objective import Objective, _known
+from seqlora_core.hypergradient import hypergradient
+from seqlora_core.objective import DAMPING, Objective, _known
 from seqlora_core.parallel import Workers
 from seqlora_core.prompts import RARE_WORDS, calls, decoys
 from seqlora_core.replay import Batch, Replay
@@ -73,9 +75,7 @@ def test_hypergradients_are_accumulated_and_clipped(model, subjects, calibration
             batch=2, accumulate=accumulate, clip=clip, lower_steps=1, hypergradient="cg:2", use_decoys=False, replay_weight=0.0
         )  # fmt: skip
         objective = objective_of(model, subjects["octopus"].references, config, calibration)
-        with torch.no_grad():  # at lora_up = 0 the basis has no gradient
-            for group in objective.groups:
-                group.up.copy_(0.01 * torch.randn(group.up.shape, generator=torch.Generator().manual_seed(3)))
+        some_up(objective, 0.01)
         with attached(model.sites(), objective.attachment):
             for _ in range(3 - accumulate):
                 told = objective.gradients(True)
@@ -85,6 +85,83 @@ def test_hypergradients_are_accumulated_and_clipped(model, subjects, calibration
     one, two = found[1, 0.0]
     assert torch.allclose(found[2, 0.0][0], (one + two) / 2, rtol=1e-3, atol=1e-7) and one.norm() > 1e-4
     assert found[2, 1e-6][0].norm() == pytest.approx(1e-6, rel=1e-3)
+
+
+def some_up(objective, size):
+    """At lora_up = 0 neither the basis nor the energy has anything to say"""
+    with torch.no_grad():
+        for group in objective.groups:
+            group.up.copy_(size * torch.randn(group.up.shape, generator=torch.Generator().manual_seed(3)))
+
+
+def watch_draws(objective):
+    """Each draw's (batch, what replay adds) and its pictures, as they are made"""
+    drawn, picks, draw, (prompts,) = [], [], objective.draw, objective.prompts
+
+    def watched(half):
+        drawn.append(draw(half))
+        return drawn[-1]
+
+    def draw_prompts(pick, generator):
+        picks.append(set(pick.tolist()))
+        return prompts.plain[pick]
+
+    objective.draw, prompts.draw = watched, draw_prompts
+    return drawn, picks
+
+
+def test_the_upper_levels_gradient_is_the_hypergradient_of_the_query_with_lora_up_following_the_support(
+    model, subjects, calibration
+):
+    config = TrainingConfig(batch=4, lower_steps=1, hypergradient="cg:2", use_decoys=False, replay_weight=0.0)
+    objective = objective_of(model, subjects["octopus"].references, config, calibration)
+    some_up(objective, 0.01)
+    drawn, picks = watch_draws(objective)
+    ups, bases = [g.up for g in objective.groups], [g.basis for g in objective.groups]
+    with attached(model.sites(), objective.attachment):
+        objective.gradients(True)
+        found = torch.cat([b.grad.flatten() for b in bases])
+        halves = [next(d for d, p in zip(drawn, picks) if all(n % 2 == half for n in p)) for half in (0, 1)]
+
+        def of(upper, lower, how="cg:2"):
+            with sdpa_kernel(SDPBackend.MATH):
+                value = (lambda: objective.value(*halves[upper])), (lambda: objective.value(*halves[lower]))
+                return torch.cat([g.flatten() for g in hypergradient(*value, ups, bases, how, DAMPING)[1]])
+
+        assert len(drawn) == 2 and torch.allclose(found, of(1, 0), rtol=1e-3, atol=1e-6)
+        others = [of(0, 1), of(1, 1), of(1, 0, "none")]  # levels swapped, all of one batch, lora_up as it is
+    assert all((found - other).norm() > 0.02 * found.norm() for other in others)
+
+
+def test_without_a_hypergradient_each_level_sees_its_own_pictures(model, subjects, calibration):
+    config = TrainingConfig(batch=4, lower_steps=1, use_decoys=False, replay_weight=0.0)
+    objective = objective_of(model, subjects["octopus"].references, config, calibration)
+    _, picks = watch_draws(objective)
+    with attached(model.sites(), objective.attachment):
+        for upper_turn in (False, True, False, True):
+            objective.gradients(upper_turn)
+    assert [{n % 2 for n in p} for p in picks] == [{0}, {1}, {0}, {1}]
+
+
+def test_the_objective_is_the_error_and_what_protects_others_at_its_weight(model, subjects, calibration):
+    """`L + w (lambda E + rho R)`, each from its plain definition"""
+    config = TrainingConfig(batch=4, interference_weight=20.0, replay_weight=3.0, replay_every=2, use_decoys=False)
+    objective = objective_of(model, subjects["octopus"].references, config, calibration)
+    some_up(objective, 0.05)
+    objective.weight = 2.0
+    seen, sites = calibration.moments, {s.name: s for s in model.sites()}
+    with torch.no_grad(), attached(model.sites(), objective.attachment):
+        batch, again = objective.draw()
+        value = objective.value(batch, again)
+        moved = [(model.predict(b.noised, b.sigma, b.conditioning) - b.target).square() for b in (batch, *again)]
+        error, replayed = moved[0].mean(), torch.cat([m.flatten() for m in moved[1:]]).mean()
+        changes = {n: d.dense() for n, d in to_adapter(objective.groups).layers.items()}
+        energies = [(w @ seen[n] @ w.mT).trace() / sites[n].weight_energy(seen[n]) for n, w in changes.items()]
+        energy = sum(energies) / len(energies)
+    assert objective.last.error == pytest.approx(float(error), rel=1e-3)
+    assert objective.last.energy == pytest.approx(float(energy), rel=1e-3)
+    assert float(value) == objective.last.total == pytest.approx(float(error + 2 * (20 * energy + 3 * 2 * replayed)), rel=1e-3)
+    assert min(20 * energy, 6 * replayed) > 0.02 * value
 
 
 def test_a_line_search_never_makes_its_batch_worse(model, subjects, calibration):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from seqlora_core import statistics, subspace
+from seqlora_core import statistics, subspace, trainer
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, read_safetensors
 from seqlora_core.attach import Attachment, Site, attached
 from seqlora_core.calibration import record_moments
+from seqlora_core.concept import Concept
 from seqlora_core.config import TrainingConfig
 from seqlora_core.demo_model import DemoModel
 from seqlora_core.denoiser import loss
@@ -360,3 +361,48 @@ def test_a_library_of_a_model_with_a_layer_that_nothing_uses_is_read_and_taught_
     library.add(replace(first, bases={name: with_it.bases[name]}), replace_existing=True)
     with pytest.raises(UserError, match="does not belong to octopus.safetensors"):
         library.load("octopus")
+
+
+def test_a_fit_is_protected_from_decoys_and_earlier_concepts(monkeypatch, model, subjects, calibration):
+    """What `others_moments` makes of them is what its groups' energy is measured on"""
+    given, made = [], []
+
+    class Enough(Exception):
+        pass
+
+    def others(*args):
+        given.extend(args)
+        made.append(Moments(dict(args[0].layers)))
+        return made[0]
+
+    def groups(denoiser, seen, others, *_):
+        assert others is made[0]
+        raise Enough
+
+    monkeypatch.setattr(trainer, "others_moments", others)
+    monkeypatch.setattr(trainer, "starting_groups", groups)
+    s, config = subjects["octopus"].references, TrainingConfig()
+    earlier = [Concept("one", "zwx", "", Adapter({}), calibration.moments, {}, torch.zeros(0), [])]
+    with pytest.raises(Enough):
+        fit(model, s, "octzu", earlier, calibration, config)
+    general, decoys, held, said = given
+    assert general is calibration.moments and held is earlier and said is config
+    name = model.sites()[0].name
+    assert (decoys[name] - general[name]).norm() > 0.01 * general[name].norm()
+
+
+def test_earlier_concepts_are_off_on_or_half_of_them_on_from_step_to_step():
+    """None of three and all of them a quarter of the time each, and an eighth of the other half"""
+    deltas = [Adapter({"l": LayerDelta(torch.ones(r, 4), torch.ones(5, r))}) for r in (1, 2, 1)]
+    earlier = [Concept(str(i), "", "", a, None, {}, torch.zeros(0), []) for i, a in enumerate(deltas)]
+    active, attachment = trainer._Earlier(earlier, [], TrainingConfig(), "cpu"), Attachment()
+    generator, times, found = torch.Generator().manual_seed(0), 4000, {}
+    for _ in range(times):
+        count, mask = active.switch(attachment, generator), attachment.mask["l"].tolist()
+        assert mask[1] == mask[2] and count == mask[0] + mask[1] + mask[3]
+        found[tuple(mask)] = found.get(tuple(mask), 0) + 1 / times
+    assert found.pop((0, 0, 0, 0)) == pytest.approx(5 / 16, abs=0.03)
+    assert found.pop((1, 1, 1, 1)) == pytest.approx(5 / 16, abs=0.03)
+    assert len(found) == 6 and list(found.values()) == pytest.approx([1 / 16] * 6, abs=0.02)
+    always = trainer._Earlier(earlier, [], TrainingConfig(concept_dropout=False), "cpu")
+    assert {always.switch(attachment, generator) for _ in range(20)} == {3}
