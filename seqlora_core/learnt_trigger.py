@@ -7,6 +7,7 @@ beside a LoRA; kept as a low-rank change of the token table, so that one LoRA fi
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable
 
 import torch
@@ -22,6 +23,7 @@ BETAS = (0.9, 0.99)
 FEW = 8  # tokens: triggers of fewer learn less (docs/RESULTS.md, "How long a trigger")
 CONSONANTS, VOWELS, ENDS = "bdfgjkmpqvwxz", "aeiou", "bdfgkmnprtvwxz"
 SYLLABLES, WORDS = 4, 6  # of a made-up word, and of them at most
+COMMON = "a"  # a word that stands before another, or in its place
 
 
 @torch.no_grad()
@@ -40,6 +42,14 @@ def tokens_of(denoiser: Denoiser, prompts: Iterable[str]) -> dict[str, set[int]]
     return {name: set(ids) for name, ids in token_ids(denoiser, prompts).items()}
 
 
+def tokens_within(denoiser: Denoiser, trigger: str, captions: Iterable[str]) -> dict[str, set[int]]:
+    """Token table -> ids that the trigger has in these captions: with many text encoders a word has others after a space, or
+    in capitals, than it has by itself"""
+    word, captions = re.compile(re.escape(trigger), re.IGNORECASE), list(captions)
+    said, around = tokens_of(denoiser, captions), tokens_of(denoiser, [word.sub(COMMON, c) for c in captions])
+    return {name: said[name] - around[name] for name in said}
+
+
 def made_up(denoiser: Denoiser, taken: dict[str, set[int]], count: int, seed: str) -> str:
     """Words that one can say, together of `count` tokens or more that are not `taken` (table -> ids), as one table has them;
     "" where there are none, as with a text encoder that reads letters"""
@@ -56,11 +66,14 @@ class LearntTrigger:
     """What is added to the embeddings of those of the trigger's tokens that no other prompt has.
 
     shift: token table -> [k, width], learnt by Adam at `rate` times the table's spread.  others: prompts whose tokens are
-    to stay as they are.  Raises UserError for a trigger without a token of its own.
+    to stay as they are; captions: that call it.  Raises UserError for a trigger without a token of its own.
     """
 
-    def __init__(self, denoiser: Denoiser, trigger: str, others: Iterable[str], rate: float):
-        own, taken = tokens_of(denoiser, [trigger]), tokens_of(denoiser, others)
+    def __init__(
+        self, denoiser: Denoiser, trigger: str, others: Iterable[str], rate: float, captions: Iterable[str] = ()
+    ):  # fmt: skip
+        alone, within = tokens_of(denoiser, [trigger]), tokens_within(denoiser, trigger, [trigger, *captions])
+        own, taken = {name: ids | within[name] for name, ids in alone.items()}, tokens_of(denoiser, others)
         self.denoiser, self.taken = denoiser, taken
         self.tables = {s.name: s for s in denoiser.token_tables()}
         self.tokens = {name: sorted(own[name] - taken[name]) for name in self.tables if own[name] - taken[name]}

@@ -23,7 +23,7 @@ from .config import TrainingConfig
 from .denoiser import Denoiser
 from .errors import UserError
 from .feasible import check_feasible
-from .learnt_trigger import LearntTrigger
+from .learnt_trigger import COMMON, LearntTrigger
 from .objective import Objective
 from .optimisers import course
 from .parallel import Workers
@@ -99,9 +99,8 @@ def fit(
 
     learnt = None
     if config.learn_trigger:
-        learnt = LearntTrigger(
-            denoiser, trigger, _other_prompts(sets, trigger, earlier, calibration, replay), config.trigger_rate
-        )
+        others_say = _other_prompts(sets, trigger, earlier, calibration, replay)
+        learnt = LearntTrigger(denoiser, trigger, others_say, config.trigger_rate, merged(sets).captions)
         notes += learnt.notes(trigger)
     attachment = Attachment()
     active = _Earlier(earlier if config.earlier_active else [], sites, config, device)
@@ -181,7 +180,8 @@ def _other_prompts(
     """Whose tokens are not the trigger's own: all that is replayed, earlier triggers, and the rest of the captions"""
     rest = [without(trigger, caption) for s in sets for caption in s.captions]
     generic = [p for p in calibration.prompts if not calls(trigger, p)]
-    return ["", *generic, *replay.texts, *rest, *(c.trigger for c in earlier)]
+    called = [text for c in earlier for text in (c.trigger, f"{COMMON} {c.trigger}")]
+    return ["", *generic, *replay.texts, *rest, *called]
 
 
 def _moments(denoiser, sets: list[References], prompts: list[Prompts], adapter: Adapter | None, seed: int) -> Moments:

@@ -2,16 +2,19 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from seqlora_core import cli
-from seqlora_core.adapter import concatenate, is_token_table, load_adapter
-from seqlora_core.attach import Attachment, attached
+from seqlora_core.adapter import Adapter, LayerDelta, concatenate, is_token_table, load_adapter
+from seqlora_core.attach import Attachment, Site, attached
 from seqlora_core.composition import MODES, energy_kept, project
+from seqlora_core.concept import Concept
 from seqlora_core.config import Checkpointing, TrainingConfig
 from seqlora_core.demo_model import DEMO_MODEL, DemoModel
+from seqlora_core.embedding import trigger_embedding
 from seqlora_core.errors import UserError
 from seqlora_core.learnt_trigger import LearntTrigger, tokens_of
 from seqlora_core.low_rank import truncated
@@ -19,6 +22,7 @@ from seqlora_core.preview import sample_sheet
 from seqlora_core.report import interference_report
 from seqlora_core.spectrum import capped
 from seqlora_core.teach import train_concept
+from seqlora_core.trainer import _other_prompts
 
 CONFIG = TrainingConfig(steps=6, batch=2, replay_batch=4, learn_trigger=True, rank=2)
 TABLE = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"
@@ -214,3 +218,53 @@ def test_the_trigger_alone_is_learnt_beside_concepts_that_have_layers(own, taugh
 def test_the_trigger_alone_needs_learn_trigger():
     with pytest.raises(UserError, match="turn learn_trigger on"):
         TrainingConfig(layers="@trigger").validate()
+
+
+class Spaced:
+    """A text encoder whose words begin otherwise after a space, and in capitals, as Qwen's and others' do: pairs of letters"""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.table, self.pieces = torch.nn.Embedding(200, 4), {}
+        self.site = Site("text_encoders.qwen.embed_tokens", (self.table,), 4, 200)
+
+    def token_tables(self):
+        return [self.site]
+
+    def tokens(self, text):
+        words = re.findall(r" ?[A-Za-z]+| ?[^A-Za-z ]| ", text)
+        pieces = [part for w in words for part in re.findall(r" ?\S{1,2}| ", w)]
+        return [self.pieces.setdefault(p, len(self.pieces)) for p in pieces]
+
+    def read_prompts(self, prompts):
+        for prompt in prompts:
+            self.table(torch.tensor(self.tokens(prompt), dtype=torch.long))
+
+    def said(self, ids):
+        return {p for p, i in self.pieces.items() if i in ids}
+
+
+def test_what_is_learnt_are_the_tokens_that_captions_have():
+    """And not those of what stands beside the trigger in them"""
+    encoder, captions = Spaced(), ["a photo of krpo dog", "a photo of Krpo, red", "krpo dog"]
+    learnt = LearntTrigger(encoder, "krpo", ["a photo of  dog", "a photo of , red", " dog", "Shpo"], 0.1, captions)
+    assert encoder.said(learnt.tokens[encoder.site.name]) == {"kr", " kr", " Kr"}  # "po" is the other's
+    plain = LearntTrigger(encoder, "krpo", ["Shpo"], 0.1)
+    assert encoder.said(plain.tokens[encoder.site.name]) == {"kr"}
+
+
+def test_an_embedding_is_of_the_tokens_that_were_learnt():
+    encoder = Spaced()
+    after, trigger = encoder.tokens(" krpo"), "krpo"
+    up, change = torch.zeros(200, len(after)), torch.randn(len(after), 4, generator=torch.Generator().manual_seed(0))
+    up[after, range(len(after))] = 1.0
+    adapter = Adapter({encoder.site.name: LayerDelta(change, up)})
+    (rows,) = trigger_embedding(encoder, adapter, trigger).values()
+    assert torch.allclose(rows, encoder.table.weight[after] + change)
+
+
+def test_an_earlier_concepts_trigger_is_held_after_a_space_too(own, subjects, calibration):
+    s, earlier = subjects["octopus"].references, [Concept("one", "krpo", "", Adapter({}), None, {}, torch.zeros(0), [])]
+    replay = SimpleNamespace(texts=[])
+    assert {"krpo", "a krpo"} < set(_other_prompts([s], "octzu", earlier, calibration, replay))
