@@ -66,6 +66,9 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
     # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else
     "trigger_alone": dict(layers="@trigger", learn_trigger=True),
+    # both with the trigger's embeddings learnt at ten times the usual rate
+    "trigger_alone_rate_1": dict(layers="@trigger", learn_trigger=True, trigger_rate=1.0),
+    "seqlora_learnt_trigger_rate_1": dict(learn_trigger=True, trigger_rate=1.0),
     "seqlora_adaptive_rank": dict(rank_energy=0.8),
     "seqlora_alternating": dict(lower_steps=1),
     "seqlora_bilevel_first_order": dict(lower_steps=3),
