@@ -39,8 +39,8 @@ def train_concept(
     """Train a concept on top of all that the library holds, and add it.
 
     images [n, height, width, 3] in 0..1, or `pictures.load`'s sets of several sizes.  captions: one for each image,
-    None for the template.  An exception that `on_step` raises ends training: the concept is saved as it is then, and
-    `Fit.stopped` holds the exception.
+    None for the template.  An exception that `on_step` raises ends training: the concept is saved as it is then, unless
+    the library holds one of this name that is whole, and `Fit.stopped` holds the exception.
     With `replace_existing` a concept of this name is trained anew beside all others, and replaced only then.
     A run that was stopped or killed goes on from its last checkpoint, to the same file as if it had not been, or without
     `checkpointing.resume` is begun anew; a concept that was saved as it was then is replaced by the whole one.
@@ -98,11 +98,13 @@ def train_concept(
             name, trigger, class_noun, result.adapter, result.moments, result.bases, references[0].latents[kept], texts[0][kept]
         )  # fmt: skip
         if workers.first:
-            again = name in library.names and library.cost(name)
-            library.add(concept, replace_existing or unfinished)
-            if again:
-                result.notes.append(f"{name} was trained anew, beside all others{again}")
-            if result.stopped is None:
+            done = len(result.losses) == config.steps
+            if done or not library.whole(name):
+                again = name in library.names and library.cost(name)
+                library.add(concept, replace_existing or unfinished)
+                if again:
+                    result.notes.append(f"{name} was trained anew, beside all others{again}")
+            if done:
                 checkpoints.clear()
         workers.wait()
         library.reload()

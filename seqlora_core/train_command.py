@@ -62,11 +62,10 @@ def run(args) -> dict:
             setattr(args, word, value)
     for job in recipe.jobs:
         job.options |= given  # what is said on the command line goes before what is written
-    return {"library": str(args.library), "concepts": _train(args, recipe.jobs, skip=not args.again)}
+    return {"library": str(args.library), "concepts": _train(args, recipe.jobs)}
 
 
-def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
-    """skip: concepts that the library holds whole are left as they are"""
+def _train(args, jobs: list[Job]) -> list[dict]:
     from .library import Library
     from .manifest import FILE
     from .names import concept_name
@@ -90,7 +89,7 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     for job in jobs:
         concept_name(job.name)
     model = open_model(args)
-    done_before = _whole(args.library, model.fingerprint(), jobs) if skip else set()
+    done_before = _done_before(args, model.fingerprint(), jobs, configs) if args.recipe else set()
     # all, before any work: a mistake shows at once.  Of many concepts the first's pictures are kept, the others' read again
     # when it is their turn
     read: dict[str, tuple] = {}
@@ -106,7 +105,8 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     done = []
     for job, (config, options, checkpointing) in zip(jobs, configs):
         if job.name in done_before:
-            say(args)(f"{job.name}: trained already")
+            beside = ", and left as it is for a run that was stopped and goes on beside it" if args.again else ""
+            say(args)(f"{job.name}: trained already{beside}")
             done.append({"name": job.name, "skipped": True})
         else:
             sets, notes, regularisation = read.pop(job.name, None) or _read(model, job, config, options, workers)
@@ -135,14 +135,20 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     return done
 
 
-def _whole(folder: Path, base: str, jobs: list[Job]) -> set[str]:
-    """Names of those that the library holds whole"""
+def _done_before(args, base: str, jobs: list[Job], configs: list) -> set[str]:
+    """Names of those that the library holds and that are left as they are: all that are whole, or with --again those before one
+    whose stopped run goes on, which rests on them"""
+    from .checkpoint import LIBRARY, begun_with
     from .library import Library
     from .manifest import FILE
 
-    if not (folder / FILE).exists():
+    if not (args.library / FILE).exists():
         return set()
-    library = Library(folder, base)
+    library = Library(args.library, base)
+    if args.again:
+        begun = [begun_with(library.checkpoints(job.name)).get(LIBRARY) for job in jobs]
+        on = [c.resume and state == library.state(j.name) for j, (*_, c), state in zip(jobs, configs, begun)]
+        jobs = jobs[: on.index(True) if True in on else 0]
     return {job.name for job in jobs if job.name in library.names and not library.unfinished(job.name)}
 
 
@@ -168,11 +174,14 @@ def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, work
 def _told(args, library, concept, fit, steps: int, early: list[str]) -> dict:
     """Says how a run ended; raises again what stopped it.  early: notes that were told before"""
     path, tell = library.paths(concept.name)[0], say(args)
-    if fit.stopped is not None:
-        tell(f"stopped after {len(fit.losses)} of {steps} steps; what was trained is in {path}; the same command goes on")
+    if len(fit.losses) < steps:
+        kept = f"{concept.name} is kept as it was" if library.whole(concept.name) else f"what was trained is in {path}"
+        tell(f"stopped after {len(fit.losses)} of {steps} steps; {kept}; the same command goes on")
         raise fit.stopped
     for note in fit.notes:
         if note not in early:
             tell(note)
     tell(f"{concept.name}: {len(fit.losses)} steps, written to {path}")
+    if fit.stopped is not None:
+        raise fit.stopped
     return {"name": concept.name, "path": str(path), "losses": fit.losses, "energies": fit.energies, "notes": fit.notes}

@@ -1,5 +1,6 @@
 """`seqlora train`: a recipe for a whole library, killed and run again; what a recipe may get wrong."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 from PIL import Image
 
+from seqlora_core import train_command
 from seqlora_core.checkpoint import FOLDER, SUFFIX
 from seqlora_core.cli import main
 from seqlora_core.demo_model import DEMO_FOLDER
@@ -88,6 +90,37 @@ def test_a_killed_recipe_goes_on_where_it_was(calibrated, tmp_path, capsys):
     assert files(killed) == files(whole)
     assert main(["train", "--recipe", str(path)]) == 0
     assert capsys.readouterr().out.count("trained already") == 2
+
+
+def test_a_recipe_trained_again_goes_on_beside_what_it_trained_anew(calibrated, tmp_path, capsys, monkeypatch):
+    library, path = calibrated("l"), write(tmp_path, "l")
+    again = ["train", "--recipe", str(path), "--again", "--seed", "5"]
+    assert main(again[:3]) == 0
+    whole = files(library)
+
+    @contextlib.contextmanager
+    def stopping(name, steps, quiet):
+        def on_step(step):
+            if name == "bird" and step.number == 2:
+                raise KeyboardInterrupt
+
+        yield on_step
+
+    with monkeypatch.context() as m:
+        m.setattr(train_command, "bar", stopping)
+        assert main(again) == 2
+    assert "stopped after 2 of 4 steps; bird is kept as it was; the same command goes on" in capsys.readouterr().out
+    first = files(library)
+    assert {n for n in whole if whole[n] == first[n]} == {
+        "bird.safetensors",
+        "bird.stats.safetensors",
+        "calibration.safetensors",
+    }
+    assert main(again) == 0
+    assert "octopus: trained already, and left as it is for a run that was stopped" in capsys.readouterr().out
+    after = files(library)
+    assert after["octopus.safetensors"] == first["octopus.safetensors"]
+    assert after["bird.safetensors"] != whole["bird.safetensors"] and not library.checkpoints("bird").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals to another process are POSIX")
