@@ -20,12 +20,13 @@ from .errors import UserError
 from .feasible import check_feasible
 from .library import Library
 from .live_prompts import is_text
-from .metadata import curves, datasets, tag_frequency, training
+from .metadata import curves, datasets, shortened, tag_frequency, training
 from .names import concept_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
 from .references import TEMPLATE, captions_of_class, complete_captions
 from .storage import digest, digest_of
+from .tensor_file import SMALL
 from .trainer import Fit, Step, fit
 
 
@@ -69,6 +70,7 @@ def train_concept(
         texts = [complete_captions(s.captions, trigger, class_noun, template, s.names) for s in sets]
         of_class = [captions_of_class(s.captions, trigger, class_noun, template) for s in regularisation]
         config = replace(config or TrainingConfig(), planned=library.planned)
+        _check_kept(texts[0][: config.keep_latents])
         others = library.concepts(without=name, stored_moments=True)
         learnt = any(is_token_table(layer) for c in others for layer in c.adapter.layers)
         denoiser.adapt_text(config.text_encoder, tokens=config.learn_trigger or learnt)
@@ -113,6 +115,16 @@ def train_concept(
 
 def _size(pictures: Pictures) -> tuple[int, int]:
     return tuple(pictures.images.shape[1:3])
+
+
+def _check_kept(captions: list[str]) -> None:
+    """UserError if they would fill the header of the file that they are kept in"""
+    long = sum(len(caption.encode(errors="replace")) for caption in captions)
+    if long > SMALL // 4:
+        raise UserError(
+            f"the captions of {len(captions)} pictures, which are kept for later concepts, are {long:,} bytes long, of {SMALL // 4:,} "
+            "at most: shorten them, no text encoder reads so much, or keep fewer (keep_latents)"
+        )
 
 
 def cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigger: str) -> list[str]:
@@ -177,7 +189,7 @@ def _metadata(denoiser, name, phrase, texts, size, others, config: TrainingConfi
     """What the file says of how it was trained; the library adds what it knows"""
     metric = "in the metric of the base model's layer inputs" if config.whitened else "in the plain metric"
     said = {
-        "ss_tag_frequency": tag_frequency(name, texts, phrase),
+        "ss_tag_frequency": shortened(tag_frequency(name, texts, phrase), phrase),
         "ss_datasets": datasets(name, phrase, len(texts)),
         "seqlora.steps_done": str(len(result.losses)),
         "seqlora.curves": curves(result.losses, result.energies),
