@@ -47,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> dict:
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS and name != "planned"}
+    args.trigger, args.class_noun = (args.trigger or "").strip(), (args.class_noun or "").strip()
     if args.recipe is None:
         missing = next((word for word in ("images", "trigger") if not getattr(args, word)), None)
         if missing:
             raise UserError(f"no {missing} given: use --images DIR and --trigger WORD, or --recipe FILE")
         name = args.name or args.images.resolve().name
-        return _train(args, [Job(args.images, name, args.trigger, args.class_noun or "", args.regularisation, given)])[0]
+        return _train(args, [Job(args.images, name, args.trigger, args.class_noun, args.regularisation, given)])[0]
     for word in ("images", "trigger", "class_noun", "regularisation", "name"):
         if getattr(args, word):
             raise UserError(f"--{word.replace('_', '-')} and --recipe exclude one another: put it into the recipe")
@@ -68,7 +69,7 @@ def run(args) -> dict:
 def _train(args, jobs: list[Job]) -> list[dict]:
     from .library import Library
     from .manifest import FILE
-    from .names import concept_name
+    from .names import concept_name, safe_text
     from .parallel import launched
     from .preview import Preview
     from .run_pictures import RunPictures
@@ -88,6 +89,10 @@ def _train(args, jobs: list[Job]) -> list[dict]:
     shown = RunPictures(args.pictures, args.preview_every, say(args)) if args.pictures and workers.first else None
     for job in jobs:
         concept_name(job.name)
+        safe_text(job.trigger, "trigger")
+        safe_text(job.class_noun, "class noun")
+    if len({config.text_encoder for config, *_ in configs}) > 1:
+        raise UserError("text_encoder is one choice for a whole library: give it once, above the first [[concept]]")
     model = open_model(args)
     done_before = _done_before(args, model.fingerprint(), jobs, configs) if args.recipe else set()
     # all, before any work: a mistake shows at once.  Of many concepts the first's pictures are kept, the others' read again
@@ -102,6 +107,8 @@ def _train(args, jobs: list[Job]) -> list[dict]:
     if planned is None and not (args.library / FILE).exists():
         planned = max(TrainingConfig.planned, len(jobs))
     library = Library(args.library, model.fingerprint(), planned, create=True)
+    for name in (job.name for job in jobs if job.name not in done_before):
+        library.check_free(name, args.again or library.unfinished(name))
     done = []
     for job, (config, options, checkpointing) in zip(jobs, configs):
         if job.name in done_before:
@@ -130,8 +137,11 @@ def _train(args, jobs: list[Job]) -> list[dict]:
                 )  # fmt: skip
             done.append(_told(args, library, concept, fit, config.steps, early) | {"pictures": notes})
             if shown:
-                done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
-                say(args)("drawn: " + ", ".join(done[-1]["shown"]))
+                try:
+                    done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
+                    say(args)("drawn: " + ", ".join(done[-1]["shown"]))
+                except UserError as error:
+                    say(args)(f"{error}; {job.name} is in the library all the same")
     return done
 
 
