@@ -156,8 +156,8 @@ def _done_before(args, base: str, jobs: list[Job], configs: list) -> set[str]:
         return set()
     library = Library(args.library, base)
     if args.again:
-        begun = [begun_with(library.checkpoints(job.name)).get(LIBRARY) for job in jobs]
-        on = [c.resume and state == library.state(j.name) for j, (*_, c), state in zip(jobs, configs, begun)]
+        begun = [c.resume and begun_with(library.checkpoints(job.name)).get(LIBRARY) for job, (*_, c) in zip(jobs, configs)]
+        on = [bool(state) and state == library.state(job.name) for job, state in zip(jobs, begun)]
         jobs = jobs[: on.index(True) if True in on else 0]
     return {job.name for job in jobs if job.name in library.names and not library.unfinished(job.name)}
 
