@@ -14,8 +14,8 @@ from .prompts import calls
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 MASK = ".mask"  # ends the name of a picture's mask, before its suffix
-LEAST_SIDE = 8  # pixels of a picture that shows anything
 TEMPLATE = "a {trigger} {class}"
+LEAST_SIDE = 8  # pixels of a picture that shows anything
 
 
 def caption_from(template: str, trigger: str, class_noun: str) -> str:
