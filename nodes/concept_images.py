@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..seqlora_core.config import PictureOptions
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.pictures import Pictures, became, load, mirrored
+from ..seqlora_core.references import LEAST_SIDE
 from ..seqlora_core.storage import digest, stamp
 from .folders import pictures_folder
 from .types import CATEGORY, ConceptImages, ImagesType, advanced
@@ -79,11 +80,18 @@ def _concept(
         sets, notes = load(Path(pictures_folder(folder)), resolution, options)
     else:
         images = [image for batch in batches for image in batch.split(1)]
+        _check_sizes(images)
         counted = None if masks_of is None else _masks([m for batch in masks_of for m in batch.split(1)], images, resolution)
         sets = [Pictures(torch.cat([_square(image, resolution) for image in images]), [None] * len(images), counted)]
         sets = [mirrored(s) for s in sets] if flip else sets
         notes = _notes(images, resolution)
     return ConceptImages(sets, notes + _name(sets, captions, 2 if flip else 1))
+
+
+def _check_sizes(images: list) -> None:
+    for number, (height, width) in enumerate((image.shape[1:3] for image in images), 1):
+        if min(height, width) < LEAST_SIDE:
+            raise UserError(f"connected image {number} is {width} x {height} pixels: too small to learn from, leave it out")
 
 
 def _notes(images: list, resolution: int) -> list[str]:

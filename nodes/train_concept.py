@@ -1,6 +1,7 @@
 """Teach a library one more concept."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 
 import comfy.utils
@@ -23,6 +24,21 @@ from .types import CATEGORY, Entry, ImagesType, Options, OptionsType, Stack, Sta
 
 USE, AGAIN, ANEW = "use it", "train again", "start anew"
 PLANNED = 32  # concepts of a library, if nobody says how many
+
+
+class _TakenOut:
+    """How often each concept was found gone that had been there at the look before"""
+
+    def __init__(self):
+        self.there, self.times = set(), Counter()
+
+    def look(self, concept: tuple[str, str], there: bool) -> int:
+        self.times[concept] += concept in self.there and not there
+        (self.there.add if there else self.there.discard)(concept)
+        return self.times[concept]
+
+
+TAKEN_OUT = _TakenOut()  # a node has no state of its own
 
 
 class SeqLoRATrainConcept(io.ComfyNode):
@@ -92,11 +108,13 @@ class SeqLoRATrainConcept(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, library, name, **_):
-        """Runs again if its concept was taken out of the library"""
+        """Runs again if its concept was taken out of the library, and not because this very node put it there"""
         try:
-            return name.strip() in open_library(library).names
+            name = concept_name(name)
+            there = name in open_library(library).names
         except UserError:
-            return False
+            there = False
+        return TAKEN_OUT.look((library.strip(), name), there)
 
     @classmethod
     def execute(
@@ -149,6 +167,7 @@ class SeqLoRATrainConcept(io.ComfyNode):
                         f"{name} was stopped before its end: using it as it is. Set 'if_trained' to '{AGAIN}' to go on with it, "
                         f"or to '{ANEW}' to begin it once more."
                     )
+            TAKEN_OUT.look((library.strip(), name), True)
             samples = sample_sheet(denoiser, opened, name, images.images)
             curves = kept_curves_picture(opened.load(name).adapter.metadata)
         stack = Stack([Entry(library.strip(), n) for n in opened.names])

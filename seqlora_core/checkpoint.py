@@ -7,6 +7,7 @@ Each is a safetensors file, under a suffix that ComfyUI does not list among LoRA
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .bilevel import Group, LowerLevel, UpperLevel
 from .budget import Budget
 from .errors import UserError
 from .learnt_trigger import LearntTrigger
-from .tensor_file import read_safetensors, write_safetensors
+from .tensor_file import read_metadata, read_safetensors, write_safetensors
 
 FOLDER, SUFFIX = ".checkpoints", ".checkpoint"
 FORMAT = 1
@@ -93,6 +94,14 @@ class Checkpoints:
                     f"the unfinished run of {self.folder.name!r}, stopped after step {number}, began with {what}, or start anew, with "
                     f"--no-resume or, in ComfyUI, with if_trained 'start anew'{keep}"
                 )
+
+
+def begun_with(folder: Path) -> dict[str, str]:
+    """What the run whose checkpoints are there was begun with, as the newest that can be read says; {} if there is none."""
+    for path in sorted(folder.glob(f"step-*{SUFFIX}"), reverse=True):
+        with contextlib.suppress(UserError):
+            return json.loads(read_metadata(path)["run"])
+    return {}
 
 
 def _outline(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -124,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show ends no run
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(arguments)
     try:
         result = COMMANDS[args.command](args)
@@ -134,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("seqlora: stopped", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+        print(json.dumps(result, ensure_ascii=not unicode))
     return 0
 
 

@@ -12,7 +12,7 @@ from .adapter import json_metadata, load_adapter
 from .concept import Concept
 from .errors import UserError
 from .statistics import json_of, read_statistics
-from .tensor_file import write_safetensors
+from .tensor_file import read_metadata, write_safetensors
 
 
 def read_concept(entry: dict[str, Any], lora: Path, stats: Path) -> Concept:
@@ -29,6 +29,15 @@ def read_concept(entry: dict[str, Any], lora: Path, stats: Path) -> Concept:
     if unfit or latents.ndim == 0 or len(captions) != len(latents) or not all(isinstance(c, str) for c in captions):
         raise UserError(f"{stats} does not belong to {lora.name}: one of them is damaged or from another run, get both again")
     return Concept(entry["name"], entry["trigger"], entry["class_noun"], adapter, moments, bases, latents, captions)
+
+
+def is_whole(lora: Path) -> bool:
+    """Whether a concept's LoRA file is of a run that came to its end; one that does not say is."""
+    try:
+        said = read_metadata(lora)
+    except UserError:
+        return False
+    return said.get("seqlora.steps_done", said.get("seqlora.steps")) == said.get("seqlora.steps")
 
 
 def holds_concepts(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from .adapter import check_useful, save_adapter
 from .calibration import FILE, Calibration
 from .checkpoint import FOLDER, SUFFIX
 from .concept import Concept
-from .concept_files import holds_concepts, lora_metadata, read_concept, write_concept_statistics
+from .concept_files import holds_concepts, is_whole, lora_metadata, read_concept, write_concept_statistics
 from .config import TrainingConfig
 from .errors import UserError
 from .names import concept_name, safe_text
@@ -158,13 +158,20 @@ class Library:
         return self.folder / FOLDER / concept_name(name)
 
     def unfinished(self, name: str) -> bool:
-        """Whether a run of this name was stopped before its end"""
-        return any(self.checkpoints(name).glob(f"*{SUFFIX}"))
+        """Whether a run of this name was stopped before its end, and no whole concept has the name"""
+        return any(self.checkpoints(name).glob(f"*{SUFFIX}")) and not self.whole(name)
+
+    def whole(self, name: str) -> bool:
+        """Whether it holds this concept, trained to the end"""
+        return name in self.names and is_whole(self.paths(name)[0])
 
     def state(self, without: str = "") -> str:
-        """Names what a new concept is trained on top of: the calibration, and all concepts but one, in their order."""
-        names = [n for n in self.names if n != without]
-        return digest(self.identity().encode(), *(path.read_bytes() for n in names for path in self.paths(n)))
+        """Names what a new concept is trained on top of: the calibration, and the tensors of all concepts but one, in their
+        order.  What files say beside them, such as when they were trained, moves no step."""
+        others = [e for e in self.manifest["concepts"] if e["name"] != without]
+        files = ((e, *file) for e in others for file in zip(("lora", "stats"), self.paths(e["name"])))
+        hashes = (e.get(kind) or tensors_hash(path) for e, kind, path in files)  # format 1 had none
+        return digest(self.identity().encode(), *(known.encode() for known in hashes))
 
     def identity(self) -> str:
         """Names the library by what it rests on, its calibration, whatever its folder is called"""

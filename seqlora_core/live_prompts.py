@@ -42,7 +42,11 @@ class LivePrompts:
             return conditioning
         texts = list(self.numbers)
         different, rows = conditioning.context.flatten().unique(return_inverse=True)
-        return encode([texts[n] for n in different.tolist()])[rows]
+        wanted = [texts[n] for n in different.tolist()]
+        # by the alphabet: numbers are those of a process, and sums within a batch are rounded by the order of its rows
+        order = sorted(range(len(wanted)), key=wanted.__getitem__)
+        places = torch.tensor(order, device=rows.device).argsort()
+        return encode([wanted[i] for i in order])[places[rows]]
 
 
 def clip_sites(clip: nn.Module | None, prefix: str) -> list[Site]:

@@ -7,6 +7,7 @@ are left out: one seed gives one file.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ FAMILIES = {
     "qwen_image": ("qwen-image", "qwen_image"),
 }
 CURVE_POINTS = 500
+MOST_TAGS = 1 << 18  # bytes; a quarter of what a header may be in a file of any size
 HOME = "https://github.com/seqlora/seqlora"
 
 
@@ -67,6 +69,18 @@ def tag_frequency(name: str, captions: list[str], phrase: str) -> dict[str, dict
     tags = Counter(phrase if tag.lower() == small else tag for tag in found)
     tags[phrase] = max(tags[phrase], sum(small in caption.lower() for caption in captions))
     return {name: {tag: count for tag, count in sorted(tags.items()) if count}}
+
+
+def shortened(frequency: dict[str, dict[str, int]], phrase: str) -> dict[str, dict[str, int]]:
+    """The same without its rarest tags where they are too many for a file's header; the phrase stays"""
+    ((name, tags),) = frequency.items()
+    room, kept = MOST_TAGS, {}
+    for tag, count in sorted(tags.items(), key=lambda item: (item[0] != phrase, -item[1], item[0])):
+        room -= len(json.dumps(json.dumps({tag: count}, ensure_ascii=False), ensure_ascii=False).encode())
+        if room < 0:
+            break
+        kept[tag] = count
+    return {name: dict(sorted(kept.items()))}
 
 
 def datasets(name: str, phrase: str, count: int) -> list[dict]:

@@ -6,6 +6,7 @@ An option that is not given is absent from the parsed arguments, so that what wa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 from dataclasses import fields
 from typing import Any
@@ -140,9 +141,10 @@ def from_recipe(values: dict[str, Any], others: dict[str, type], where: str) -> 
             raise UserError(f"{where}: unknown option {word!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         wanted = others.get(word) or type(DEFAULTS[name])
         if wanted is float and type(value) is int:
-            value = float(value)
+            with contextlib.suppress(OverflowError):  # of hundreds of digits
+                value = float(value)
         if type(value) is not wanted:
-            raise UserError(f"{where}: {word} is {value!r}: give {_KINDS[wanted]}")
+            raise UserError(f"{where}: {word} is {value!r:.80}: give {_KINDS[wanted]}")
         out[name] = value
     return out
 

@@ -103,12 +103,16 @@ def mirrored(pictures: Pictures) -> Pictures:
 def _listed(folder: Path) -> list[tuple[Path, int]]:
     """Picture files with their repeats: those of the folder, and of subfolders called NUMBER_anything"""
     counted = []
-    if folder.is_dir():
-        for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
-            number = REPEATED.match(sub.name)
-            if number and int(number[1]) > 0:
-                counted += [(path, int(number[1])) for path in picture_files(sub)]
-    return counted + [(path, 1) for path in picture_files(folder, may_be_empty=bool(counted))]
+    try:
+        if folder.is_dir():
+            for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
+                number = REPEATED.match(sub.name)
+                if number and int(number[1]) > 0:
+                    counted += [(path, int(number[1])) for path in picture_files(sub)]
+        return counted + [(path, 1) for path in picture_files(folder, may_be_empty=bool(counted))]
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(f"cannot read the folder {where}: {error.strerror}; check its permissions") from error
 
 
 def _not_read(folder: Path, read: list[Path]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def read_recipe(path: Path | str) -> Recipe:
     concepts = table.pop("concept", [])
     if not isinstance(concepts, list) or not all(isinstance(c, dict) for c in concepts) or not concepts:
         raise UserError(f"{path} names no concepts: begin each with a line [[concept]]")
-    top = _with_folders(from_recipe(table, TOP, str(path)), path.parent)
+    top = _with_folders(from_recipe(table, TOP, str(path)), path.parent, str(path))
     settings = {k: top.pop(k) for k in TOP if k in top}
     jobs = [_job(entry, f"{path}, concept {number}", path.parent, top) for number, entry in enumerate(concepts, 1)]
     names = [job.name.lower() for job in jobs]
@@ -83,12 +84,13 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the recipe {path} is not UTF-8 text: save it again as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, and Python's on numbers of thousands of digits
         raise UserError(f"the recipe {path} is not TOML: {error}") from error
 
 
 def _job(entry: dict[str, Any], where: str, folder: Path, for_all: dict[str, Any]) -> Job:
-    options = {**for_all, **_with_folders(from_recipe(entry, OF_CONCEPT, where), folder)}
+    options = {**for_all, **_with_folders(from_recipe(entry, OF_CONCEPT, where), folder, where)}
+    options |= {word: options[word].strip() for word in ("trigger", "class_noun") if word in options}
     missing = next((word for word in ("images", "trigger") if not options.get(word)), None)
     if missing:
         raise UserError(f'{where}: {missing} is missing: add a line {missing} = "..."')
@@ -99,5 +101,12 @@ def _job(entry: dict[str, Any], where: str, folder: Path, for_all: dict[str, Any
     )
 
 
-def _with_folders(table: dict[str, Any], beside: Path) -> dict[str, Any]:
-    return {k: beside / v if k in FOLDERS else v for k, v in table.items()}
+def _with_folders(table: dict[str, Any], beside: Path, where: str) -> dict[str, Any]:
+    return {k: beside / _path(v, f"{where}: {k}") if k in FOLDERS else v for k, v in table.items()}
+
+
+def _path(text: str, what: str) -> Path:
+    with contextlib.suppress(RuntimeError):  # of a ~ whose home is unknown
+        if text.strip() and "\0" not in text:
+            return Path(text).expanduser()
+    raise UserError(f'{what} is {text!r}: give a path, such as "photos/cat"')

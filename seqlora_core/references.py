@@ -15,6 +15,7 @@ from .prompts import calls
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 MASK = ".mask"  # ends the name of a picture's mask, before its suffix
 TEMPLATE = "a {trigger} {class}"
+LEAST_SIDE = 8  # pixels of a picture that shows anything
 
 
 def caption_from(template: str, trigger: str, class_noun: str) -> str:
@@ -47,12 +48,12 @@ def _counted(path: Path) -> list:
 
 
 def is_picture(path: Path) -> bool:
-    """By its name, if Pillow as installed opens such; files that begin with a dot are a system's own"""
+    """By its name, if Pillow as installed opens such, and no folder; files that begin with a dot are a system's own"""
     from PIL import Image
 
     suffix = path.suffix.lower()
     opens = suffix in SUFFIXES and Image.registered_extensions().get(suffix) in Image.OPEN
-    return opens and not path.name.startswith(".")
+    return opens and not path.name.startswith(".") and not path.is_dir()
 
 
 def mask_beside(picture: Path) -> Path | None:
@@ -82,8 +83,10 @@ def open_picture(path: Path):
         most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise UserError(f"the image {path} is too large, of more than {most} million pixels: make it smaller") from error
     except Exception as error:  # Pillow raises whatever its plug-ins raise
+        if getattr(error, "errno", None):  # the system's
+            raise UserError(f"cannot read the image {path}: {error.strerror}; check the file and its permissions") from error
         raise UserError(f"cannot read the image {path}: it is damaged or empty; replace or remove it") from error
-    if min(picture.size) < 8:
+    if min(picture.size) < LEAST_SIDE:
         raise UserError(f"the image {path} is {picture.size[0]} x {picture.size[1]} pixels: too small to learn from, remove it")
     return picture
 

@@ -20,12 +20,13 @@ from .errors import UserError
 from .feasible import check_feasible
 from .library import Library
 from .live_prompts import is_text
-from .metadata import curves, datasets, tag_frequency, training
+from .metadata import curves, datasets, shortened, tag_frequency, training
 from .names import concept_name, safe_text
 from .parallel import Workers
 from .pictures import Pictures
 from .references import TEMPLATE, captions_of_class, complete_captions
 from .storage import digest, digest_of
+from .tensor_file import SMALL
 from .trainer import Fit, Step, fit
 
 
@@ -39,8 +40,8 @@ def train_concept(
     """Train a concept on top of all that the library holds, and add it.
 
     images [n, height, width, 3] in 0..1, or `pictures.load`'s sets of several sizes.  captions: one for each image,
-    None for the template.  An exception that `on_step` raises ends training: the concept is saved as it is then, and
-    `Fit.stopped` holds the exception.
+    None for the template.  An exception that `on_step` raises ends training: the concept is saved as it is then, unless
+    the library holds one of this name that is whole, and `Fit.stopped` holds the exception.
     With `replace_existing` a concept of this name is trained anew beside all others, and replaced only then.
     A run that was stopped or killed goes on from its last checkpoint, to the same file as if it had not been, or without
     `checkpointing.resume` is begun anew; a concept that was saved as it was then is replaced by the whole one.
@@ -69,6 +70,7 @@ def train_concept(
         texts = [complete_captions(s.captions, trigger, class_noun, template, s.names) for s in sets]
         of_class = [captions_of_class(s.captions, trigger, class_noun, template) for s in regularisation]
         config = replace(config or TrainingConfig(), planned=library.planned)
+        _check_kept(texts[0][: config.keep_latents])
         others = library.concepts(without=name, stored_moments=True)
         learnt = any(is_token_table(layer) for c in others for layer in c.adapter.layers)
         denoiser.adapt_text(config.text_encoder, tokens=config.learn_trigger or learnt)
@@ -98,11 +100,13 @@ def train_concept(
             name, trigger, class_noun, result.adapter, result.moments, result.bases, references[0].latents[kept], texts[0][kept]
         )  # fmt: skip
         if workers.first:
-            again = name in library.names and library.cost(name)
-            library.add(concept, replace_existing or unfinished)
-            if again:
-                result.notes.append(f"{name} was trained anew, beside all others{again}")
-            if result.stopped is None:
+            done = len(result.losses) == config.steps
+            if done or not library.whole(name):
+                again = name in library.names and library.cost(name)
+                library.add(concept, replace_existing or unfinished)
+                if again:
+                    result.notes.append(f"{name} was trained anew, beside all others{again}")
+            if done:
                 checkpoints.clear()
         workers.wait()
         library.reload()
@@ -111,6 +115,16 @@ def train_concept(
 
 def _size(pictures: Pictures) -> tuple[int, int]:
     return tuple(pictures.images.shape[1:3])
+
+
+def _check_kept(captions: list[str]) -> None:
+    """UserError if they would fill the header of the file that they are kept in"""
+    long = sum(len(caption.encode(errors="replace")) for caption in captions)
+    if long > SMALL // 4:
+        raise UserError(
+            f"the captions of {len(captions)} pictures, which are kept for later concepts, are {long:,} bytes long, of {SMALL // 4:,} "
+            "at most: shorten them, no text encoder reads so much, or keep fewer (keep_latents)"
+        )
 
 
 def cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigger: str) -> list[str]:
@@ -175,7 +189,7 @@ def _metadata(denoiser, name, phrase, texts, size, others, config: TrainingConfi
     """What the file says of how it was trained; the library adds what it knows"""
     metric = "in the metric of the base model's layer inputs" if config.whitened else "in the plain metric"
     said = {
-        "ss_tag_frequency": tag_frequency(name, texts, phrase),
+        "ss_tag_frequency": shortened(tag_frequency(name, texts, phrase), phrase),
         "ss_datasets": datasets(name, phrase, len(texts)),
         "seqlora.steps_done": str(len(result.losses)),
         "seqlora.curves": curves(result.losses, result.energies),

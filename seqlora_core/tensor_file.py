@@ -35,12 +35,17 @@ DTYPES = {
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Equal contents give equal bytes: the library writes metadata in an order of its own each time, so the header is
-    put together here."""
+    put together here.  UserError if it is longer than our own reader takes."""
     blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     end = 8 + int.from_bytes(blob[:8], "little")
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(blob[8:end])}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    size = 8 + len(text) + len(blob) - end
+    if len(text) > SMALL + size // 8:  # as `_header` would
+        raise UserError(
+            f"cannot write {path}: what it says of itself would be {len(text):,} of its {size:,} bytes; shorten captions and names"
+        )
     with written_aside(Path(path)) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         f.write(memoryview(blob)[end:])

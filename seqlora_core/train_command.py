@@ -47,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> dict:
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS and name != "planned"}
+    args.trigger, args.class_noun = (args.trigger or "").strip(), (args.class_noun or "").strip()
     if args.recipe is None:
         missing = next((word for word in ("images", "trigger") if not getattr(args, word)), None)
         if missing:
             raise UserError(f"no {missing} given: use --images DIR and --trigger WORD, or --recipe FILE")
         name = args.name or args.images.resolve().name
-        return _train(args, [Job(args.images, name, args.trigger, args.class_noun or "", args.regularisation, given)])[0]
+        return _train(args, [Job(args.images, name, args.trigger, args.class_noun, args.regularisation, given)])[0]
     for word in ("images", "trigger", "class_noun", "regularisation", "name"):
         if getattr(args, word):
             raise UserError(f"--{word.replace('_', '-')} and --recipe exclude one another: put it into the recipe")
@@ -62,14 +63,13 @@ def run(args) -> dict:
             setattr(args, word, value)
     for job in recipe.jobs:
         job.options |= given  # what is said on the command line goes before what is written
-    return {"library": str(args.library), "concepts": _train(args, recipe.jobs, skip=not args.again)}
+    return {"library": str(args.library), "concepts": _train(args, recipe.jobs)}
 
 
-def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
-    """skip: concepts that the library holds whole are left as they are"""
+def _train(args, jobs: list[Job]) -> list[dict]:
     from .library import Library
     from .manifest import FILE
-    from .names import concept_name
+    from .names import concept_name, safe_text
     from .parallel import launched
     from .preview import Preview
     from .run_pictures import RunPictures
@@ -89,8 +89,12 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     shown = RunPictures(args.pictures, args.preview_every, say(args)) if args.pictures and workers.first else None
     for job in jobs:
         concept_name(job.name)
+        safe_text(job.trigger, "trigger")
+        safe_text(job.class_noun, "class noun")
+    if len({config.text_encoder for config, *_ in configs}) > 1:
+        raise UserError("text_encoder is one choice for a whole library: give it once, above the first [[concept]]")
     model = open_model(args)
-    done_before = _whole(args.library, model.fingerprint(), jobs) if skip else set()
+    done_before = _done_before(args, model.fingerprint(), jobs, configs) if args.recipe else set()
     # all, before any work: a mistake shows at once.  Of many concepts the first's pictures are kept, the others' read again
     # when it is their turn
     read: dict[str, tuple] = {}
@@ -103,10 +107,13 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
     if planned is None and not (args.library / FILE).exists():
         planned = max(TrainingConfig.planned, len(jobs))
     library = Library(args.library, model.fingerprint(), planned, create=True)
+    for name in (job.name for job in jobs if job.name not in done_before):
+        library.check_free(name, args.again or library.unfinished(name))
     done = []
     for job, (config, options, checkpointing) in zip(jobs, configs):
         if job.name in done_before:
-            say(args)(f"{job.name}: trained already")
+            beside = ", and left as it is for a run that was stopped and goes on beside it" if args.again else ""
+            say(args)(f"{job.name}: trained already{beside}")
             done.append({"name": job.name, "skipped": True})
         else:
             sets, notes, regularisation = read.pop(job.name, None) or _read(model, job, config, options, workers)
@@ -130,19 +137,28 @@ def _train(args, jobs: list[Job], skip: bool = False) -> list[dict]:
                 )  # fmt: skip
             done.append(_told(args, library, concept, fit, config.steps, early) | {"pictures": notes})
             if shown:
-                done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
-                say(args)("drawn: " + ", ".join(done[-1]["shown"]))
+                try:
+                    done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
+                    say(args)("drawn: " + ", ".join(done[-1]["shown"]))
+                except UserError as error:
+                    say(args)(f"{error}; {job.name} is in the library all the same")
     return done
 
 
-def _whole(folder: Path, base: str, jobs: list[Job]) -> set[str]:
-    """Names of those that the library holds whole"""
+def _done_before(args, base: str, jobs: list[Job], configs: list) -> set[str]:
+    """Names of those that the library holds and that are left as they are: all that are whole, or with --again those before one
+    whose stopped run goes on, which rests on them"""
+    from .checkpoint import LIBRARY, begun_with
     from .library import Library
     from .manifest import FILE
 
-    if not (folder / FILE).exists():
+    if not (args.library / FILE).exists():
         return set()
-    library = Library(folder, base)
+    library = Library(args.library, base)
+    if args.again:
+        begun = [c.resume and begun_with(library.checkpoints(job.name)).get(LIBRARY) for job, (*_, c) in zip(jobs, configs)]
+        on = [bool(state) and state == library.state(job.name) for job, state in zip(jobs, begun)]
+        jobs = jobs[: on.index(True) if True in on else 0]
     return {job.name for job in jobs if job.name in library.names and not library.unfinished(job.name)}
 
 
@@ -168,11 +184,14 @@ def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, work
 def _told(args, library, concept, fit, steps: int, early: list[str]) -> dict:
     """Says how a run ended; raises again what stopped it.  early: notes that were told before"""
     path, tell = library.paths(concept.name)[0], say(args)
-    if fit.stopped is not None:
-        tell(f"stopped after {len(fit.losses)} of {steps} steps; what was trained is in {path}; the same command goes on")
+    if len(fit.losses) < steps:
+        kept = f"{concept.name} is kept as it was" if library.whole(concept.name) else f"what was trained is in {path}"
+        tell(f"stopped after {len(fit.losses)} of {steps} steps; {kept}; the same command goes on")
         raise fit.stopped
     for note in fit.notes:
         if note not in early:
             tell(note)
     tell(f"{concept.name}: {len(fit.losses)} steps, written to {path}")
+    if fit.stopped is not None:
+        raise fit.stopped
     return {"name": concept.name, "path": str(path), "losses": fit.losses, "energies": fit.energies, "notes": fit.notes}

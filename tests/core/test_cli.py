@@ -1,7 +1,9 @@
 """The command line as a user runs it."""
 
 import csv
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from seqlora_core.adapter import load_adapter
 from seqlora_core.cli import main
 from seqlora_core.demo_model import DEMO_FOLDER
 from seqlora_core.errors import UserError
+from seqlora_core.library import Library
 from seqlora_core.plots import save_picture
 from seqlora_core.run_pictures import RunPictures
 from seqlora_core.trainer import Step
@@ -139,6 +142,20 @@ def test_library_commands(capsys, folder):
     assert run(capsys, "library", "repair", folder)[0] == 0
     code, _, err = run(capsys, "library", "remove", folder, "nobody")
     assert code == 2 and "no concept 'nobody'" in err
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_command(tmp_path, monkeypatch):
+    name = "猫é\U00020000"
+    library = Library(tmp_path / "l", "base", create=True)
+    library.rewrite({**library.manifest, "concepts": [{"name": name, "trigger": "x", "class_noun": "", "order": 0}]})
+    said = []
+    for more in ([], ["--json"]):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["library", "list", str(library.folder), *more]) == 0
+        out.flush()
+        said.append(out.buffer.getvalue().decode("cp1252"))
+    assert said[0] == f"\\u732bé\\U00020000\tx{os.linesep}" and json.loads(said[1])["concepts"][0]["name"] == name
 
 
 def test_a_library_is_reordered_rebased_and_merged(capsys, folder, tmp_path):

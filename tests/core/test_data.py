@@ -131,6 +131,25 @@ def test_a_caption_that_cannot_be_read_is_told(tmp_path):
         load(tmp_path, 64, PictureOptions())
 
 
+def test_what_the_system_does_not_let_us_read_is_told(tmp_path, monkeypatch):
+    """In its words: neither is damaged.  A folder is no picture, whatever it is called"""
+    picture(tmp_path / "a.png", 64, 64)
+    (tmp_path / "c.png").mkdir()
+    assert len(load(tmp_path, 64, PictureOptions())[0][0].images) == 1
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(
+        UserError, match="cannot read the image .*b.png: No such file or directory; check the file and its perm"
+    ):
+        load(tmp_path, 64, PictureOptions())
+
+    def closed(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", closed)
+    with pytest.raises(UserError, match=f"cannot read the folder {tmp_path}: Permission denied; check its permissions"):
+        load(tmp_path, 64, PictureOptions())
+
+
 def test_captions_are_templates_and_hold_the_trigger_as_a_word():
     assert complete_captions(["a {trigger} {class}, red", None], "zqx", "cat") == ["a zqx cat, red", "a zqx cat"]
     assert complete_captions(["一只猫娘在笑"], "猫娘", "") == ["一只猫娘在笑"]

@@ -12,9 +12,13 @@ from seqlora_core.concept import Concept
 from seqlora_core.demo_model import DEMO_MODEL
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
-from seqlora_core.metadata import Base, curves, tag_frequency
+from seqlora_core.metadata import Base, curves, shortened, tag_frequency
 from seqlora_core.plots import kept_curves_picture
 from seqlora_core.statistics import Moments
+from seqlora_core.tensor_file import SMALL
+
+from ..reliability.toy import ToyDenoiser, start
+from ..reliability.toy import teach as teach_toy
 
 
 def header(path):
@@ -77,6 +81,22 @@ def test_what_the_file_says(library):
 def test_the_phrase_is_counted_in_whatever_case():
     tags = tag_frequency("x", ["a Zqx cat, red", "ZQX CAT, red", "zqx cat", "a dog"], "zqx cat")["x"]
     assert tags == {"a Zqx cat": 1, "a dog": 1, "red": 2, "zqx cat": 3}
+
+
+def test_tags_are_kept_as_far_as_a_header_has_room(tmp_path):
+    """The most frequent, and what calls it; too long captions to keep are told before anything is trained"""
+    tags = {f'a "{i:05}" seen once, 猫': 1 for i in range(20_000)} | {"a small light": 7, "zqx": 1}
+    assert shortened({"x": {"zqx": 1, "a": 2}}, "zqx") == {"x": {"a": 2, "zqx": 1}}
+    kept = shortened({"x": tags}, "zqx")["x"]
+    assert {"zqx", "a small light"} < set(kept) and 5_000 < len(kept) < 10_000 and list(kept) == sorted(kept)
+    text = json.dumps({"ss_tag_frequency": json.dumps({"x": kept}, ensure_ascii=False)}, ensure_ascii=False)
+    assert len(text.encode()) < SMALL // 4
+    model = ToyDenoiser()
+    library = start(tmp_path / "toy", model)
+    with pytest.raises(UserError, match="captions of 4 pictures.* are 400,0.. bytes long.*shorten them"):
+        teach_toy(model, library, "fox", captions=["foxzx " + "long " * 20_000] * 4)
+    teach_toy(model, library, "fox", captions=["foxzx " + "long, " * 5_000 + str(i) for i in range(4)], steps=1)
+    assert Library(library.folder).load("fox").captions[0].startswith("foxzx long")
 
 
 def test_a_model_whose_file_is_unknown_says_no_hash():

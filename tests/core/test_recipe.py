@@ -1,17 +1,22 @@
 """`seqlora train`: a recipe for a whole library, killed and run again; what a recipe may get wrong."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from seqlora_core import run_pictures, train_command
 from seqlora_core.checkpoint import FOLDER, SUFFIX
 from seqlora_core.cli import main
 from seqlora_core.demo_model import DEMO_FOLDER
+from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.recipe import read_recipe
 
@@ -90,6 +95,37 @@ def test_a_killed_recipe_goes_on_where_it_was(calibrated, tmp_path, capsys):
     assert capsys.readouterr().out.count("trained already") == 2
 
 
+def test_a_recipe_trained_again_goes_on_beside_what_it_trained_anew(calibrated, tmp_path, capsys, monkeypatch):
+    library, path = calibrated("l"), write(tmp_path, "l")
+    again = ["train", "--recipe", str(path), "--again", "--seed", "5"]
+    assert main(again[:3]) == 0
+    whole = files(library)
+
+    @contextlib.contextmanager
+    def stopping(name, steps, quiet):
+        def on_step(step):
+            if name == "bird" and step.number == 2:
+                raise KeyboardInterrupt
+
+        yield on_step
+
+    with monkeypatch.context() as m:
+        m.setattr(train_command, "bar", stopping)
+        assert main(again) == 2
+    assert "stopped after 2 of 4 steps; bird is kept as it was; the same command goes on" in capsys.readouterr().out
+    first = files(library)
+    assert {n for n in whole if whole[n] == first[n]} == {
+        "bird.safetensors",
+        "bird.stats.safetensors",
+        "calibration.safetensors",
+    }
+    assert main(again) == 0
+    assert "octopus: trained already, and left as it is for a run that was stopped" in capsys.readouterr().out
+    after = files(library)
+    assert after["octopus.safetensors"] == first["octopus.safetensors"]
+    assert after["bird.safetensors"] != whole["bird.safetensors"] and not library.checkpoints("bird").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals to another process are POSIX")
 def test_ctrl_c_keeps_what_was_trained(calibrated, tmp_path):
     library = calibrated("l")
@@ -107,6 +143,12 @@ def test_what_a_recipe_says(tmp_path):
     first, second = recipe.jobs
     assert (first.name, first.trigger, first.class_noun, first.options["steps"]) == ("octopus", "octzu", "animal", 3)
     assert (second.name, second.options["steps"], second.options["every"]) == ("bird", 4, 1)
+    path = tmp_path / "home.toml"
+    path.write_text('library = "~/l"\n[[concept]]\nimages = "~/cat"\ntrigger = " zwx "\nclass_noun = "cat "', encoding="utf-8")
+    recipe = read_recipe(path)
+    (job,) = recipe.jobs
+    assert recipe.settings["library"] == Path.home() / "l" and job.images == Path.home() / "cat"
+    assert (job.trigger, job.class_noun) == ("zwx", "cat")
 
 
 def test_pictures_of_the_class_are_told_of_and_must_not_call_the_trigger(calibrated, tmp_path, capsys):
@@ -146,6 +188,13 @@ ONE = '[[concept]]\nimages = "x"\ntrigger = "y"\n'
         (ONE, "no library"),
         ('library = "l"\n' + ONE, "no folder"),
         (b"\xff\xfe", "not UTF-8"),
+        ('library = ""\n' + ONE, "library is '': give a path"),
+        ('library = "a\\u0000b"\n' + ONE, r"library is 'a\\x00b': give a path"),
+        ('library = "~nobody at all/l"\n' + ONE, "library is '~nobody at all/l': give a path"),
+        ('[[concept]]\nimages = " "\ntrigger = "x"\n', "concept 1: images is ' ': give a path"),
+        ('[[concept]]\nimages = "x"\ntrigger = " "\n', "concept 1: trigger is missing"),
+        (f"shift = 1{'0' * 400}\n" + ONE, "shift is 10{60,80}: give a number"),
+        (f"shift = 1{'0' * 5000}\n" + ONE, "is not TOML|give a number"),
         (None, "cannot read the recipe"),
     ],
 )
@@ -176,6 +225,8 @@ def test_help_is_a_page_in_groups(capsys):
         ("min_snr = 5.0", "min_snr is for models that predict noise"),
         ('layers = "cross"', "no layer of this model is named by layers 'cross'"),
         ('trigger = "nowhere"', "lacks the trigger 'nowhere'"),
+        ('trigger = "peng\\tvo"', "the trigger 'peng\\tvo' holds a control character"),
+        ("text_encoder = true", "text_encoder is one choice for a whole library"),
     ],
 )
 def test_what_is_wrong_with_a_later_concept_is_told_before_the_first_is_trained(
@@ -189,6 +240,31 @@ def test_what_is_wrong_with_a_later_concept_is_told_before_the_first_is_trained(
     path.write_text(text + options * ("trigger" not in options), encoding="utf-8")
     assert main(["train", "--recipe", str(path)]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "late").exists()
+
+
+@pytest.mark.parametrize("kind", ["name", "file"])
+def test_what_stands_in_the_way_of_a_later_concept_is_told_before_the_first_is_trained(calibrated, tmp_path, capsys, kind):
+    library = calibrated("taken")
+    if kind == "name":
+        other = {"name": "Bird", "trigger": "x", "class_noun": "", "order": 0}
+        library.rewrite({**library.manifest, "concepts": [other]})
+    else:
+        (library.folder / "bird.safetensors").write_bytes(b"of someone else")
+    assert main(["train", "--recipe", str(write(tmp_path, "taken"))]) == 2
+    told = {"name": "has a concept 'Bird' already", "file": "bird.safetensors is not of this library"}[kind]
+    assert told in capsys.readouterr().err and "octopus" not in Library(library.folder).names
+
+
+def test_pictures_that_cannot_be_written_end_no_recipe(calibrated, tmp_path, capsys, monkeypatch):
+    def full(picture, path):
+        raise UserError(f"cannot write the picture {path}: the disk is full")
+
+    monkeypatch.setattr(run_pictures, "sample_sheet", lambda *_: torch.ones(1, 8, 8, 3))
+    monkeypatch.setattr(run_pictures, "save_picture", full)
+    library, path = calibrated("sheets"), write(tmp_path, "sheets", steps=1)
+    assert main(["train", "--recipe", str(path), "--steps", "1", "--pictures", str(tmp_path / "p")]) == 0
+    assert "octopus.curves.png: the disk is full; octopus is in the library all the same" in capsys.readouterr().out
+    assert Library(library.folder).names == ["octopus", "bird"]
 
 
 def test_pictures_of_a_concept_that_is_trained_are_not_missed(calibrated, tmp_path, capsys):

@@ -159,6 +159,52 @@ def test_without_resuming_an_unfinished_run_is_begun_anew_and_replaced_at_its_en
         teach_toy(model, library, "fox", 1, steps=6, resume=False)
 
 
+def test_a_whole_concept_stays_until_the_one_trained_anew_is_whole(tmp_path):
+    model = ToyDenoiser()
+    library, straight = (start(tmp_path / name, model) for name in ("stopped", "straight"))
+
+    def files(library):
+        return [path.read_bytes() for path in library.paths("fox")]
+
+    def stop_at(number):
+        def on_step(step):
+            if step.number == number:
+                raise KeyboardInterrupt
+
+        return on_step
+
+    teach_toy(model, library, "fox")
+    before = files(library)
+    _, fit = teach_toy(model, library, "fox", 1, replace_existing=True, on_step=stop_at(2))
+    assert isinstance(fit.stopped, KeyboardInterrupt) and len(fit.losses) == 2
+    assert files(library) == before and not library.unfinished("fox") and library.checkpoints("fox").exists()
+    with pytest.raises(UserError, match="has a concept 'fox' already"):
+        teach_toy(model, library, "fox", 1)
+    _, fit = teach_toy(model, library, "fox", 1, replace_existing=True, on_step=stop_at(4))  # the last: it is whole then
+    teach_toy(model, straight, "fox", 1)
+    assert fit.stopped is not None and files(library) == files(straight) and not library.checkpoints("fox").exists()
+
+
+def test_what_others_say_beside_their_tensors_is_no_other_state(tmp_path):
+    """Such as when they were trained; and none of their files is read for it"""
+    model = ToyDenoiser()
+    library = start(tmp_path / "toy", model)
+    for name in ("fox", "owl"):
+        teach_toy(model, library, name)
+    before, files = library.state("new"), [p.read_bytes() for p in library.paths("fox")]
+    teach_toy(model, library, "fox", replace_existing=True)
+    different = library.state("new")
+    teach_toy(model, library, "fox", replace_existing=True)
+    again = [p.read_bytes() for p in library.paths("fox")]
+    assert library.state("new") == different != before != library.state("fox") and files != again
+    hashes = [{k: e.pop(k) for k in ("lora", "stats")} for e in library.manifest["concepts"]]
+    assert library.state("new") == different and all(hashes)  # as of format 1, which had none
+    library.reload()
+    for path in (*library.paths("fox"), *library.paths("owl")):
+        path.unlink()
+    assert library.state("new") == different
+
+
 def test_captions_of_the_class_are_held_too(tmp_path):
     model = ToyDenoiser()
     library = start(tmp_path / "toy", model)

@@ -14,7 +14,7 @@ from seqlora_core.composition import Wishes, compose
 from seqlora_core.errors import UserError
 from seqlora_core.report import interference_report
 from seqlora_core.spectrum import capped, largest_values, spikes
-from seqlora_core.tensor_file import read_safetensors, write_safetensors
+from seqlora_core.tensor_file import SMALL, read_safetensors, write_safetensors
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -85,6 +85,15 @@ def test_whatever_is_written_is_read_back_by_us_and_by_the_library(tmp_path_fact
     theirs = library_load(path.read_bytes())
     assert said == metadata and ours.keys() == theirs.keys() == made.keys()
     assert all(torch.equal(ours[n], t) and ours[n].dtype == t.dtype and torch.equal(theirs[n], t) for n, t in made.items())
+
+
+def test_what_we_would_not_read_is_not_written(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"a": torch.zeros(8)}, {"x": "y" * (SMALL - 200)})
+    assert read_safetensors(path)
+    with pytest.raises(UserError, match="cannot write .*a.safetensors: what it says of itself .*shorten"):
+        write_safetensors(path, {"a": torch.zeros(8)}, {"x": "y" * (2 * SMALL)})
+    assert len(read_safetensors(path)[1]["x"]) == SMALL - 200
 
 
 def test_a_header_of_any_length_is_read(tmp_path):

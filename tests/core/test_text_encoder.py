@@ -11,9 +11,10 @@ from seqlora_core.attach import Attachment, attached
 from seqlora_core.calibration import calibrate
 from seqlora_core.config import TrainingConfig
 from seqlora_core.demo_model import SIZE, DemoModel
+from seqlora_core.denoiser import Conditioning
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
-from seqlora_core.live_prompts import is_text
+from seqlora_core.live_prompts import LivePrompts, is_text
 from seqlora_core.teach import train_concept
 
 CONFIG = TrainingConfig(steps=6, batch=2, replay_batch=4, text_encoder=True, rank=2)
@@ -37,6 +38,22 @@ def taught(own, subjects, tmp_path_factory):
 def _calibration(own):
     own.adapt_text(True)
     return calibrate(own, (SIZE, SIZE), 48)
+
+
+def test_prompts_are_encoded_in_the_same_order_whatever_was_met_before():
+    """So that the second concept of a recipe is the same file in a process of its own"""
+    seen = []
+
+    def encode(prompts):
+        seen.append(prompts)
+        return Conditioning(torch.tensor([[[float(ord(p))]] for p in prompts]))
+
+    for before in ([], ["d", "b", "c"]):
+        live = LivePrompts()
+        live.numbered(before, torch.device("cpu"))
+        found = live.encoded(live.numbered(["c", "a", "b", "a"], torch.device("cpu")), encode)
+        assert [chr(int(x)) for x in found.context.flatten()] == ["c", "a", "b", "a"]
+    assert seen == [["a", "b", "c"]] * 2
 
 
 def test_every_layer_of_the_text_encoder_is_adapted_and_orthogonal_to_earlier_ones(taught):

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from seqlora_core.demo_model import DEMO_MODEL
+from seqlora_core.library import Library
 
 from .comfy_server import Failed
 from .test_training import Listener, images, train
@@ -68,6 +69,24 @@ def test_the_report_says_what_connected_images_became_and_which_are_there_twice(
     said = server.run(graph)["8"]["text"][0]
     assert "2 connected images: 16 x 32 became 64 x 64" in said and "enlarged 4.0 times" in said
     assert "connected image 2 is the same picture as 1" in said
+
+
+def test_a_connected_dot_is_too_small(server):
+    dots = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 4, "batch_size": 2, "color": 0}}
+    with pytest.raises(Failed, match="connected image 1 is 64 x 4 pixels: too small to learn from"):
+        server.run(train("wrong") | {"2": images(images=["7", 0]), "7": dots})
+
+
+def test_the_same_graph_trains_once_until_its_concept_is_taken_out(server):
+    graph = train("once", steps=1, if_trained="start anew")
+    made = []
+    for _ in range(4):
+        server.run(graph)
+        library = Library(server.base / "models" / "loras" / "seqlora" / "once")
+        made.append(library.paths("octopus")[0].stat().st_mtime_ns)
+        if len(made) == 2:
+            library.remove("octopus")
+    assert made[0] == made[1] < made[2] == made[3]
 
 
 def test_the_file_names_its_base_model_by_its_hash(server):

@@ -46,7 +46,7 @@ def worker(model: ToyDenoiser, folder: Path, seed: int, report) -> None:
     """Change the library until it is killed; report(line) before and after each change."""
     rng = random.Random(seed)
     library = Library(folder)
-    unfinished = [name for name in NAMES if library.unfinished(name)]
+    unfinished = [name for name in NAMES if library.checkpoints(name).exists()]
     while True:
         name = unfinished.pop() if unfinished else rng.choice(NAMES)
         todo = rng.choice(("train", "train", "train", "remove", "reorder", "rebase"))
