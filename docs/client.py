@@ -22,7 +22,9 @@ while not (done := json.load(urllib.request.urlopen(f"{server}/history/{prompt}"
     time.sleep(0.5)
 status = done[prompt]["status"]
 if status["status_str"] != "success":
-    sys.exit(next((told["exception_message"] for kind, told in status["messages"] if kind == "execution_error"), "it was cancelled"))
+    sys.exit(
+        next((told["exception_message"] for kind, told in status["messages"] if kind == "execution_error"), "it was cancelled")
+    )
 for output in done[prompt]["outputs"].values():
     for image in output.get("images", []):
         file = urllib.request.urlopen(f"{server}/view?{urllib.parse.urlencode(image)}").read()

@@ -156,6 +156,7 @@ def test_a_trigger_beyond_what_the_text_encoder_reads_is_told(model, new_library
     config = TrainingConfig(steps=1, **QUICK)
     told, before = [], []
     given = dict(config=config, tell=told.append, on_step=lambda step: before.extend(told))
+    assert unread(model, [f"a zqxite, {captions['a']}", captions["b"]], "zqx") == [0]  # within another word it calls nothing
     _, fit = train_concept(model, new_library(tmp_path / "l"), sets, "x", "zqx", "cat", **given)
     said = [n for n in fit.notes if "does not get as far as" in n]
     assert said == before == told  # already when the first step is done

@@ -14,7 +14,7 @@ from seqlora_core.concept import Concept, References
 from seqlora_core.config import TrainingConfig
 from seqlora_core.objective import Objective, _known
 from seqlora_core.parallel import Workers
-from seqlora_core.prompts import RARE_WORDS, calls, decoys
+from seqlora_core.prompts import RARE_WORDS, calls, decoys, without
 from seqlora_core.replay import Batch, Replay
 from seqlora_core.start import starting_groups
 
@@ -120,3 +120,10 @@ def test_no_prompt_that_is_held_calls_a_concept_of_the_library(model, subjects, 
     every = decoys(["an octzu animal"], "octzu", 24, taken=RARE_WORDS)
     assert len(every) == 24 and not any(calls("octzu", text) for text in every)
     assert not any(calls("sks", text) for text in decoys(["an octzu animal"], "octzu", 200, taken=["sks dog"]))
+
+
+def test_a_trigger_within_other_words_leaves_them_alone():
+    caption = "a Tom man at the bottom, customer"
+    assert without("tom", caption) == "a  man at the bottom, customer" and without("猫娘", "一只猫娘在笑") == "一只在笑"
+    made = decoys([caption], "tom", 8)
+    assert all(text.endswith("man at the bottom, customer") for text in made) and not any(calls("tom", text) for text in made)
