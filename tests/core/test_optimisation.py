@@ -5,10 +5,10 @@ import torch
 
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.captions import Prompts, shuffled
+from seqlora_core.concept import latent_weights
 from seqlora_core.config import TrainingConfig
 from seqlora_core.errors import UserError
 from seqlora_core.noise_levels import draw_sigmas, min_snr_weights, signal_to_noise
-from seqlora_core.objective import latent_weights
 from seqlora_core.optimisers import OPTIMISERS, SCHEDULES, course, make_optimiser, schedule
 from seqlora_core.recompute import blocks_of, recomputed
 
