@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import PictureOptions
 from .denoiser import Denoiser, check_size
 from .errors import UserError
-from .references import caption_beside, is_picture, mask_beside, open_picture, picture_files, to_tensor
+from .references import MASK, caption_beside, is_mask, is_picture, mask_beside, open_picture, picture_files, to_tensor
 
 REPEATED = re.compile(r"(\d{1,3})_")  # begins the name of a subfolder that counts; 2024_ is a year
 HELD_OUT = "held_out"  # a subfolder to measure on, of the demo's layout
@@ -116,19 +116,32 @@ def _not_read(folder: Path, read: list[Path]) -> list[str]:
 
     read: the folders whose pictures were.
     """
-    files, folders = [], []
+    files, captions, masks, folders = [], [], [], []
     for within in sorted({folder, *read}):
-        for path in sorted(p for p in within.iterdir() if not p.name.startswith(".")):
+        paths = sorted(p for p in within.iterdir() if not p.name.startswith("."))
+        pictures = {p.stem.lower() for p in paths if p.suffix.lower() not in SIDECARS and not is_mask(p)}
+        for path in paths:
             counted = path in read or path.name == HELD_OUT or within == folder and REPEATED.match(path.name)
             if path.is_file() and not is_picture(path) and path.suffix.lower() not in SIDECARS:
                 files.append(path.name)
+            elif path.suffix.lower() == ".caption":
+                captions.append(path.name)
+            elif is_mask(path) and path.stem.lower().removesuffix(MASK) not in pictures:
+                masks.append(path.name)
             elif path.is_dir() and not counted and any(map(is_picture, path.rglob("*"))):
                 folders.append(f"folder {path.relative_to(folder).as_posix()}/ (make it 1_{path.name}/ to read it)")
-    parts = folders[:NAMED] + ["..."] * (len(folders) > NAMED)
-    if files:
-        named = ", ".join(files[:NAMED] + ["..."] * (len(files) > NAMED))
-        parts.insert(0, f"{len(files)} file{'s' * (len(files) > 1)} ({named}; save pictures as PNG or JPEG)")
+    kinds = (
+        ("file", files, "save pictures as PNG or JPEG"),
+        ("caption", captions, "name it NAME.txt beside its picture NAME.png"),
+        ("mask", masks, "name it NAME.mask.png beside its picture NAME.png"),
+    )
+    parts = [f"{len(f)} {kind}{'s' * (len(f) > 1)} ({', '.join(_few(f))}; {advice})" for kind, f, advice in kinds if f]
+    parts += _few(folders)
     return [f"not read: {', '.join(parts)}"] if parts else []
+
+
+def _few(names: list[str]) -> list[str]:
+    return names[:NAMED] + ["..."] * (len(names) > NAMED)
 
 
 def _bucket(size: tuple[int, int], target: int, longest: int = 0) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def picture_files(folder: Path, may_be_empty: bool = False) -> list[Path]:
     """Pictures in a folder by name, 2 before 10, masks left out; UserError if there is no folder or none in it."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path of the reference images")
-    files = sorted((p for p in folder.iterdir() if is_picture(p) and not p.stem.lower().endswith(MASK)), key=_counted)
+    files = sorted((p for p in folder.iterdir() if is_picture(p) and not is_mask(p)), key=_counted)
     if not files and not may_be_empty:
         raise UserError(f"no images in {folder}: put PNG, JPEG or WebP files there")
     return files
@@ -53,6 +53,11 @@ def is_picture(path: Path) -> bool:
     suffix = path.suffix.lower()
     opens = suffix in SUFFIXES and Image.registered_extensions().get(suffix) in Image.OPEN
     return opens and not path.name.startswith(".")
+
+
+def is_mask(path: Path) -> bool:
+    """By its name"""
+    return is_picture(path) and path.stem.lower().endswith(MASK)
 
 
 def mask_beside(picture: Path) -> Path | None:

@@ -209,6 +209,17 @@ def test_a_year_is_no_number_of_repeats(tmp_path):
     assert "folder 2024_summer/ (make it 1_2024_summer/ to read it)" in notes[-1] and "20240115_birthday" in notes[-1]
 
 
+def test_masks_and_captions_that_no_picture_takes_are_told(tmp_path):
+    for name in ("cat1.png", "cat_1.mask.png", "Dog.png", "dog.MASK.png"):
+        picture(tmp_path / name, 64, 64)
+    (tmp_path / "cat1.caption").write_text("a zqx cat", encoding="utf-8")
+    _, notes = load(tmp_path, 64, PictureOptions())
+    assert notes[2:] == [
+        "not read: 1 caption (cat1.caption; name it NAME.txt beside its picture NAME.png), "
+        "1 mask (cat_1.mask.png; name it NAME.mask.png beside its picture NAME.png)"
+    ]
+
+
 def test_pictures_are_in_the_order_that_people_count_in(tmp_path):
     for name in ("10.png", "2.png", "1.png", "b2.png", "b10.png", "a (3).png"):
         picture(tmp_path / name, 64, 64)
