@@ -145,12 +145,13 @@ def _few(names: list[str]) -> list[str]:
 
 
 def _bucket(size: tuple[int, int], target: int, longest: int = 0) -> tuple[int, int]:
-    """Width and height for a picture of this size: at most target squared in area, never larger than the picture, no side
-    above `longest` (0: any), and whole numbers of what networks take (64 pixels, 16 at small sizes)"""
+    """Width and height for a picture of this size: at most target squared in area, no side above `longest` (0: any), whole
+    numbers of what networks take (64 pixels, 16 at small sizes), and larger than the picture only where that has fewer"""
     step = 64 if target >= 256 else 16
     scale = min(1.0, target / (size[0] * size[1]) ** 0.5)
     width, height = (max(step, min(int(n * scale), longest or n) // step * step) for n in size)
-    return width, height
+    most = target**2 // min(width, height) // step * step  # of a strip whose short side had to grow
+    return min(width, most), min(height, most)
 
 
 def became(name: str, size: tuple[int, int], target: tuple[int, int], wanted: int) -> str:

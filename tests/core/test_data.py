@@ -1,5 +1,7 @@
 """What a folder of pictures becomes, and training on pictures of several sizes, with masks and pictures of the class."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,14 @@ def test_a_small_picture_in_its_own_shape_is_told(tmp_path):
     picture(tmp_path / "a.png", 100, 100)
     _, notes = load(tmp_path, 512, PictureOptions(buckets=True))
     assert notes[0].startswith("a.png: 100 x 100 became 64 x 64") and "of 512 x 512 that were asked for" in notes[0]
+
+
+def test_a_narrow_strip_in_its_own_shape_has_no_more_than_the_area_asked_for(tmp_path):
+    for name, size in (("a", (10000, 8)), ("b", (20, 9000)), ("c", (40, 40)), ("d", (3000, 300))):
+        picture(tmp_path / f"{name}.png", *size)
+    _, notes = load(tmp_path, 512, PictureOptions(buckets=True))
+    became = [re.search(r"became (\d+) x (\d+)", note).groups() for note in notes]
+    assert became == [("4096", "64"), ("64", "4096"), ("64", "64"), ("1600", "128")]
 
 
 def test_a_caption_that_cannot_be_read_is_told(tmp_path):
