@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
 # a module may import modules of earlier lines only
 LAYERS = [
-    {"errors", "linalg", "prompts", "sketch", "tables", "triggers", "transformer_names"},
+    {"errors", "fonts", "linalg", "prompts", "sketch", "tables", "triggers", "transformer_names"},
     {"metadata", "spelling", "strict_json", "names", "references", "storage"},
     {"tensor_file", "manifest"},
     {"adapter", "optimisers"},
