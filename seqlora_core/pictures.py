@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import PictureOptions
 from .denoiser import Denoiser, check_size
 from .errors import UserError
-from .references import MASK, caption_beside, is_mask, is_picture, mask_beside, open_picture, picture_files, to_tensor
+from .references import MASK, Beside, is_mask, is_picture, open_picture, picture_files, to_tensor
 
 REPEATED = re.compile(r"(\d{1,3})_")  # begins the name of a subfolder that counts; 2024_ is a year
 HELD_OUT = "held_out"  # a subfolder to measure on, of the demo's layout
@@ -65,6 +65,7 @@ def load(
     by_size: dict[tuple[int, int], list[_One]] = {}
     seen: dict[str, Path] = {}
     listed = _listed(Path(folder))
+    beside = {parent: Beside(parent) for parent in {path.parent for path, _ in listed}}
     for path, repeats in listed:
         picture = open_picture(path)
         key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
@@ -73,13 +74,13 @@ def load(
         seen.setdefault(key, path)
         target = _bucket(picture.size, size, longest) if options.buckets else (size, size)
         notes.append(became(path.name, picture.size, target, size))
-        mask = _mask(path, picture, target, options.masks)
+        mask = _mask(path, picture, target, options.masks, beside[path.parent])
         ones = by_size.setdefault(target, [])
-        ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats, path.name))
+        ones.append(_One(to_tensor(picture, target), mask, beside[path.parent].caption(path), repeats, path.name))
     for parent, times in dict.fromkeys((path.parent, repeats) for path, repeats in listed if repeats > 1):
         count = sum(path.parent == parent for path, _ in listed)
         notes.append(f"{parent.name}/: {count} picture{'s' * (count > 1)}, each taken {times} times as often")
-    notes += _not_read(Path(folder), [path.parent for path, _ in listed])
+    notes += _not_read(Path(folder), set(beside))
     sets = [_together(ones) for ones in sorted(by_size.values(), key=len, reverse=True)]
     return [mirrored(s) for s in sets] if options.flip else sets, notes
 
@@ -111,7 +112,7 @@ def _listed(folder: Path) -> list[tuple[Path, int]]:
     return counted + [(path, 1) for path in picture_files(folder, may_be_empty=bool(counted))]
 
 
-def _not_read(folder: Path, read: list[Path]) -> list[str]:
+def _not_read(folder: Path, read: set[Path]) -> list[str]:
     """A note on files and subfolders that look as if they were meant and are not taken; none if there are none.
 
     read: the folders whose pictures were.
@@ -167,19 +168,19 @@ def became(name: str, size: tuple[int, int], target: tuple[int, int], wanted: in
     return text + (f", of {wanted} x {wanted} that were asked for: a larger picture would be better" if small else "")
 
 
-def _mask(path: Path, picture, target: tuple[int, int], source: str) -> Tensor | None:
+def _mask(path: Path, picture, target: tuple[int, int], source: str, beside: Beside) -> Tensor | None:
     """[height, width] in 0..1; None if all counts"""
     from PIL import Image, ImageChops, ImageOps
 
-    beside = mask_beside(path)
+    file = beside.mask(path)
     if source == "alpha":
         mask = picture.getchannel("A")
-    elif source == "files" and beside is not None:
-        drawn = open_picture(beside)  # what is transparent in a mask counts as little as what is black
+    elif source == "files" and file is not None:
+        drawn = open_picture(file)  # what is transparent in a mask counts as little as what is black
         mask = ImageChops.multiply(drawn.convert("L"), drawn.getchannel("A"))
         if mask.size != picture.size:
             raise UserError(
-                f"the mask {beside} is {mask.size[0]} x {mask.size[1]} pixels, its picture {picture.size[0]} x {picture.size[1]}: make them alike"
+                f"the mask {file} is {mask.size[0]} x {mask.size[1]} pixels, its picture {picture.size[0]} x {picture.size[1]}: make them alike"
             )
     else:
         return None

@@ -14,6 +14,7 @@ from .prompts import calls
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 MASK = ".mask"  # ends the name of a picture's mask, before its suffix
+CAPTION = ".txt"
 TEMPLATE = "a {trigger} {class}"
 
 
@@ -28,7 +29,8 @@ def load_pictures(folder: Path | str, size: int) -> tuple[Tensor, list[str | Non
     caption or None for each.  Raises UserError for a missing or empty folder and for files that cannot be read.
     """
     files = picture_files(Path(folder))
-    return torch.stack([load_picture(p, size) for p in files]), [caption_beside(p) for p in files]
+    beside = Beside(Path(folder))
+    return torch.stack([load_picture(p, size) for p in files]), [beside.caption(p) for p in files]
 
 
 def picture_files(folder: Path, may_be_empty: bool = False) -> list[Path]:
@@ -60,10 +62,33 @@ def is_mask(path: Path) -> bool:
     return is_picture(path) and path.stem.lower().endswith(MASK)
 
 
-def mask_beside(picture: Path) -> Path | None:
-    """NAME.mask.png of a picture NAME.jpg, in whatever case and format; None if there is none"""
-    wanted = (picture.stem + MASK).lower()
-    return next((p for p in sorted(picture.parent.iterdir()) if is_picture(p) and p.stem.lower() == wanted), None)
+class Beside:
+    """What a folder holds beside its pictures, in whatever case it is spelt; the folder is looked through once"""
+
+    def __init__(self, folder: Path):
+        files = sorted(folder.iterdir(), reverse=True)  # of names alike the first counts
+        self._masks = {p.stem.lower(): p for p in files if is_mask(p)}
+        self._captions = {p.name.lower(): p for p in files if p.suffix.lower() == CAPTION}
+
+    def mask(self, picture: Path) -> Path | None:
+        """NAME.mask.png of a picture NAME.jpg, in whatever format; None if there is none"""
+        return self._masks.get((picture.stem + MASK).lower())
+
+    def caption(self, picture: Path) -> str | None:
+        """Text of the `.txt` file of the same name, None if there is none; UserError if it is not UTF-8."""
+        path = picture.with_suffix(CAPTION)
+        if not path.exists():
+            path = self._captions.get(path.name.lower())
+        if path is None:
+            return None
+        try:
+            return path.read_text(encoding="utf-8-sig").strip() or None
+        except UnicodeDecodeError as error:
+            raise UserError(f"the caption {path} is not UTF-8 text: save it again as UTF-8") from error
+        except OSError as error:
+            raise UserError(
+                f"cannot read the caption {path}: {error.strerror}; make it a readable text file, or remove it"
+            ) from error
 
 
 def load_picture(path: Path, size: int) -> Tensor:
@@ -100,24 +125,6 @@ def to_tensor(picture, size: tuple[int, int]) -> Tensor:
     white = Image.new("RGBA", picture.size, "white")
     fitted = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
-
-
-def caption_beside(picture: Path) -> str | None:
-    """Text of the `.txt` file of the same name in whatever case, None if there is none; UserError if it is not UTF-8."""
-    path = picture.with_suffix(".txt")
-    if not path.exists():
-        alike = (p for p in sorted(picture.parent.iterdir()) if p.name.lower() == path.name.lower())
-        path = next(alike, None)
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8-sig").strip() or None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the caption {path} is not UTF-8 text: save it again as UTF-8") from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read the caption {path}: {error.strerror}; make it a readable text file, or remove it"
-        ) from error
 
 
 def complete_captions(

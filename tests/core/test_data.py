@@ -219,6 +219,15 @@ def test_a_year_is_no_number_of_repeats(tmp_path):
     assert "folder 2024_summer/ (make it 1_2024_summer/ to read it)" in notes[-1] and "20240115_birthday" in notes[-1]
 
 
+def test_a_folder_of_many_pictures_is_looked_through_a_few_times_at_most(tmp_path, monkeypatch):
+    for name in range(20):
+        picture(tmp_path / f"{name}.png", 64, 64)
+    looks, real = [], type(tmp_path).iterdir
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda path: looks.append(path) or real(path))
+    load(tmp_path, 64, PictureOptions())
+    assert 0 < len(looks) < 10
+
+
 def test_masks_and_captions_that_no_picture_takes_are_told(tmp_path):
     for name in ("cat1.png", "cat_1.mask.png", "Dog.png", "dog.MASK.png"):
         picture(tmp_path / name, 64, 64)
