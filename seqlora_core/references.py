@@ -148,7 +148,13 @@ def complete_captions(
 
 def captions_of_class(captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE) -> list[str]:
     """The same of pictures of the class, with nothing in place of {trigger}; UserError if one calls the concept, which replay
-    would then hold as it was before it was taught"""
+    would then hold as it was before it was taught, or lacks the class noun that it asks for"""
+    wanting = next((c or template for c in captions if "{class}" in (c or template)), None)
+    if wanting is not None and not class_noun.strip():
+        raise UserError(
+            f"the caption {wanting!r} of regularisation pictures says nothing without a class noun: give one, or write what each "
+            "shows into a .txt file beside it"
+        )
     done = [caption_from(c or template, "", class_noun).replace("  ", " ") for c in captions]
     called = next((c for c in done if calls(trigger, c)), None)
     if called is not None:

@@ -153,6 +153,11 @@ def test_captions_of_the_class_are_templates_without_the_trigger():
     assert captions_of_class(given, "zqx", "cat") == ["a cat, red", "a cat", "an animal"]
     with pytest.raises(UserError, match="the caption 'a Zqx cat' of a regularisation picture has the trigger 'zqx'"):
         captions_of_class(["a Zqx cat"], "zqx", "cat")
+    assert captions_of_class(["a tabby"], "zqx", "") == ["a tabby"]
+    with pytest.raises(
+        UserError, match="the caption 'a {trigger} {class}' of regularisation .* without a class noun: give one"
+    ):
+        captions_of_class(["a tabby", None], "zqx", "")
 
 
 def test_a_trigger_beyond_what_the_text_encoder_reads_is_told(model, new_library, tmp_path):
