@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser
-from .prompts import without
+from .prompts import as_a_word, calls, without
 
 ORDERS = 8  # of a caption's tags, when they are shuffled
 EARLY = 16  # bytes of a caption, after which every text encoder reads on: a token is a byte at least
@@ -18,9 +18,10 @@ EARLY = 16  # bytes of a caption, after which every text encoder reads on: a tok
 
 def shuffled(caption: str, trigger: str, count: int, rng: random.Random) -> list[str]:
     """The caption, and count - 1 others with its comma-separated tags in other orders; those with the trigger stay first."""
-    parts = re.findall(rf"(?:{re.escape(trigger)}|[^,])+", caption, re.IGNORECASE)  # a comma of the trigger's own parts nothing
+    whole = as_a_word(trigger).pattern  # a comma of the trigger's own parts nothing
+    parts = re.findall(rf"(?:{whole}|[^,])+", caption, re.IGNORECASE)
     tags = [tag.strip() for tag in parts if tag.strip()]
-    first = [tag for tag in tags if trigger.lower() in tag.lower()]
+    first = [tag for tag in tags if calls(trigger, tag)]
     rest = [tag for tag in tags if tag not in first]
     return [caption, *(", ".join(first + rng.sample(rest, len(rest))) for _ in range(count - 1))]
 
@@ -30,7 +31,8 @@ def unread(denoiser: Denoiser, captions: list[str], trigger: str) -> list[int]:
     """Which captions are cut off by the text encoder before their trigger: without it they are encoded just the same"""
 
     def late(caption: str) -> bool:
-        return len(caption[: caption.lower().find(trigger.lower())].encode(errors="replace")) > EARLY
+        found = as_a_word(trigger).search(caption)
+        return found is None or len(caption[: found.start()].encode(errors="replace")) > EARLY
 
     def unchanged(caption: str) -> bool:  # each by itself: within a batch sums are rounded in other orders
         return torch.equal(*(denoiser.read_prompts([text]).context for text in (caption, without(trigger, caption))))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import Adapter
@@ -44,7 +46,19 @@ class References:
     repeats: list[int] | None = None
     mirrored: bool = False
 
+    def known(self) -> Tensor:
+        """Numbers of the pictures to draw from, each as often as its repeats say"""
+        numbers = torch.arange(len(self.latents))
+        return numbers.repeat_interleave(torch.tensor(self.repeats or [1] * len(numbers)))
+
 
 def merged(sets: list[References]) -> References:
     """The first set's pictures with the captions of all: what prompts of the concept look like"""
     return replace(sets[0], captions=[c for s in sets for c in s.captions])
+
+
+def latent_weights(masks: Tensor, latents: Tensor) -> Tensor:
+    """Masks of pictures [n, height, width] in 0..1 as weights of their latents' errors, mean 1 for each picture"""
+    small = F.interpolate(masks[:, None].float(), latents.shape[-2:], mode="area")
+    small = small / small.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
+    return small.view(len(small), *[1] * (latents.ndim - 3), *latents.shape[-2:])

@@ -125,7 +125,7 @@ class PictureOptions:
     """How a folder of pictures becomes references."""
 
     resolution: int = 0  # side of the square, pixels; 0: the model's own
-    buckets: bool = False  # each picture in its own shape, of that area, never enlarged; else a square from the centre
+    buckets: bool = False  # each picture in its own shape, of that area at most; else a square from the centre
     masks: str = "files"  # how much each pixel counts: from name.mask.png files, the alpha channel, or none
     flip: bool = False  # mirror images too
     caption: str = TEMPLATE  # of pictures without a .txt file

@@ -15,6 +15,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from .prompts import as_a_word
+
 # family -> ModelSpec's architecture, kohya's name of the base
 FAMILIES = {
     "sd1": ("stable-diffusion-v1", "sd_v1"),
@@ -67,7 +69,7 @@ def tag_frequency(name: str, captions: list[str], phrase: str) -> dict[str, dict
     frequent ones."""
     small, found = phrase.lower(), [tag.strip() for caption in captions for tag in caption.split(",") if tag.strip()]
     tags = Counter(phrase if tag.lower() == small else tag for tag in found)
-    tags[phrase] = max(tags[phrase], sum(small in caption.lower() for caption in captions))
+    tags[phrase] = max(tags[phrase], sum(bool(as_a_word(phrase, inflected=True).search(c)) for c in captions))
     return {name: {tag: count for tag, count in sorted(tags.items()) if count}}
 
 

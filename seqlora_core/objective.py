@@ -6,14 +6,13 @@ import itertools
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attach import Attachment
 from .bilevel import Group, live_layers, mean_energy
 from .captions import Prompts
-from .concept import References
+from .concept import References, latent_weights
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser
 from .hypergradient import hypergradient, parse
@@ -83,12 +82,11 @@ class Objective:
         """The objective as a scalar, differentiable in the groups' factors; one forward pass for all of one size."""
         self.attachment.live = live_layers(self.groups) | (self.learnt.live() if self.learnt else {})
         predictions = self._predict([batch, *again])
-        errors = (predictions[0] - batch.target).square()
-        error = (errors if batch.weight is None else errors * batch.weight).mean()
+        error = _errors(predictions[0], batch).mean()
         energy = mean_energy(self.groups)
         protection = self.config.interference_weight * energy
         if again:
-            moved = [(p - b.target).square() for p, b in zip(predictions[1:], again)]
+            moved = [_errors(p, b) for p, b in zip(predictions[1:], again)]
             # each process has its rows of one and the same batch, not always as many as the others: their mean over all
             # processes is that of the whole batch
             total = sum(b.whole * m.shape[1:].numel() for m, b in zip(moved, again)) / self.workers.count
@@ -184,15 +182,12 @@ def _known(references: References, before: int) -> tuple[Tensor, tuple[Tensor, T
 
     before: pictures of other sizes, so that of all sizes together every second picture is in a half.
     """
-    numbers = torch.arange(len(references.latents))
-    known = numbers.repeat_interleave(torch.tensor(references.repeats or [1] * len(numbers)))
+    known = references.known()
     pictures = before + (known // 2 if references.mirrored else known)
     halves = known[pictures % 2 == 0], known[pictures % 2 == 1]
     return known, halves
 
 
-def latent_weights(masks: Tensor, latents: Tensor) -> Tensor:
-    """Masks of pictures [n, height, width] in 0..1 as weights of their latents' errors, mean 1 for each picture"""
-    small = F.interpolate(masks[:, None].float(), latents.shape[-2:], mode="area")
-    small = small / small.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
-    return small.view(len(small), *[1] * (latents.ndim - 3), *latents.shape[-2:])
+def _errors(prediction: Tensor, batch: Batch) -> Tensor:
+    errors = (prediction - batch.target).square()
+    return errors if batch.weight is None else errors * batch.weight

@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import PictureOptions
 from .denoiser import Denoiser, check_size
 from .errors import UserError
-from .references import caption_beside, is_picture, mask_beside, open_picture, picture_files, to_tensor
+from .references import MASK, Beside, is_mask, is_picture, open_picture, picture_files, to_tensor
 
 REPEATED = re.compile(r"(\d{1,3})_")  # begins the name of a subfolder that counts; 2024_ is a year
 HELD_OUT = "held_out"  # a subfolder to measure on, of the demo's layout
@@ -65,6 +65,7 @@ def load(
     by_size: dict[tuple[int, int], list[_One]] = {}
     seen: dict[str, Path] = {}
     listed = _listed(Path(folder))
+    beside = {parent: Beside(parent) for parent in {path.parent for path, _ in listed}}
     for path, repeats in listed:
         picture = open_picture(path)
         key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
@@ -73,13 +74,13 @@ def load(
         seen.setdefault(key, path)
         target = _bucket(picture.size, size, longest) if options.buckets else (size, size)
         notes.append(became(path.name, picture.size, target, size))
-        mask = _mask(path, picture, target, options.masks)
+        mask = _mask(path, picture, target, options.masks, beside[path.parent])
         ones = by_size.setdefault(target, [])
-        ones.append(_One(to_tensor(picture, target), mask, caption_beside(path), repeats, path.name))
+        ones.append(_One(to_tensor(picture, target), mask, beside[path.parent].caption(path), repeats, path.name))
     for parent, times in dict.fromkeys((path.parent, repeats) for path, repeats in listed if repeats > 1):
         count = sum(path.parent == parent for path, _ in listed)
         notes.append(f"{parent.name}/: {count} picture{'s' * (count > 1)}, each taken {times} times as often")
-    notes += _not_read(Path(folder), [path.parent for path, _ in listed])
+    notes += _not_read(Path(folder), set(beside))
     sets = [_together(ones) for ones in sorted(by_size.values(), key=len, reverse=True)]
     return [mirrored(s) for s in sets] if options.flip else sets, notes
 
@@ -115,33 +116,47 @@ def _listed(folder: Path) -> list[tuple[Path, int]]:
         raise UserError(f"cannot read the folder {where}: {error.strerror}; check its permissions") from error
 
 
-def _not_read(folder: Path, read: list[Path]) -> list[str]:
+def _not_read(folder: Path, read: set[Path]) -> list[str]:
     """A note on files and subfolders that look as if they were meant and are not taken; none if there are none.
 
     read: the folders whose pictures were.
     """
-    files, folders = [], []
+    files, captions, masks, folders = [], [], [], []
     for within in sorted({folder, *read}):
-        for path in sorted(p for p in within.iterdir() if not p.name.startswith(".")):
+        paths = sorted(p for p in within.iterdir() if not p.name.startswith("."))
+        pictures = {p.stem.lower() for p in paths if p.suffix.lower() not in SIDECARS and not is_mask(p)}
+        for path in paths:
             counted = path in read or path.name == HELD_OUT or within == folder and REPEATED.match(path.name)
             if path.is_file() and not is_picture(path) and path.suffix.lower() not in SIDECARS:
                 files.append(path.name)
+            elif path.suffix.lower() == ".caption":
+                captions.append(path.name)
+            elif is_mask(path) and path.stem.lower().removesuffix(MASK) not in pictures:
+                masks.append(path.name)
             elif path.is_dir() and not counted and any(map(is_picture, path.rglob("*"))):
                 folders.append(f"folder {path.relative_to(folder).as_posix()}/ (make it 1_{path.name}/ to read it)")
-    parts = folders[:NAMED] + ["..."] * (len(folders) > NAMED)
-    if files:
-        named = ", ".join(files[:NAMED] + ["..."] * (len(files) > NAMED))
-        parts.insert(0, f"{len(files)} file{'s' * (len(files) > 1)} ({named}; save pictures as PNG or JPEG)")
+    kinds = (
+        ("file", files, "save pictures as PNG or JPEG"),
+        ("caption", captions, "name it NAME.txt beside its picture NAME.png"),
+        ("mask", masks, "name it NAME.mask.png beside its picture NAME.png"),
+    )
+    parts = [f"{len(f)} {kind}{'s' * (len(f) > 1)} ({', '.join(_few(f))}; {advice})" for kind, f, advice in kinds if f]
+    parts += _few(folders)
     return [f"not read: {', '.join(parts)}"] if parts else []
 
 
+def _few(names: list[str]) -> list[str]:
+    return names[:NAMED] + ["..."] * (len(names) > NAMED)
+
+
 def _bucket(size: tuple[int, int], target: int, longest: int = 0) -> tuple[int, int]:
-    """Width and height for a picture of this size: at most target squared in area, never larger than the picture, no side
-    above `longest` (0: any), and whole numbers of what networks take (64 pixels, 16 at small sizes)"""
+    """Width and height for a picture of this size: at most target squared in area, no side above `longest` (0: any), whole
+    numbers of what networks take (64 pixels, 16 at small sizes), and larger than the picture only where that has fewer"""
     step = 64 if target >= 256 else 16
     scale = min(1.0, target / (size[0] * size[1]) ** 0.5)
     width, height = (max(step, min(int(n * scale), longest or n) // step * step) for n in size)
-    return width, height
+    most = target**2 // min(width, height) // step * step  # of a strip whose short side had to grow
+    return min(width, most), min(height, most)
 
 
 def became(name: str, size: tuple[int, int], target: tuple[int, int], wanted: int) -> str:
@@ -157,19 +172,19 @@ def became(name: str, size: tuple[int, int], target: tuple[int, int], wanted: in
     return text + (f", of {wanted} x {wanted} that were asked for: a larger picture would be better" if small else "")
 
 
-def _mask(path: Path, picture, target: tuple[int, int], source: str) -> Tensor | None:
+def _mask(path: Path, picture, target: tuple[int, int], source: str, beside: Beside) -> Tensor | None:
     """[height, width] in 0..1; None if all counts"""
     from PIL import Image, ImageChops, ImageOps
 
-    beside = mask_beside(path)
+    file = beside.mask(path)
     if source == "alpha":
         mask = picture.getchannel("A")
-    elif source == "files" and beside is not None:
-        drawn = open_picture(beside)  # what is transparent in a mask counts as little as what is black
+    elif source == "files" and file is not None:
+        drawn = open_picture(file)  # what is transparent in a mask counts as little as what is black
         mask = ImageChops.multiply(drawn.convert("L"), drawn.getchannel("A"))
         if mask.size != picture.size:
             raise UserError(
-                f"the mask {beside} is {mask.size[0]} x {mask.size[1]} pixels, its picture {picture.size[0]} x {picture.size[1]}: make them alike"
+                f"the mask {file} is {mask.size[0]} x {mask.size[1]} pixels, its picture {picture.size[0]} x {picture.size[1]}: make them alike"
             )
     else:
         return None

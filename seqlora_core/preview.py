@@ -51,6 +51,8 @@ def draw_with(
 class Preview:
     """The same three things with the same seeds, again and again while a concept is trained: the concept, one of those
     before it, and something that no concept has to do with.  All concepts are on, so forgetting shows as it happens.
+
+    failed: why the last one could not be drawn, "" if it could.
     """
 
     def __init__(self, denoiser: Denoiser, trigger: str, class_noun: str, earlier: list[Concept], size: tuple[int, int]):
@@ -63,13 +65,23 @@ class Preview:
         self.prompts.append(UNRELATED)
         self.adapters = [c.adapter for c in earlier]
         self.before: Tensor | None = None
+        self.failed = ""
 
     def draw(self, name: str, adapter: Adapter):
-        """PIL image: a row from before this concept, and one of now, called `name`; adapter: the concept as it is now."""
-        if self.before is None:
-            self.before = self._row(self.adapters)
-        rows = [[p[None] for p in row] for row in (self.before, self._row([*self.adapters, adapter]))]
-        return labelled_grid(rows, ["before", name], self.heads, PREVIEW_TILE)
+        """PIL image: a row from before this concept, and one of now, called `name`; adapter: the concept as it is now.
+
+        One that cannot be drawn, as for want of memory, is white: it ends no run.
+        """
+        self.failed = ""
+        try:
+            if self.before is None:
+                self.before = self._row(self.adapters)
+            both = self.before, self._row([*self.adapters, adapter])
+        except (RuntimeError, MemoryError) as error:
+            self.failed = f"the preview of {name} could not be drawn: {(str(error) or 'out of memory').splitlines()[0]}"
+            white = torch.ones(1, *self.size, 3)
+            return labelled_grid([[white] * len(self.heads)], [f"{name}:\nnot drawn"], self.heads, PREVIEW_TILE)
+        return labelled_grid([[p[None] for p in row] for row in both], ["before", name], self.heads, PREVIEW_TILE)
 
     def _row(self, adapters: list[Adapter]) -> Tensor:
         return draw_with(self.denoiser, concatenate(adapters) if adapters else None, self.prompts, self.size)

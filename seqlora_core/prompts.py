@@ -61,7 +61,7 @@ def decoys(captions: list[str], trigger: str, count: int, seed: int = 0, taken: 
     rng = random.Random(seed)
     others = [w for w in RARE_WORDS if not calls(w, trigger)]
     others = [w for w in others if not any(calls(w, known) for known in taken)] or others
-    word = re.compile(re.escape(trigger) + r"\s*", re.IGNORECASE)
+    word = re.compile(as_a_word(trigger).pattern + r"\s*", re.IGNORECASE)
     out = []
     for i in range(count):
         caption = rng.choice(captions)
@@ -69,16 +69,24 @@ def decoys(captions: list[str], trigger: str, count: int, seed: int = 0, taken: 
     return out
 
 
-def calls(trigger: str, prompt: str) -> bool:
-    """Whether the prompt has the trigger as a word of its own; scripts such as Chinese have no spaces between words"""
+def as_a_word(trigger: str, inflected: bool = False) -> re.Pattern:
+    """Finds the trigger as a word of its own, in capitals or not; scripts such as Chinese have no spaces between words.
+
+    inflected: the last word may go on, as in a plural.
+    """
     before, after = ("" if ord(edge) >= FIRST_CJK else edge for edge in (trigger[:1] or " ", trigger[-1:] or " "))
-    before, after = before and r"(?<!\w)", after and r"(?!\w)"
-    return re.search(before + re.escape(trigger) + after, prompt, re.IGNORECASE) is not None
+    before, after = before and r"(?<!\w)", "" if inflected else after and r"(?!\w)"
+    return re.compile(before + re.escape(trigger) + after, re.IGNORECASE)
+
+
+def calls(trigger: str, prompt: str) -> bool:
+    """Whether the prompt has the trigger as a word of its own"""
+    return as_a_word(trigger).search(prompt) is not None
 
 
 def without(trigger: str, prompt: str) -> str:
     """The prompt with the trigger taken out, however it is spelled: tokenizers of CLIPs do not tell capitals either"""
-    return re.sub(re.escape(trigger), "", prompt, flags=re.IGNORECASE)
+    return as_a_word(trigger).sub("", prompt)
 
 
 def trigger_prompts(trigger: str, count: int, seed: int = 0) -> list[str]:

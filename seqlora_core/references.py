@@ -14,6 +14,7 @@ from .prompts import calls
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 MASK = ".mask"  # ends the name of a picture's mask, before its suffix
+CAPTION = ".txt"
 TEMPLATE = "a {trigger} {class}"
 LEAST_SIDE = 8  # pixels of a picture that shows anything
 
@@ -29,14 +30,15 @@ def load_pictures(folder: Path | str, size: int) -> tuple[Tensor, list[str | Non
     caption or None for each.  Raises UserError for a missing or empty folder and for files that cannot be read.
     """
     files = picture_files(Path(folder))
-    return torch.stack([load_picture(p, size) for p in files]), [caption_beside(p) for p in files]
+    beside = Beside(Path(folder))
+    return torch.stack([load_picture(p, size) for p in files]), [beside.caption(p) for p in files]
 
 
 def picture_files(folder: Path, may_be_empty: bool = False) -> list[Path]:
     """Pictures in a folder by name, 2 before 10, masks left out; UserError if there is no folder or none in it."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path of the reference images")
-    files = sorted((p for p in folder.iterdir() if is_picture(p) and not p.stem.lower().endswith(MASK)), key=_counted)
+    files = sorted((p for p in folder.iterdir() if is_picture(p) and not is_mask(p)), key=_counted)
     if not files and not may_be_empty:
         raise UserError(f"no images in {folder}: put PNG, JPEG or WebP files there")
     return files
@@ -56,10 +58,38 @@ def is_picture(path: Path) -> bool:
     return opens and not path.name.startswith(".") and not path.is_dir()
 
 
-def mask_beside(picture: Path) -> Path | None:
-    """NAME.mask.png of a picture NAME.jpg, in whatever case and format; None if there is none"""
-    wanted = (picture.stem + MASK).lower()
-    return next((p for p in sorted(picture.parent.iterdir()) if is_picture(p) and p.stem.lower() == wanted), None)
+def is_mask(path: Path) -> bool:
+    """By its name"""
+    return is_picture(path) and path.stem.lower().endswith(MASK)
+
+
+class Beside:
+    """What a folder holds beside its pictures, in whatever case it is spelt; the folder is looked through once"""
+
+    def __init__(self, folder: Path):
+        files = sorted(folder.iterdir(), reverse=True)  # of names alike the first counts
+        self._masks = {p.stem.lower(): p for p in files if is_mask(p)}
+        self._captions = {p.name.lower(): p for p in files if p.suffix.lower() == CAPTION}
+
+    def mask(self, picture: Path) -> Path | None:
+        """NAME.mask.png of a picture NAME.jpg, in whatever format; None if there is none"""
+        return self._masks.get((picture.stem + MASK).lower())
+
+    def caption(self, picture: Path) -> str | None:
+        """Text of the `.txt` file of the same name, None if there is none; UserError if it is not UTF-8."""
+        path = picture.with_suffix(CAPTION)
+        if not path.exists():
+            path = self._captions.get(path.name.lower())
+        if path is None:
+            return None
+        try:
+            return path.read_text(encoding="utf-8-sig").strip() or None
+        except UnicodeDecodeError as error:
+            raise UserError(f"the caption {path} is not UTF-8 text: save it again as UTF-8") from error
+        except OSError as error:
+            raise UserError(
+                f"cannot read the caption {path}: {error.strerror}; make it a readable text file, or remove it"
+            ) from error
 
 
 def load_picture(path: Path, size: int) -> Tensor:
@@ -100,24 +130,6 @@ def to_tensor(picture, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
 
 
-def caption_beside(picture: Path) -> str | None:
-    """Text of the `.txt` file of the same name in whatever case, None if there is none; UserError if it is not UTF-8."""
-    path = picture.with_suffix(".txt")
-    if not path.exists():
-        alike = (p for p in sorted(picture.parent.iterdir()) if p.name.lower() == path.name.lower())
-        path = next(alike, None)
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8-sig").strip() or None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the caption {path} is not UTF-8 text: save it again as UTF-8") from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read the caption {path}: {error.strerror}; make it a readable text file, or remove it"
-        ) from error
-
-
 def complete_captions(
     captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE, names: list[str] | None = None
 ) -> list[str]:
@@ -139,7 +151,13 @@ def complete_captions(
 
 def captions_of_class(captions: list[str | None], trigger: str, class_noun: str, template: str = TEMPLATE) -> list[str]:
     """The same of pictures of the class, with nothing in place of {trigger}; UserError if one calls the concept, which replay
-    would then hold as it was before it was taught"""
+    would then hold as it was before it was taught, or lacks the class noun that it asks for"""
+    wanting = next((c or template for c in captions if "{class}" in (c or template)), None)
+    if wanting is not None and not class_noun.strip():
+        raise UserError(
+            f"the caption {wanting!r} of regularisation pictures says nothing without a class noun: give one, or write what each "
+            "shows into a .txt file beside it"
+        )
     done = [caption_from(c or template, "", class_noun).replace("  ", " ") for c in captions]
     called = next((c for c in done if calls(trigger, c)), None)
     if called is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attach import Attachment
 from .calibration import Calibration
-from .concept import Concept, References
+from .concept import Concept, References, latent_weights
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser, loss
 from .drawing import draw
@@ -41,10 +42,25 @@ class Batch:
     whole: int = 0
 
 
+class Pool(NamedTuple):
+    """Pictures of one size to draw from.
+
+    from_base: whether the bare base model is the target.  known: their numbers, each as often as it is taken.  weights: of
+    their latents' errors, None for all alike.
+    """
+
+    latents: Tensor
+    prompts: Conditioning
+    from_base: bool
+    known: Tensor
+    weights: Tensor | None
+
+
 class Replay:
     """Pools of generic pictures, decoys of this concept, pictures of its class, and kept references of earlier concepts.
 
-    A batch takes equal parts of the pools that there are.  On generic prompts and decoys the target is what the
+    A batch takes equal parts of the pools that there are; pictures of the class are one pool, of which it takes one size, drawn
+    by how many pictures it holds.  On generic prompts and decoys the target is what the
     bare base model predicts (config.replay_target "base"), so that a later concept also repairs what earlier ones
     moved, or what was predicted before this concept ("before"); on earlier concepts always the latter.
 
@@ -56,7 +72,9 @@ class Replay:
         config: TrainingConfig, regularisation: list[References] = (), workers: Workers | None = None,
     ):  # fmt: skip
         self.denoiser, self.config, self.workers = denoiser, config, workers or Workers()
-        self.pools: list[tuple[Tensor, Conditioning, bool]] = []  # latents, prompts, whether the base is the target
+        self.pools: list[Pool] = []  # generic pictures, decoys
+        self.of_class: list[Pool] = []
+        self.kept: list[Pool] = []  # of earlier concepts
         self.texts: list[str] = []  # every prompt of the pools
         self.decoy_moments: Moments | None = None
         from_base, taken = config.replay_target == "base", [c.trigger for c in earlier]
@@ -71,33 +89,44 @@ class Replay:
             replayed = [i for i in plain if i % WATCHED] or plain
             self.plain = len(replayed)  # of the generic pool, before its decoys
             replayed += [i for i in rows if i not in plain]
-            self._add(calibration.latents[replayed], [texts[i] for i in replayed], from_base)
+            self.pools.append(self._pool(calibration.latents[replayed], [texts[i] for i in replayed], from_base))
             prompts = denoiser.encode_prompts([texts[i] for i in watched])
             self.watched = calibration.latents[watched].to(denoiser.device), prompts
         if config.use_decoys:
             prompts = decoys(references.captions, trigger, decoy_count(references.size), config.seed, taken)
             latents, self.decoy_moments = draw(denoiser, prompts, config.seed, references.size)
             if config.replay_weight:
-                self._add(latents, prompts, from_base)
+                self.pools.append(self._pool(latents, prompts, from_base))
         if not config.replay_weight:
             return
-        for pictures in regularisation:
-            self._add(pictures.latents, pictures.captions, from_base)
+        self.of_class = [self._pool(some.latents, some.captions, from_base, some) for some in regularisation]
         kept: dict[torch.Size, list[Concept]] = {}
         for concept in earlier:
             if len(concept.latents):
                 kept.setdefault(concept.latents.shape[1:], []).append(concept)
         for alike in kept.values():
-            self._add(torch.cat([c.latents for c in alike]), [t for c in alike for t in c.captions], False)
+            latents, prompts = torch.cat([c.latents for c in alike]), [t for c in alike for t in c.captions]
+            self.kept.append(self._pool(latents, prompts, False))
 
-    def _add(self, latents: Tensor, prompts: list[str], from_base: bool) -> None:
+    def _pool(self, latents: Tensor, prompts: list[str], from_base: bool, given: References | None = None) -> Pool:
+        """given: where pictures have repeats and masks"""
         self.texts += prompts
-        self.pools.append((latents.to(self.denoiser.device), self.denoiser.encode_prompts(prompts), from_base))
+        device = self.denoiser.device
+        weights = latent_weights(given.masks, latents).to(device) if given and given.masks is not None else None
+        known = given.known() if given else torch.arange(len(latents))
+        return Pool(latents.to(device), self.denoiser.encode_prompts(prompts), from_base, known, weights)
+
+    def _one_of_class(self, generator: torch.Generator) -> list[Pool]:
+        """Pictures of the class in one of their sizes, none if there are none"""
+        if len(self.of_class) < 2:
+            return self.of_class
+        often = torch.tensor([len(pool.known) for pool in self.of_class], dtype=torch.float32)
+        return [self.of_class[int(torch.multinomial(often, 1, generator=generator))]]
 
     @torch.no_grad()
     def base_loss(self, batch: int = 32) -> float:
         """Mean loss of the bare model on the generic pool without its decoys, each picture at one noise level"""
-        (latents, prompts, _), d, total = self.pools[0], self.denoiser, 0.0
+        (latents, prompts, *_), d, total = self.pools[0], self.denoiser, 0.0
         latents = latents[: self.plain]
         generator = torch.Generator().manual_seed(self.config.seed)
         sigmas = d.even_sigmas(len(latents))[torch.randperm(len(latents), generator=generator)]
@@ -131,26 +160,31 @@ class Replay:
 
         Empty if there is no pool.  The attachment is left as it was.
         """
-        alike: dict[torch.Size, list[int]] = {}
-        for number, (latents, *_) in enumerate(self.pools):
-            alike.setdefault(latents.shape[1:], []).append(number)
-        return [self._batch([self.pools[n] for n in numbers], attachment, generator) for numbers in alike.values()]
+        pools = [*self.pools, *self._one_of_class(generator), *self.kept]
+        share = max(1, self.config.replay_batch // max(1, len(pools)))
+        alike: dict[torch.Size, list[Pool]] = {}
+        for pool in pools:
+            alike.setdefault(pool.latents.shape[1:], []).append(pool)
+        return [self._batch(some, share, attachment, generator) for some in alike.values()]
 
-    def _batch(self, pools: list, attachment: Attachment, generator: torch.Generator) -> Batch:
+    def _batch(self, pools: list[Pool], share: int, attachment: Attachment, generator: torch.Generator) -> Batch:
         d, workers = self.denoiser, self.workers
-        share = max(1, self.config.replay_batch // len(self.pools))
-        latents, prompts = [], []
-        for pool, conditioning, _ in pools:
-            pick = torch.randint(0, len(pool), (share,), generator=generator)
-            latents.append(pool[pick])
-            prompts.append(conditioning[pick])
+        latents, prompts, weights = [], [], []
+        for pool in pools:
+            pick = pool.known[torch.randint(0, len(pool.known), (share,), generator=generator)]
+            latents.append(pool.latents[pick])
+            prompts.append(pool.prompts[pick])
+            weights.append(None if pool.weights is None else pool.weights[pick])
+        masked = next((w for w in weights if w is not None), None)
+        weight = None if masked is None else torch.cat([torch.ones_like(masked) if w is None else w for w in weights])
         x, conditioning = torch.cat(latents), Conditioning.cat(prompts)
         sigma = d.draw_sigmas(len(x), generator)
         noised = d.noised(x, torch.randn(x.shape, generator=generator).to(x), sigma)
-        whole, bare = len(x), share * sum(from_base for *_, from_base in pools)  # those pools come first
+        whole, bare = len(x), share * sum(pool.from_base for pool in pools)  # those pools come first
         own = torch.arange(whole)[workers.rows(whole)]
         if workers.count > 1:
             x, noised, sigma, conditioning = x[own], noised[own], sigma[own], conditioning[own]
+            weight = None if weight is None else weight[own]
         live, frozen = attachment.live, attachment.frozen
         attachment.live = {}
         targets = [torch.empty_like(noised[:0])]
@@ -160,4 +194,4 @@ class Replay:
                 attachment.frozen = adapters
                 targets.append(d.predict(noised[part], sigma[part], conditioning[part]))
         attachment.live, attachment.frozen = live, frozen
-        return Batch(noised, sigma, conditioning, torch.cat(targets), None, whole)
+        return Batch(noised, sigma, conditioning, torch.cat(targets), weight, whole)

@@ -18,7 +18,7 @@ from .trainer import Step
 class RunPictures:
     """FOLDER/NAME.step-000100.png every so many steps (0: none), FOLDER/NAME.curves.png, FOLDER/NAME.sheet.png.
 
-    tell: hears of a preview that cannot be written, which ends no run.
+    tell: hears of a preview that cannot be drawn or written, which ends no run.
     """
 
     def __init__(self, folder: Path, every: int = 0, tell: Callable[[str], None] = print):
@@ -37,6 +37,8 @@ class RunPictures:
             if self.every and (step.number % self.every == 0 or step.number == 1):
                 picture = preview.draw(f"step {step.number}", step.snapshot())
                 try:
+                    if preview.failed:
+                        raise UserError(preview.failed)
                     save_picture(picture, self.folder / f"{name}.step-{step.number:06}.png")
                 except UserError as error:
                     self.tell(f"{error}; training goes on")

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from seqlora_core.adapter import load_adapter
+from seqlora_core.adapter import Adapter, load_adapter
 from seqlora_core.cli import main
 from seqlora_core.demo_model import DEMO_FOLDER
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.plots import save_picture
+from seqlora_core.preview import Preview
 from seqlora_core.run_pictures import RunPictures
 from seqlora_core.trainer import Step
 
@@ -95,6 +96,8 @@ def test_a_run_is_shown_in_pictures(library, tmp_path, model):
 class Drawn:
     """In the place of previews, which take long"""
 
+    failed = ""
+
     def draw(self, name, adapter):
         return Image.new("RGB", (8, 8))
 
@@ -108,6 +111,17 @@ def test_a_preview_that_cannot_be_written_ends_no_run(tmp_path):
         on_step(Step(number, 3, 0.0, 0.0, 0.0, lambda: None))
     assert len(steps) == 3 and len(told) == 2
     assert re.fullmatch("cannot write the picture .*fox.step-000001.png: No such file.*; training goes on", told[0])
+
+
+def test_a_preview_that_finds_no_memory_ends_no_run(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "sample", lambda *_: torch.empty(1 << 60))
+    preview, told, steps = Preview(model, "zqx", "cat", [], (64, 64)), [], []
+    on_step = RunPictures(tmp_path, 2, told.append).watch("fox", preview, steps.append)
+    for number in (1, 2, 3):
+        on_step(Step(number, 3, 0.0, 0.0, 0.0, lambda: Adapter({})))
+    assert len(steps) == 3 and not any(tmp_path.iterdir()) and len(told) == 2
+    assert re.fullmatch("the preview of step 2 could not be drawn: .*memory.*; training goes on", told[1])
+    assert preview.draw("step 3", Adapter({})).width > 400  # a host that shows it has a picture all the same
 
 
 def test_pictures_that_cannot_be_written_are_told(library, model, tmp_path):

@@ -1,5 +1,7 @@
 """What a folder of pictures becomes, and training on pictures of several sizes, with masks and pictures of the class."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,14 @@ def test_a_small_picture_in_its_own_shape_is_told(tmp_path):
     assert notes[0].startswith("a.png: 100 x 100 became 64 x 64") and "of 512 x 512 that were asked for" in notes[0]
 
 
+def test_a_narrow_strip_in_its_own_shape_has_no_more_than_the_area_asked_for(tmp_path):
+    for name, size in (("a", (10000, 8)), ("b", (20, 9000)), ("c", (40, 40)), ("d", (3000, 300))):
+        picture(tmp_path / f"{name}.png", *size)
+    _, notes = load(tmp_path, 512, PictureOptions(buckets=True))
+    became = [re.search(r"became (\d+) x (\d+)", note).groups() for note in notes]
+    assert became == [("4096", "64"), ("64", "4096"), ("64", "64"), ("1600", "128")]
+
+
 def test_a_caption_that_cannot_be_read_is_told(tmp_path):
     picture(tmp_path / "a.png", 64, 64)
     (tmp_path / "a.txt").mkdir()
@@ -162,6 +172,11 @@ def test_captions_of_the_class_are_templates_without_the_trigger():
     assert captions_of_class(given, "zqx", "cat") == ["a cat, red", "a cat", "an animal"]
     with pytest.raises(UserError, match="the caption 'a Zqx cat' of a regularisation picture has the trigger 'zqx'"):
         captions_of_class(["a Zqx cat"], "zqx", "cat")
+    assert captions_of_class(["a tabby"], "zqx", "") == ["a tabby"]
+    with pytest.raises(
+        UserError, match="the caption 'a {trigger} {class}' of regularisation .* without a class noun: give one"
+    ):
+        captions_of_class(["a tabby", None], "zqx", "")
 
 
 def test_a_trigger_beyond_what_the_text_encoder_reads_is_told(model, new_library, tmp_path):
@@ -175,6 +190,7 @@ def test_a_trigger_beyond_what_the_text_encoder_reads_is_told(model, new_library
     config = TrainingConfig(steps=1, **QUICK)
     told, before = [], []
     given = dict(config=config, tell=told.append, on_step=lambda step: before.extend(told))
+    assert unread(model, [f"a zqxite, {captions['a']}", captions["b"]], "zqx") == [0]  # within another word it calls nothing
     _, fit = train_concept(model, new_library(tmp_path / "l"), sets, "x", "zqx", "cat", **given)
     said = [n for n in fit.notes if "does not get as far as" in n]
     assert said == before == told  # already when the first step is done
@@ -225,6 +241,26 @@ def test_a_year_is_no_number_of_repeats(tmp_path):
     (files,), notes = load(tmp_path, 64, PictureOptions())
     assert files.names == ["d.png", "a.png"] and files.repeats == [999, 1]
     assert "folder 2024_summer/ (make it 1_2024_summer/ to read it)" in notes[-1] and "20240115_birthday" in notes[-1]
+
+
+def test_a_folder_of_many_pictures_is_looked_through_a_few_times_at_most(tmp_path, monkeypatch):
+    for name in range(20):
+        picture(tmp_path / f"{name}.png", 64, 64)
+    looks, real = [], type(tmp_path).iterdir
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda path: looks.append(path) or real(path))
+    load(tmp_path, 64, PictureOptions())
+    assert 0 < len(looks) < 10
+
+
+def test_masks_and_captions_that_no_picture_takes_are_told(tmp_path):
+    for name in ("cat1.png", "cat_1.mask.png", "Dog.png", "dog.MASK.png"):
+        picture(tmp_path / name, 64, 64)
+    (tmp_path / "cat1.caption").write_text("a zqx cat", encoding="utf-8")
+    _, notes = load(tmp_path, 64, PictureOptions())
+    assert notes[2:] == [
+        "not read: 1 caption (cat1.caption; name it NAME.txt beside its picture NAME.png), "
+        "1 mask (cat_1.mask.png; name it NAME.mask.png beside its picture NAME.png)"
+    ]
 
 
 def test_pictures_are_in_the_order_that_people_count_in(tmp_path):

@@ -81,6 +81,7 @@ def test_what_the_file_says(library):
 def test_the_phrase_is_counted_in_whatever_case():
     tags = tag_frequency("x", ["a Zqx cat, red", "ZQX CAT, red", "zqx cat", "a dog"], "zqx cat")["x"]
     assert tags == {"a Zqx cat": 1, "a dog": 1, "red": 2, "zqx cat": 3}
+    assert tag_frequency("x", ["two zqx cats", "a bazqx cat"], "zqx cat")["x"]["zqx cat"] == 1
 
 
 def test_tags_are_kept_as_far_as_a_header_has_room(tmp_path):

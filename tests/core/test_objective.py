@@ -16,7 +16,7 @@ from seqlora_core.config import TrainingConfig
 from seqlora_core.hypergradient import hypergradient
 from seqlora_core.objective import DAMPING, Objective, _known
 from seqlora_core.parallel import Workers
-from seqlora_core.prompts import RARE_WORDS, calls, decoys
+from seqlora_core.prompts import RARE_WORDS, calls, decoys, without
 from seqlora_core.replay import Batch, Replay
 from seqlora_core.start import starting_groups
 
@@ -197,3 +197,35 @@ def test_no_prompt_that_is_held_calls_a_concept_of_the_library(model, subjects, 
     every = decoys(["an octzu animal"], "octzu", 24, taken=RARE_WORDS)
     assert len(every) == 24 and not any(calls("octzu", text) for text in every)
     assert not any(calls("sks", text) for text in decoys(["an octzu animal"], "octzu", 200, taken=["sks dog"]))
+
+
+def test_pictures_of_the_class_in_many_sizes_are_one_pool(model, subjects, calibration):
+    """A step takes one of their sizes, by how often its pictures are taken, and what their masks leave out does not count"""
+    s, noise = subjects["octopus"].references, torch.Generator().manual_seed(0)
+    latents = [torch.randn(2, 16, 8, width, generator=noise) for width in (8, 10, 12, 14)]
+    masks = torch.ones(2, 64, 64)
+    masks[:, :, 32:] = 0
+    given = [References(x, ["a cat"] * 2, (64, 8 * x.shape[-1]), None, [1, 9] if i else None) for i, x in enumerate(latents)]
+    given[0] = replace(given[0], masks=masks)
+    replay = Replay(model, s, "octzu", [], calibration, TrainingConfig(replay_batch=12), given)
+    assert [pool.known.tolist() for pool in replay.of_class[:2]] == [[0, 1], [0] + [1] * 9]
+    drawn, seen = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        batches = replay.batch(Attachment(), drawn)
+        assert sum(b.whole for b in batches) == 12
+        seen.append(batches[-1].noised.shape[-1])
+        if seen[-1] == 8:  # beside generic pictures and decoys, which count wherever they are
+            (batch,) = batches
+            assert (
+                (batch.weight[:8] == 1).all() and (batch.weight[8:, ..., :4] == 2).all() and not batch.weight[8:, ..., 4:].any()
+            )
+        else:
+            assert [b.whole for b in batches] == [8, 4] and batches[0].weight is batches[1].weight is None
+    assert set(seen) == {8, 10, 12, 14} and seen.count(8) < 10  # 2 of 32
+
+
+def test_a_trigger_within_other_words_leaves_them_alone():
+    caption = "a Tom man at the bottom, customer"
+    assert without("tom", caption) == "a  man at the bottom, customer" and without("猫娘", "一只猫娘在笑") == "一只在笑"
+    made = decoys([caption], "tom", 8)
+    assert all(text.endswith("man at the bottom, customer") for text in made) and not any(calls("tom", text) for text in made)

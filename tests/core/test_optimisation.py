@@ -5,10 +5,10 @@ import torch
 
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.captions import Prompts, shuffled
+from seqlora_core.concept import latent_weights
 from seqlora_core.config import TrainingConfig
 from seqlora_core.errors import UserError
 from seqlora_core.noise_levels import draw_sigmas, min_snr_weights, signal_to_noise
-from seqlora_core.objective import latent_weights
 from seqlora_core.optimisers import OPTIMISERS, SCHEDULES, course, make_optimiser, schedule
 from seqlora_core.recompute import blocks_of, recomputed
 
@@ -157,6 +157,7 @@ def test_tags_are_shuffled_behind_the_trigger_and_captions_dropped(model):
     assert len(set(texts)) > 3 and all(sorted(t.split(", ")) == sorted(texts[0].split(", ")) for t in texts)
     texts = shuffled("red, a Zqx, cat on a sofa, night", "zqx, cat", 8, random.Random(0))
     assert {t.removeprefix("a Zqx, cat on a sofa, ") for t in texts[1:]} == {"red, night", "night, red"}
+    assert {t.split(", ")[0] for t in shuffled("red fox, box, ox", "ox", 8, random.Random(0))[1:]} == {"ox"}
     plain = Prompts(model, ["a zqx cat", "a zqx dog"], "zqx", TrainingConfig())
     assert torch.equal(plain.draw(torch.tensor([1, 0]), None).context, plain.plain.context.flip(0))
     prompts = Prompts(model, ["a zqx cat, x", "a zqx dog, y"], "zqx", TrainingConfig(caption_dropout=0.3, shuffle_tags=True))

@@ -156,7 +156,7 @@ def test_pictures_of_the_class_are_told_of_and_must_not_call_the_trigger(calibra
     (tmp_path / "class").mkdir()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "class" / "a.png")
     given = ["--library", str(tmp_path / "l"), "--images", f"{CONCEPTS}/octopus", "--trigger", "octzu", "--steps", "1"]
-    given += ["--no-use-decoys", "--batch", "2", "--regularisation", str(tmp_path / "class")]
+    given += ["--class-noun", "animal", "--no-use-decoys", "--batch", "2", "--regularisation", str(tmp_path / "class")]
     (tmp_path / "class" / "a.txt").write_text("an octzu animal", encoding="utf-8")
     assert main(["train", *given]) == 2
     assert "the caption 'an octzu animal' of a regularisation picture has the trigger 'octzu'" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from seqlora_core.denoiser import loss
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import held_out_loss
 from seqlora_core.interference import adapter_energy
+from seqlora_core.labelled import labelled_grid
 from seqlora_core.library import Library
 from seqlora_core.linalg import ridge
 from seqlora_core.statistics import Moments, Recorder
@@ -294,6 +295,19 @@ def test_preview_has_a_row_from_before_and_one_of_now(model):
     before, now = (np.asarray(second.crop((0, y, second.width, y + 150))) for y in (40, middle + 10))
     assert np.array_equal(np.asarray(first)[:middle], np.asarray(second)[:middle])  # the same seeds
     assert not np.array_equal(before, now)
+
+
+def test_words_beside_pictures_are_legible_in_any_script_and_of_any_length():
+    row = [torch.ones(1, 64, 64, 3)]
+
+    def drawn(name, head="x"):
+        return labelled_grid([row], [name], [head], 128)
+
+    for one, other in (("Ж", "Д"), ("猫", "犬")):
+        assert drawn(one).tobytes() != drawn(other).tobytes() and drawn("x", one).tobytes() != drawn("x", other).tobytes()
+    plain = drawn("n", "m")
+    assert drawn("n" * 80, "a head of many words " * 40).width < 2 * 320 + 60 and plain.width == drawn("n", "m m").width
+    assert drawn("n", "m " * 4000).height < plain.height + 60
 
 
 def test_earlier_concepts_moments_are_read_one_at_a_time(library, monkeypatch):

