@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ENERGY = 0.995  # share of the trace that the kept pairs hold, if MOST of them can
+ENERGY = 0.995  # share of the trace that the kept pairs hold at least, if MOST of them can
+EPS = 1e-2  # ridge of the metric and of the closed form, in units of the mean eigenvalue
 MOST = 128  # pairs
 COLUMNS = 192  # of the random basis of a stream
 EXACT = 2048  # inputs up to which all eigenpairs are computed; wider moments go through torch.svd_lowrank
@@ -109,8 +110,8 @@ class Sketch:
         return float(self.rest * change)
 
 
-def sketch(moment: Tensor, energy: float = ENERGY, most: int = MOST) -> Sketch:
-    """Fewest eigenpairs of S [d, d] that hold `energy` of its trace, at most `most`.
+def sketch(moment: Tensor, energy: float | None = None, most: int = MOST) -> Sketch:
+    """Fewest eigenpairs of S [d, d] that hold `energy` of its trace, at most `most`; with None those that `_cut` keeps.
 
     Wider than EXACT: Halko, Martinsson, Tropp (2011), by torch.svd_lowrank.
     """
@@ -125,7 +126,7 @@ def sketch(moment: Tensor, energy: float = ENERGY, most: int = MOST) -> Sketch:
     return _cut(vectors, values.clamp_min(0), torch.diagonal(moment).sum(), energy)
 
 
-def added(parts: list[Sketch], weights: list[float], energy: float = ENERGY, most: int = MOST) -> Sketch:
+def added(parts: list[Sketch], weights: list[float], energy: float | None = None, most: int = MOST) -> Sketch:
     """`sum_i w_i S_i` as a sketch, with the trace of the sum"""
     d = len(parts[0].vectors)
     factor = torch.cat([p.vectors * (w * (p.values - p.floor).clamp_min(0)).sqrt() for p, w in zip(parts, weights)], 1).double()
@@ -189,9 +190,13 @@ class RidgedInverse:
         return x / self.floor
 
 
-def _cut(vectors: Tensor, values: Tensor, trace: Tensor, energy: float) -> Sketch:
-    """The fewest of these pairs, descending, that hold `energy` of the trace"""
-    count = min(len(values), int((values.cumsum(0) < energy * trace).sum()) + 1)
+def _cut(vectors: Tensor, values: Tensor, trace: Tensor, energy: float | None) -> Sketch:
+    """The fewest of these pairs, descending, that hold `energy` of the trace; None: ENERGY of it, and all that stand out of the
+    ridge, for one strong direction may hold nearly all while weak ones tell concepts apart."""
+    count = int((values.cumsum(0) < (ENERGY if energy is None else energy) * trace).sum()) + 1
+    if energy is None:
+        count = max(count, int((values > EPS * trace / len(vectors)).sum()))
+    count = min(len(values), count)
     values, vectors = values[:count], vectors[:, :count]
     return Sketch(vectors.float().contiguous(), values.float(), (trace - values.sum()).clamp_min(0).float())
 
@@ -213,7 +218,7 @@ class Stream:
         self.product += rows.mT @ (rows @ self.test)
         self.trace += rows.square().sum()
 
-    def sketch(self, count: int, energy: float = ENERGY, most: int = MOST) -> Sketch:
+    def sketch(self, count: int, energy: float | None = None, most: int = MOST) -> Sketch:
         """Of the mean over `count` rows"""
         if not self.trace:  # of inputs that are all zero, whose one kept direction is any
             return _cut(

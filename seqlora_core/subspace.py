@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .linalg import orthonormal_basis, project_out, span, top_eigenvectors, whitening
-from .sketch import Operator, Sketch
+from .sketch import EPS, Operator, Sketch
 
-EPS = 1e-2  # ridge of the metric, in units of its mean eigenvalue
 SHARE = 0.95  # of a layer's dimensions that a planned library may fill
 
 

@@ -66,6 +66,30 @@ def test_the_fewest_pairs_that_hold_the_energy():
     assert len(sketch(moment, 0.9999, 1).values) == 1
 
 
+@pytest.mark.parametrize("strongest", [0.98, 0.996])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_directions_that_tell_concepts_apart_are_kept_beside_one_that_outdoes_them_all(strongest, streamed):
+    """Two concepts of inputs that differ in weak directions only, forty each: projected by sketches as by their matrices"""
+    d, generator = 600, torch.Generator().manual_seed(4)
+    axes = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
+    parts, dense, kept = [], [], []
+    for i in range(2):
+        spread = torch.zeros(d)
+        spread[0], spread[1 + 40 * i : 41 + 40 * i] = strongest, (1 - strongest) / 40
+        rows = torch.randn(4000, d, generator=generator) * spread.sqrt() @ axes.mT
+        dense.append(rows.mT @ rows / len(rows))
+        stream = Stream(d)
+        stream.add(rows)
+        kept.append(stream.sketch(len(rows)) if streamed else sketch(dense[-1]))
+        parts.append(Adapter({"l": LayerDelta(torch.randn(4, d, generator=generator), torch.randn(5, 4, generator=generator))}))
+    assert all(41 <= len(s.values) <= 128 for s in kept)
+    found, wanted = (closed_form(parts, [Moments({"l": m}) for m in some]) for some in (kept, dense))
+    for f, w in zip(found, wanted):
+        assert (f.layers["l"].down - w.layers["l"].down).norm() < 0.02 * w.layers["l"].down.norm()
+    both = added(kept, [0.5, 0.5])
+    assert (both.dense() - sum(dense) / 2).norm() < 1e-3 * dense[0].norm() and len(both.values) >= 81
+
+
 def test_wide_layers_are_written_as_sketches_and_read_back():
     wide, narrow = anisotropic(2, 700).float(), anisotropic(3, 8).float()
     moments = Moments({"q": wide, "k": wide, "small": narrow})
