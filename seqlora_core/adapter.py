@@ -144,7 +144,9 @@ class Adapter:
 
     @property
     def triggers(self) -> list[str]:
-        return [t.strip() for t in self.metadata.get("seqlora.trigger", "").split(",") if t.strip()]
+        """Of a concept's file its one, which may hold commas; of a stack's all of them"""
+        said = self.metadata.get("seqlora.trigger", "")
+        return [t.strip() for t in ([said] if "seqlora.name" in self.metadata else said.split(",")) if t.strip()]
 
 
 def is_token_table(layer: str) -> bool:

@@ -72,3 +72,6 @@ def test_what_cannot_be_written_is_told(model, tmp_path, capsys):
     save_adapter(tmp_path / "two.safetensors", Adapter(plain.layers, {"seqlora.trigger": "one, two"}))
     given = ["embedding", str(tmp_path / "two.safetensors"), "--output", str(tmp_path / "x.safetensors")]
     assert cli.main(given) == 2 and "names 2 triggers: give the file of one concept" in capsys.readouterr().err
+    one = {"seqlora.name": "one", "seqlora.trigger": "one, two"}  # a concept's file, whose trigger has a comma
+    save_adapter(tmp_path / "two.safetensors", Adapter(plain.layers, one))
+    assert cli.main(given) == 2 and "no trigger that was learnt" in capsys.readouterr().err
