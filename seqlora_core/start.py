@@ -48,7 +48,7 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
             rank = subspace.rank_limit(site.in_features, config.planned, rank)
             held = [c for c in earlier if site.name in c.bases and site.name in c.adapter.layers]
             bases = [c.bases[site.name] for c in held]
-            taken, shared = subspace.occupied_basis(bases, [c.adapter.layers[site.name].up for c in held], rank)
+            taken, shared = subspace.occupied_basis(bases, [_up_on_basis(c, site.name, metric) for c in held], rank)
             ranks[site.in_features] = rank
             if shared is not None:
                 losers = [c.name for c, b in zip(held, bases) if (b.mT @ shared).norm() > TOUCHED]
@@ -93,6 +93,12 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
                 moment = torch.stack([w @ m @ w for w, m in zip(whites, moments)]).to(device)
             groups.append(Group(list(names), up, basis.requires_grad_(config.learn_basis), white, moment, scale, taken))
     return groups, notes
+
+
+def _up_on_basis(concept: Concept, layer: str, metric: subspace.Metric) -> Tensor:
+    """lora_up as it acts on the concept's basis, of which lora_down is made; that of one that was refitted in other lengths"""
+    delta = concept.adapter.layers[layer]
+    return delta.up @ (concept.bases[layer].mT @ metric.basis(delta.down)).mT
 
 
 def _plan(config: TrainingConfig, earlier: int, ranks: dict[int, int]) -> list[str]:

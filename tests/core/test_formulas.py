@@ -1,13 +1,16 @@
 """Every formula of subspaces, energies and projections against its plain definition, in float64."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from seqlora_core import subspace
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
+from seqlora_core.attach import Site
 from seqlora_core.bilevel import Group, UpperLevel, mean_energy, whitened_energies
+from seqlora_core.calibration import Calibration
 from seqlora_core.composition import Wishes, closed_form, compose, gram_schmidt, norm_controlled, norm_shares, project
 from seqlora_core.concept import Concept
 from seqlora_core.config import TrainingConfig
@@ -19,7 +22,7 @@ from seqlora_core.interference import (
     whitened_energy,
 )
 from seqlora_core.linalg import orthonormal_basis, ridge
-from seqlora_core.start import others_moments
+from seqlora_core.start import others_moments, starting_groups
 from seqlora_core.statistics import Moments
 
 IN, OUT, R = 16, 12, 3
@@ -128,6 +131,22 @@ def test_of_a_concept_the_least_used_of_its_directions_is_shared():
     weak = torch.linalg.svd(randn(3, OUT, R) * 0.1, full_matrices=False)
     taken, shared = subspace.occupied_basis([first, second], [randn(2, 2 * IN, IN - R), weak.U * weak.S @ weak.Vh], 1)
     assert (shared.mT @ (second @ weak.Vh[-1])).abs() > 1 - 1e-9
+
+
+def test_a_refitted_concept_shares_by_what_it_does_whatever_its_factors_lengths():
+    """Of a refit lora_down is no orthonormal basis any more: the weak one's is short and its lora_up long"""
+    general = moment_of(anisotropic(3))
+    frame, metric, earlier = orthonormal_basis(randn(1, IN, IN)), subspace.Metric.of(general), []
+    for name, columns, down, up in (("weak", slice(0, 8), 1e-3, 10.0), ("strong", slice(8, 16), 1e2, 0.1)):
+        delta = LayerDelta((down * metric.down(frame[:, columns])).float(), (up * randn(2, OUT, 8)).float())
+        basis = orthonormal_basis(metric.basis(delta.down.double())).float()
+        earlier.append(Concept(name, "", "", Adapter({"l": delta}), None, {"l": basis}, torch.zeros(0), []))
+    site = Site("l", (torch.nn.Linear(IN, OUT),), IN, OUT)
+    model = SimpleNamespace(device=torch.device("cpu"), sites=lambda: [site])
+    moments = Moments({"l": general.float()})
+    config = TrainingConfig(rank=4, planned=2)
+    _, notes = starting_groups(model, moments, moments, earlier, Calibration(moments, [], torch.zeros(0)), config, None)
+    assert "l is full: the 4 least used directions of earlier concepts are shared, of weak" in notes
 
 
 def test_sum_is_concatenation():
