@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
-from .adapter import Adapter, LayerDelta, json_metadata
+from .adapter import Adapter, LayerDelta, is_token_table, json_metadata
 from .composition import project
 from .concept import Concept
 from .errors import UserError
@@ -113,6 +114,20 @@ def _double(names: list[str]) -> str | None:
     return next((n for n, a in zip(names, alike) if alike.count(a) > 1), None)
 
 
+def _sharing_tokens(concepts: list[Concept]) -> list[tuple[str, str]]:
+    """Pairs whose learnt triggers, of other words, move one and the same token"""
+    moved = [
+        {(name, token) for name, d in c.adapter.layers.items() if is_token_table(name) for token in _tokens(d)}
+        for c in concepts
+    ]
+    pairs = combinations(zip(concepts, moved), 2)
+    return [(a.name, b.name) for (a, ours), (b, theirs) in pairs if ours & theirs and _double([a.trigger, b.trigger]) is None]
+
+
+def _tokens(learnt: LayerDelta) -> list[int]:
+    return learnt.up[:, learnt.down.any(1)].any(1).nonzero().flatten().tolist()
+
+
 def _with_text(library: Library) -> bool:
     return any(is_text(layer) for layer in library.calibration().moments.layers)
 
@@ -131,5 +146,10 @@ def _price(concepts: list[Concept], fitted: list[Adapter]) -> Price:
         lost.append(adapter_energy(Adapter(change), moment) / max(adapter_energy(before, moment), 1e-30))
     double = _double([c.trigger for c in concepts])
     warnings = [f"two concepts share the trigger {double!r}: a prompt with it calls both; use one at a time"] if double else []
+    for both in _sharing_tokens(concepts):
+        warnings.append(
+            f"the learnt triggers of {' and '.join(both)} have tokens in common, which each moves in the other's prompts too: use one "
+            "at a time, or train one anew in the merged library"
+        )
     names = [c.name for c in concepts]
     return Price(names, crosstalk(adapters), crosstalk(fitted), sum(lost) / len(lost), warnings)

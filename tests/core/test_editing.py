@@ -126,6 +126,22 @@ def test_a_trigger_that_two_concepts_share_is_told(pair, other, tmp_path):
     assert f"share the trigger {concept.trigger!r}" in price.text()
 
 
+def test_tokens_that_learnt_triggers_share_are_told(tmp_path):
+    """octzu and octvo, learnt apart, both moved what they have in common"""
+    table, layer, sources = "text_encoders.t5xxl.transformer.shared", "diffusion_model.a", []
+    seen, generator = Moments({layer: torch.eye(8)}), torch.Generator().manual_seed(0)
+    for name, trigger, tokens in (("octopus", "octzu", [3, 4]), ("squid", "octvo", [3, 5]), ("fox", "foxri", [6, 7])):
+        sources.append(library := Library(tmp_path / name, "base", create=True))
+        library.keep_calibration(Calibration(seen, ["a"], torch.zeros(1, 4, 2, 2)))
+        down = torch.randn(2, 8, generator=generator)
+        delta, learnt = LayerDelta(down, torch.ones(6, 2)), LayerDelta(torch.ones(2, 4), torch.eye(10)[:, tokens])
+        basis = {layer: orthonormal_basis(down.mT)}
+        library.add(Concept(name, trigger, "", Adapter({layer: delta, table: learnt}), seen, basis, torch.zeros(0), []))
+    _, price = refit(sources, tmp_path / "merged")
+    (told,) = price.warnings
+    assert told.startswith("the learnt triggers of octopus and squid have tokens in common")
+
+
 def test_files_of_a_merged_library_say_how_they_were_made(pair, other, tmp_path):
     merged, _ = refit([pair, other], tmp_path / "merged")
     for concept in merged.concepts():
