@@ -102,7 +102,8 @@ class LearntTrigger:
 
     def notes(self, trigger: str) -> list[str]:
         """What the user should know about so short a trigger"""
-        own = max(map(len, self.tokens.values()))
+        said = [tokens_of(self.denoiser, [text]) for text in (trigger, f"{COMMON} {trigger}")]
+        own = max(len(ids[name] & set(tokens)) for ids in said for name, tokens in self.tokens.items())
         if own >= FEW:
             return []
         longer = made_up(self.denoiser, self.taken, FEW, trigger)

@@ -250,6 +250,7 @@ def test_what_is_learnt_are_the_tokens_that_captions_have():
     encoder, captions = Spaced(), ["a photo of krpo dog", "a photo of Krpo, red", "krpo dog"]
     learnt = LearntTrigger(encoder, "krpo", ["a photo of  dog", "a photo of , red", " dog", "Shpo"], 0.1, captions)
     assert encoder.said(learnt.tokens[encoder.site.name]) == {"kr", " kr", " Kr"}  # "po" is the other's
+    assert "has 1 token of its own" in learnt.notes("krpo")[0]  # wherever it stands
     plain = LearntTrigger(encoder, "krpo", ["Shpo"], 0.1)
     assert encoder.said(plain.tokens[encoder.site.name]) == {"kr"}
 
