@@ -198,6 +198,8 @@ class _Progress:
         picture = None
         if self.every and (step.number % self.every == 0 or step.number == 1):
             picture = ("JPEG", self.preview.draw(f"step {step.number}", step.snapshot()), 768)
+            if self.preview.failed:
+                logging.warning(self.preview.failed)
         self.bar.update_absolute(step.number, step.total, picture)
         if step.number == step.total:
             self.say(f"{step.total} steps done, drawing the contact sheet")
