@@ -63,8 +63,8 @@ def read_recipe(path: Path | str) -> Recipe:
     top = _with_folders(from_recipe(table, TOP, str(path)), path.parent, str(path))
     settings = {k: top.pop(k) for k in TOP if k in top}
     jobs = [_job(entry, f"{path}, concept {number}", path.parent, top) for number, entry in enumerate(concepts, 1)]
-    names = [job.name.lower() for job in jobs]
-    double = next((job.name for i, job in enumerate(jobs) if job.name.lower() in names[:i]), None)
+    names = [job.name.casefold() for job in jobs]
+    double = next((job.name for i, job in enumerate(jobs) if job.name.casefold() in names[:i]), None)
     if double:
         raise UserError(f"{path}: two concepts are called {double!r}: give one of them another name")
     return Recipe(settings, jobs)
