@@ -14,6 +14,7 @@ from .graph import Graph
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = "workflow_demo"
+TALL = 700  # a Train Concept with its preview
 # subject: (trigger, class noun)
 SUBJECTS = {"octopus": ("octzu", "animal"), "penguin": ("pengvo", "animal"), "fox": ("foxqi", "animal")}
 OWN_MODEL = (
@@ -57,7 +58,7 @@ def teach(graph: Graph, subject: str, x: int, y: int, after: str | None = None) 
 def teach_series(graph: Graph, subjects: list[str], x: int = 350, y: int = 40) -> str:
     """Teaches them in order; the last one's name."""
     for i, subject in enumerate(subjects):
-        teach(graph, subject, x, y + 570 * i, subjects[i - 1] if i else None)
+        teach(graph, subject, x, y + TALL * i, subjects[i - 1] if i else None)
     return subjects[-1]
 
 
@@ -111,7 +112,7 @@ def teach_a_series() -> Graph:
     base(graph, "Teaches three concepts, each beside all earlier ones. 'after' keeps the order.")
     last = teach_series(graph, ["octopus", "penguin", "fox"])
     for i, subject in enumerate(SUBJECTS):
-        graph.add(f"{subject}_samples", "PreviewImage", (1140, 40 + 570 * i), (420, 400), subject, images=(subject, 3))
+        graph.add(f"{subject}_samples", "PreviewImage", (1140, 40 + TALL * i), (420, 400), subject, images=(subject, 3))
     graph.add("report", "SeqLoRAInterferenceReport", (1610, 40), (420, 520), stack=(last, 0))
     return graph
 
