@@ -66,6 +66,8 @@ def launch(path, *more):
     return subprocess.Popen(
         [sys.executable, "-m", "seqlora_core", "train", "--recipe", str(path), *more], cwd=ROOT, stderr=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True,
+        # which what runs in the background has ignored
+        preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

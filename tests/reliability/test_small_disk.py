@@ -55,7 +55,9 @@ def train_new(model, library):
 
 
 def train_again(model, library):
-    teach(model, library, "fox", 5, steps=2, every=1, replace_existing=True)
+    _, fit = teach(model, library, "fox", 5, steps=2, every=1, replace_existing=True)
+    if fit.stopped:  # the concept that was there stays, and whoever asked for another one tells why
+        raise fit.stopped
 
 
 def reorder(model, library):
