@@ -23,16 +23,19 @@ from PIL.PngImagePlugin import PngInfo
 from tests.nodes.comfy_server import Server, find_comfyui
 from tests.workflows.browser import EMPTY, Page, find_browser
 
-from .build import HERE, LIBRARY, WORKFLOWS
+from .build import HERE, LIBRARY, SUBJECTS, WORKFLOWS
 
 DRAWN = HERE.parent / "docs" / "images" / "workflows"
 NODES = HERE.parent / "web" / "docs" / "images"
 
 
 def take(page: Page, name: str) -> None:
-    """Of a run that begins with an empty library, so that nothing of other workflows is in it"""
-    shutil.rmtree(page.server.base / "models" / "loras" / "seqlora" / LIBRARY, ignore_errors=True)
+    """Of a run with nothing of other workflows in its library; those that are about teaching begin with an empty one"""
     graph = (HERE / f"{name}.json").read_text(encoding="utf-8")
+    library = page.server.base / "models" / "loras" / "seqlora" / LIBRARY
+    here = {path.stem for path in library.glob("*.safetensors")} & set(SUBJECTS)
+    if name.startswith("teach") or any(f'"{subject}"' not in graph for subject in here):
+        shutil.rmtree(library, ignore_errors=True)
     page.open(json.loads(graph))
     page.press_run()
     page.wait_until_done(1200)
