@@ -8,9 +8,9 @@ unpacked there.  Model: a diffusers folder of SD1.5 or SDXL.  CLIP and DINO: fol
 facebook/dino-vits16 as transformers saves them.  Resumes where it was stopped.  `benchmarks.tiny` makes random stand-ins of
 all four, which show that it runs, and nothing else.
 
-Every row has the best of the same learning rates: ordinary LoRAs by what they gain alone on all concepts, which favours them; rows
-that are trained one after another by what the stack of the first three keeps.  Generic drift is on pictures that the model draws
-itself, of prompts that no training has: real pictures move further (docs/RESULTS.md).
+Every row has the best of the same learning rates, by what its own stack of the first three concepts keeps; what is kept is
+measured against ordinary LoRAs at the rate that gains most alone on all concepts, which favours them.  Generic drift is on
+pictures that the model draws itself, of prompts that no training has: real pictures move further (docs/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from seqlora_core.tables import markdown, meta
 from seqlora_core.teach import train_concept
 
 ROWS = (*COMBINED, "orthogonal_adaptation", "alternating", "ordinary_replay", "seqlora")
-SEARCH = 3  # concepts, the first, on whose stack the rate of a row that is trained one after another is searched
+SEARCH = 3  # concepts, the first, on whose stack the rate of a row is searched
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 

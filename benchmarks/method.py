@@ -231,16 +231,9 @@ class Bench:
                 of_each[each] = alone, identity.scores(taught.alone, "alone")
             alone, identity_alone = of_each[each]
             losses = measure(
-                self.model,
-                taught.alone,
-                taught.stack,
-                held_outs,
-                self.generic,
-                pairs,
-                seed=seed,
-                subsets=SUBSETS,
+                self.model, taught.alone, taught.stack, held_outs, self.generic, pairs, seed=seed, subsets=SUBSETS,
                 alone_losses=alone,
-            )
+            )  # fmt: skip
             result = row(name, losses, base, best, self.generic_base) | taught.costs | identity_alone
             result |= {"learning_rate": rate, "seed": seed, "planned": planned}
             result |= identity.scores([taught.stack(list(range(len(names))))] * len(names), "stack")
