@@ -13,11 +13,12 @@ def subjects(model):
     return {name: load_subject(model, name) for name in NAMES}
 
 
-def teach(model, library, subject, steps=12, **options):
-    config = TrainingConfig(steps=steps, **{k: v for k, v in options.items() if k != "on_step"})
+def teach(model, library, subject, steps=12, batch=4, replay_batch=6, on_step=None, **options):
+    """With half of the usual pictures a step, so that the tests take half of the time"""
+    config = TrainingConfig(steps=steps, batch=batch, replay_batch=replay_batch, **options)
     return train_concept(
         model, library, subject.images, subject.name, subject.trigger, subject.class_noun,
-        subject.references.captions, config, options.get("on_step"),
+        subject.references.captions, config, on_step,
     )  # fmt: skip
 
 

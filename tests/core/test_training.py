@@ -159,10 +159,13 @@ def test_no_hook_and_no_changed_weight_is_left(model, subjects, new_library, tmp
 def test_ablation_switches_all_train(monkeypatch, model, subjects, new_library, tmp_path):
     monkeypatch.setattr("seqlora_core.replay.decoy_count", lambda size: 3)
     switches = (
-        {"lower_steps": 1, "hypergradient": "cg:2"}, {"lower_steps": 1, "hypergradient": "neumann:2"}, {"drift_budget": 0.0},
-        {"replay_target": "base"}, {"whitened": False}, {"orthogonal": False}, {"data_start": False}, {"learn_basis": False}, {"use_decoys": False},
-        {"replay_weight": 0.0}, {"lower_steps": 2}, {"lower_steps": 1, "line_search": True}, {"earlier_active": False}, {"concept_dropout": False}, {"retraction": "polar"},
-    )  # fmt: skip
+        {"lower_steps": 1, "hypergradient": "cg:2", "drift_budget": 0.0},
+        {"lower_steps": 1, "hypergradient": "neumann:2", "replay_target": "before"},
+        {"lower_steps": 1, "line_search": True, "retraction": "polar", "concept_dropout": False},
+        {"lower_steps": 2, "whitened": False, "data_start": False},
+        {"orthogonal": False, "earlier_active": False, "use_decoys": False},
+        {"learn_basis": False, "replay_weight": 0.0},
+    )
     library = new_library(tmp_path / "l")
     teach(model, library, subjects["penguin"], steps=2)
     for number, switch in enumerate(switches):
