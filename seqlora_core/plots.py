@@ -59,7 +59,10 @@ def text_picture(text: str) -> Tensor:
 def needs_matplotlib(function):
     def wrapper(*args, **kwargs):
         try:
-            return function(*args, **kwargs)
+            from matplotlib import rc_context
+
+            with rc_context({"text.parse_math": False}):  # a name may hold $
+                return function(*args, **kwargs)
         except ImportError:
             return text_picture("No picture without matplotlib: install it into ComfyUI's Python, pip install matplotlib.")
 

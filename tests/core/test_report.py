@@ -264,7 +264,7 @@ def test_percent_reads_well():
 
 @pytest.mark.parametrize("count, mode", [(1, "sum"), (2, "data"), (26, "weights")])
 def test_pictures_fit_a_preview(count, mode):
-    adapters, moments = stack_of(count)
+    adapters, moments = ({rf"$\x{n}$": v for n, v in of.items()} for of in stack_of(count))  # no formulas
     projected = project(list(adapters.values()), mode, 1.0, list(moments.values()))
     for known in (moments, None):
         picture = report_picture(interference_report(adapters, known, None, projected, mode))
