@@ -91,6 +91,12 @@ def kept_general(folder: Path, base: str) -> Moments | None:
     return Calibration.load(path).moments if path.exists() else None
 
 
+def general_near(lora: Path, base: str) -> Moments | None:
+    """The same beside a LoRA, where the command line keeps it, or in a folder `seqlora` above, where the nodes do"""
+    folders = (lora.parent, *(above / "seqlora" for above in lora.absolute().parents))
+    return next((found for found in (kept_general(folder, base) for folder in folders) if found is not None), None)
+
+
 def drawing(size: tuple[int, int], pictures: int = 0, seed: int = 0) -> str:
     """How `see_trigger` draws with these, in a word for the moments' file"""
     return f"{size[0]}x{size[1]}, {pictures or trigger_count(size)} pictures, seed {seed}"
