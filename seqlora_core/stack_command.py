@@ -85,6 +85,7 @@ def stack(args):
     from .same_layers import unseen
     from .selection import selected
     from .tensor_file import write_safetensors
+    from .triggers import trigger_of
 
     parts, general = _adapters(args)
     names, adapters = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts]
@@ -105,7 +106,8 @@ def stack(args):
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
     shares = norm_shares(len(parts), args.mode, args.amount, wishes) if args.norm_control else [1.0] * len(parts)
     together = concatenate([shared(p, share).scaled(s) for p, (_, _, s, _), share in zip(projected, parts, shares)])
-    together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
+    called = (", ".join(a.triggers) or trigger_of(a.metadata) for a in adapters)
+    together.metadata = {"seqlora.trigger": ", ".join(filter(None, called))}
     written, lost = truncated(together, args.rank)
     if args.diffusers:
         check_useful(args.output, written)

@@ -56,6 +56,14 @@ def test_what_has_strength_0_takes_no_part(capsys, files, tmp_path):
     assert code == 2 and "give a strength other than 0" in err
 
 
+def test_a_stack_names_the_triggers_of_its_files(capsys, files, tmp_path):
+    both = files("a", 1), files("b", 2)
+    for path, metadata in zip(both, ({"seqlora.trigger": "octzu"}, {"modelspec.trigger_phrase": "ohwx man"})):
+        save_adapter(path, Adapter(load_adapter(path).layers, metadata))
+    stacked(capsys, tmp_path, *both)
+    assert load_adapter(tmp_path / "stacked.safetensors").triggers == ["octzu", "ohwx man"]
+
+
 def test_a_file_that_is_named_twice_is_told(capsys, files, tmp_path):
     a = files("a", 1)
     code, _, err = run(capsys, "stack", f"{a}:0.5", f"{a}:0.5", "--output", tmp_path / "x.safetensors")
