@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seqlora_core import fonts
 from seqlora_core.adapter import Adapter, LayerDelta
 from seqlora_core.composition import Wishes, project
 from seqlora_core.interference import dense_energy, energies, overlaps, residual_energy
@@ -270,3 +271,11 @@ def test_pictures_fit_a_preview(count, mode):
         picture = report_picture(interference_report(adapters, known, None, projected, mode))
         assert picture.ndim == 4 and picture.shape[2] == 840 and 400 < picture.shape[1] < 1400
         assert 0.2 < picture.mean() < 0.99 and picture.std() > 0.05
+
+
+def test_letters_come_from_whichever_font_has_them(monkeypatch, recwarn):
+    """As Chinese ones do where the system has them; here a letter of a font that comes with matplotlib"""
+    monkeypatch.setattr(fonts, "FAMILIES", ("none such", "STIXNonUnicode"))
+    adapters, _ = stack_of(2)
+    report_picture(interference_report({f"\ue000{n}": a for n, a in adapters.items()}))
+    assert not [w for w in recwarn if "missing from font" in str(w.message) or "not found" in str(w.message)]
