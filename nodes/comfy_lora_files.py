@@ -131,6 +131,9 @@ def _fit_by_comfyui(tensors: dict[str, Tensor], metadata: dict[str, str], weight
         check_patch(patch, rows_shape(weights.shapes[key], rows), f"{source}: {name or key}")
         plain = isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None and layout is None
         if not plain or name is None or (rows and rows[0] != 0):
+            if isinstance(patch, LoRAAdapter):  # whose alpha and numbers are looked at nowhere else
+                up, down, alpha, mid = patch.weights[:4]
+                layer_delta(Factors(down, up, mid, alpha), f"{source}: {name or key}")
             failed = failure(patch, rows_shape(weights.shapes[key], rows))
             if failed and not (isinstance(patch, LoKrAdapter) and patch.weights[7] is not None):
                 raise UserError(

@@ -7,7 +7,7 @@ import math
 
 import comfy.lora
 import torch
-from comfy.weight_adapter import BOFTAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
+from comfy.weight_adapter import BOFTAdapter, GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
 from comfy.weight_adapter.base import WeightAdapterBase
 
 from ..seqlora_core.adapter import LARGEST_SCALE
@@ -41,6 +41,8 @@ def _is_whole(patch, shape: tuple[int, ...]) -> bool:
     elif isinstance(patch, LoKrAdapter):  # of two whole factors no alpha counts, and ai-toolkit writes an endless one
         parts, alpha = [p for p in (patch.weights[4], patch.weights[6]) if p is not None], patch.weights[2]
         rank = parts[0].shape[0] if parts else None
+    elif isinstance(patch, GLoRAAdapter):
+        rank, alpha = min(patch.weights[0].shape), patch.weights[4]
     if rank is not None and alpha is not None and not abs(alpha) <= LARGEST_SCALE * rank:
         return False
     magnitude = patch.weights[MAGNITUDE[type(patch)]] if type(patch) in MAGNITUDE else None

@@ -70,10 +70,10 @@ def named_sites(model, keys: dict, names: Iterable[str]) -> list[Site]:
 
 def file_names(base) -> dict[str, str]:
     """Module path -> the name that LoRA files use.  SD1.5 and SDXL: diffusers' spelling in kohya's form, which both
-    ComfyUI and diffusers read; other families: `diffusion_model.<path>`."""
+    ComfyUI and diffusers read, whose loader refuses a file for one layer of another form; other families: `diffusion_model.<path>`."""
     names = {}
     for name, target in comfy.lora.model_lora_keys_unet(base, {}).items():
-        if isinstance(target, str) and re.match(r"lora_unet_(down|up|mid)_block", name):
+        if isinstance(target, str) and re.match(r"lora_unet_((down|up|mid)_block|conv_(in|out)$|time_embedding_linear)", name):
             names[target.removeprefix("diffusion_model.").removesuffix(".weight")] = name
     return names
 

@@ -14,7 +14,7 @@ from ..seqlora_core.composition import Wishes, norm_shares, project, shared
 from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
-from ..seqlora_core.lora_moments import kept_general, kept_moments
+from ..seqlora_core.lora_moments import general_near, kept_general, kept_moments
 from ..seqlora_core.same_layers import moments_under, unseen
 from ..seqlora_core.spectrum import spikes
 from ..seqlora_core.statistics import Moments
@@ -210,7 +210,8 @@ def _whole(members: list[Member]) -> Adapter:
 def _general_state(members: list[Member]) -> tuple:
     """Changes whenever what `general_moments` reads does"""
     libraries = {library_folder(m.entry.library) / CALIBRATION for m in members if m.entry.library}
-    return tuple(stamp(path) for path in sorted({*libraries, *libraries_folder().glob("general.*.safetensors")}))
+    folders = {libraries_folder(), *(entry_file(m.entry).parent for m in members)}
+    return tuple(stamp(path) for path in sorted(libraries.union(*(f.glob("general.*.safetensors") for f in folders))))
 
 
 def general_moments(entries: list[Entry]) -> Moments | None:
@@ -220,8 +221,9 @@ def general_moments(entries: list[Entry]) -> Moments | None:
             calibration = Library(library_folder(entry.library)).calibration()
             found = calibration.moments if calibration else None
         else:
-            kept = kept_moments(lora_file(entry.name), entry.base or None)
-            found = kept_general(libraries_folder(), kept[1]) if kept else None
+            path = lora_file(entry.name)
+            kept = kept_moments(path, entry.base or None)
+            found = kept and (kept_general(libraries_folder(), kept[1]) or general_near(path, kept[1]))
         if found is not None:
             return found
     return None

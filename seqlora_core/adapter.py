@@ -203,7 +203,7 @@ def load_adapter(path: Path) -> Adapter:
     tensors, metadata = read_safetensors(path)
     kind = other_kind(tensors)
     if kind:
-        raise UserError(f"{path} is {kind}, no plain LoRA: only the nodes read it, which have ComfyUI's help")
+        raise UserError(f"{path} is {kind}, no plain LoRA: only the nodes read it, with the model that it is for connected")
     found = factors(tensors, str(path))
     if not found:
         raise UserError(f"{path} holds no lora_down or lora_A tensors among its {len(tensors)}: it is not a LoRA")

@@ -5,11 +5,15 @@ diffusers reads files of U-Nets as they are.
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor
 
 from .adapter import Adapter, LayerDelta
 from .errors import UserError
 from .transformer_names import family_of, parts, turned
+
+_CLIP = re.compile(r"lora_te([12]?)_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)")
 
 
 def as_diffusers(adapter: Adapter) -> dict[str, Tensor]:
@@ -20,7 +24,8 @@ def as_diffusers(adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     family = family_of(adapter.layers)
     for name, delta in adapter.layers.items():
-        modules = [name] if name.startswith("transformer.") else parts(name, family)
+        text = _of_text_encoder(name)
+        modules = [text] if text else [name] if name.startswith("transformer.") else parts(name, family)
         if not modules:
             raise UserError(
                 f"{name} is no layer of SD3 or Flux.1: diffusers reads other models' files as they are, "
@@ -33,6 +38,12 @@ def as_diffusers(adapter: Adapter) -> dict[str, Tensor]:
             up = up if len(down) == delta.rank else up[:, used]
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = down.clone(), up.clone()
     return tensors
+
+
+def _of_text_encoder(name: str) -> str | None:
+    """The module that kohya's name of a CLIP's layer means; None of another name"""
+    found = _CLIP.fullmatch(name)
+    return found and f"text_encoder{'_2' if found[1] == '2' else ''}.text_model.encoder.layers.{found[2]}.{found[3]}.{found[4]}"
 
 
 def _rows(delta: LayerDelta, modules: int) -> list[Tensor]:

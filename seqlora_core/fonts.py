@@ -10,6 +10,10 @@ OF_SYSTEMS = (
     "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc", "simsun.ttc", "YuGothM.ttc", "msgothic.ttc",
     "malgun.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf",
 )  # fmt: skip
+FAMILIES = (  # the same as matplotlib calls them
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Microsoft YaHei", "SimSun", "Yu Gothic",
+    "MS Gothic", "Malgun Gothic", "PingFang SC", "PingFang HK", "Hiragino Sans GB", "Apple SD Gothic Neo", "Arial Unicode MS",
+)  # fmt: skip
 IN_NONE = "\U0010ffff"  # drawn as what a font lacks
 
 

@@ -9,6 +9,7 @@ A moments file names the hash of the LoRA it was recorded with: a LoRA that was 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator
@@ -38,9 +39,13 @@ def general_path(folder: Path, base: str) -> Path:
 def kept_moments(lora: Path, base: str | None = None) -> tuple[Moments, str] | None:
     """Moments recorded with this very LoRA, and the base model they were recorded on; None if there are none.
 
-    base: the one wanted; without it the newest file counts.
+    base: the one wanted; without it the newest file counts.  Damaged ones are as good as none: they are recorded anew.
     """
-    return next(((read_statistics(path)[0], on) for path, on in _recorded(lora) if base in (None, on)), None)
+    for path, on in _recorded(lora):
+        if base in (None, on):
+            with contextlib.suppress(UserError):
+                return read_statistics(path)[0], on
+    return None
 
 
 def shared_base(loras: list[Path]) -> str | None:
@@ -54,8 +59,11 @@ def shared_base(loras: list[Path]) -> str | None:
 
 
 def _recorded(lora: Path) -> Iterator[tuple[Path, str]]:
-    """Its files of moments, the newest first, and the base model that each is of"""
-    return ((path, on) for path, on in _named(lora) if read_metadata(path).get("seqlora.lora") == tensors_hash(lora))
+    """Its files of moments that can be read, the newest first, and the base model that each is of"""
+    for path, on in _named(lora):
+        with contextlib.suppress(UserError):
+            if read_metadata(path).get("seqlora.lora") == tensors_hash(lora):
+                yield path, on
 
 
 def _named(lora: Path) -> list[tuple[Path, str]]:
@@ -81,6 +89,12 @@ def kept_general(folder: Path, base: str) -> Moments | None:
     """What this base model sees while it draws other things, if `general_calibration` recorded it in this folder"""
     path = general_path(folder, base)
     return Calibration.load(path).moments if path.exists() else None
+
+
+def general_near(lora: Path, base: str) -> Moments | None:
+    """The same beside a LoRA, where the command line keeps it, or in a folder `seqlora` above, where the nodes do"""
+    folders = (lora.parent, *(above / "seqlora" for above in lora.absolute().parents))
+    return next((found for found in (kept_general(folder, base) for folder in folders) if found is not None), None)
 
 
 def drawing(size: tuple[int, int], pictures: int = 0, seed: int = 0) -> str:
@@ -137,11 +151,14 @@ def general_calibration(
     """
     base = denoiser.fingerprint()
     path = general_path(folder, base)
-    if not path.exists():
+    calibration = None
+    if path.exists():
+        with contextlib.suppress(UserError):  # a damaged one is made anew
+            calibration = Calibration.load(path)
+    if calibration is None:
         calibration = calibrate(denoiser, size, pictures, seed=seed, guidance=GUIDANCE)
         calibration.moments.layers |= record_text(denoiser, calibration.prompts).layers
     else:
-        calibration = Calibration.load(path)
         sites = [*denoiser.sites(), *denoiser.text_sites()]
         if all(s.name in calibration.moments.layers or is_token_table(s.name) for s in sites):
             return calibration

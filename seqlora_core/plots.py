@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import fonts
 from .errors import UserError
 from .triggers import json_object
 
@@ -59,7 +60,12 @@ def text_picture(text: str) -> Tensor:
 def needs_matplotlib(function):
     def wrapper(*args, **kwargs):
         try:
-            return function(*args, **kwargs)
+            from matplotlib import font_manager, rc_context, rcParams
+
+            more = [f for f in fonts.FAMILIES if f in font_manager.get_font_names()]
+            # a name may hold $, and letters of any script
+            with rc_context({"text.parse_math": False, "font.family": [*rcParams["font.family"], *more]}):
+                return function(*args, **kwargs)
         except ImportError:
             return text_picture("No picture without matplotlib: install it into ComfyUI's Python, pip install matplotlib.")
 

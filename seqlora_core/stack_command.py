@@ -16,8 +16,9 @@ def _adapters(args):
     What has strength 0 takes no part, as in the nodes: nothing gives way to it.
     """
     from .adapter import load_adapter
+    from .calibration import FILE, Calibration
     from .library import Library
-    from .lora_moments import kept_general, kept_moments, shared_base
+    from .lora_moments import general_near, kept_moments, shared_base
     from .same_layers import check_widths, moments_under, one_spelling, under_names
     from .statistics import read_statistics
 
@@ -39,9 +40,11 @@ def _adapters(args):
         adapter, stats, moments = load_adapter(path), path.with_name(f"{path.stem}.stats.safetensors"), None
         if stats.exists():
             moments, *_ = read_statistics(stats)
+            beside = path.with_name(FILE)
+            general = general or (Calibration.load(beside).moments if beside.exists() else None)
         elif kept := kept_moments(path, base):
             moments, _ = kept
-            general = general or kept_general(path.parent, base)
+            general = general or general_near(path, base)
         out.append((path.stem, under_names(adapter, [*names, *(moments.layers if moments else ())]), strength, moments))
     out = [part for part in out if part[2]] or out
     adapters, moments = one_spelling([a for _, a, *_ in out], [m for *_, m in out], ask)
@@ -82,6 +85,7 @@ def stack(args):
     from .same_layers import unseen
     from .selection import selected
     from .tensor_file import write_safetensors
+    from .triggers import trigger_of
 
     parts, general = _adapters(args)
     names, adapters = [n for n, *_ in parts], [selected(a, args.layers) for _, a, *_ in parts]
@@ -102,7 +106,8 @@ def stack(args):
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
     shares = norm_shares(len(parts), args.mode, args.amount, wishes) if args.norm_control else [1.0] * len(parts)
     together = concatenate([shared(p, share).scaled(s) for p, (_, _, s, _), share in zip(projected, parts, shares)])
-    together.metadata = {"seqlora.trigger": ", ".join(t for a in adapters for t in a.triggers)}
+    called = (", ".join(a.triggers) or trigger_of(a.metadata) for a in adapters)
+    together.metadata = {"seqlora.trigger": ", ".join(filter(None, called))}
     written, lost = truncated(together, args.rank)
     if args.diffusers:
         check_useful(args.output, written)

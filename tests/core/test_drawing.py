@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from seqlora_core.drawing import UNGUIDED, draw, foreseen
+from seqlora_core.errors import UserError
 
 from ..reliability.toy import CHANNELS, SIZE, ToyDenoiser
 
@@ -72,6 +73,13 @@ def test_each_picture_is_seen_once_in_each_part_of_the_schedule():
     sigmas = torch.stack([sigma for _, sigma, _ in denoiser.asked])
     assert (sigmas[0] == 1).all() and (sigmas[1:] < sigmas[:-1]).all()
     assert torch.equal(sigmas[1:].flatten().sort().values, denoiser.even_sigmas(len(PROMPTS) * STEPS))
+
+
+def test_pictures_that_are_not_finite_are_told():
+    denoiser = ToyDenoiser()
+    denoiser.predict = lambda noised, *_: noised * torch.nan
+    with pytest.raises(UserError, match="what the model draws is not finite"):
+        draw(denoiser, PROMPTS, 5, SIZE, steps=STEPS)
 
 
 def test_guidance_moves_away_from_the_empty_prompt():

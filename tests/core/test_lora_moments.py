@@ -66,6 +66,12 @@ def test_moments_are_kept_for_one_lora_and_one_base(tmp_path, model):
     assert base == BASE and found.layers["q"] is found.layers["k"] and torch.equal(found["out"], moments["out"])
     assert kept_moments(lora, BASE) is not None and kept_moments(lora, "f" * 16) is None
     assert kept_moments(lora.with_name("a.safetensors")) is None  # a name that this one only starts with
+    whole = moments_path(lora, BASE).read_bytes()
+    for damaged in (whole[:-4], whole[:20], b""):  # as good as none, for whatever else is done with the LoRA
+        moments_path(lora, BASE).write_bytes(damaged)
+        assert kept_moments(lora) is None and kept_moments(lora, BASE) is None
+    keep_moments(lora, BASE, Moments({"q": torch.full((3, 3), torch.nan)}), "ohwx")
+    assert kept_moments(lora) is None
 
 
 def test_of_several_base_models_the_one_counts_that_all_have_seen(tmp_path, model):
@@ -108,6 +114,8 @@ def test_general_moments_are_made_once_and_extended_to_new_layers(model, tmp_pat
     stamp = path.stat().st_mtime_ns
     assert torch.equal(general_calibration(model, tmp_path, (64, 64), pictures=8).latents, first.latents)
     assert path.stat().st_mtime_ns == stamp
+    path.write_bytes(path.read_bytes()[:-4])
+    assert torch.equal(general_calibration(model, tmp_path, (64, 64), pictures=8).latents, first.latents)
     dropped = next(n for n in first.moments.layers if n not in first.moments.shared())
     del first.moments.layers[dropped]
     first.save(path, model.fingerprint())

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seqlora_core import fonts
 from seqlora_core.adapter import Adapter, LayerDelta
 from seqlora_core.composition import Wishes, project
 from seqlora_core.interference import dense_energy, energies, overlaps, residual_energy
@@ -264,9 +265,17 @@ def test_percent_reads_well():
 
 @pytest.mark.parametrize("count, mode", [(1, "sum"), (2, "data"), (26, "weights")])
 def test_pictures_fit_a_preview(count, mode):
-    adapters, moments = stack_of(count)
+    adapters, moments = ({rf"$\x{n}$": v for n, v in of.items()} for of in stack_of(count))  # no formulas
     projected = project(list(adapters.values()), mode, 1.0, list(moments.values()))
     for known in (moments, None):
         picture = report_picture(interference_report(adapters, known, None, projected, mode))
         assert picture.ndim == 4 and picture.shape[2] == 840 and 400 < picture.shape[1] < 1400
         assert 0.2 < picture.mean() < 0.99 and picture.std() > 0.05
+
+
+def test_letters_come_from_whichever_font_has_them(monkeypatch, recwarn):
+    """As Chinese ones do where the system has them; here a letter of a font that comes with matplotlib"""
+    monkeypatch.setattr(fonts, "FAMILIES", ("none such", "STIXNonUnicode"))
+    adapters, _ = stack_of(2)
+    report_picture(interference_report({f"\ue000{n}": a for n, a in adapters.items()}))
+    assert not [w for w in recwarn if "missing from font" in str(w.message) or "not found" in str(w.message)]

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
+from seqlora_core.calibration import Calibration
+from seqlora_core.composition import compose
+from seqlora_core.lora_moments import general_path, keep_moments
+from seqlora_core.statistics import Moments
 
 from .test_cli import run
 
@@ -52,6 +56,14 @@ def test_what_has_strength_0_takes_no_part(capsys, files, tmp_path):
     assert code == 2 and "give a strength other than 0" in err
 
 
+def test_a_stack_names_the_triggers_of_its_files(capsys, files, tmp_path):
+    both = files("a", 1), files("b", 2)
+    for path, metadata in zip(both, ({"seqlora.trigger": "octzu"}, {"modelspec.trigger_phrase": "ohwx man"})):
+        save_adapter(path, Adapter(load_adapter(path).layers, metadata))
+    stacked(capsys, tmp_path, *both)
+    assert load_adapter(tmp_path / "stacked.safetensors").triggers == ["octzu", "ohwx man"]
+
+
 def test_a_file_that_is_named_twice_is_told(capsys, files, tmp_path):
     a = files("a", 1)
     code, _, err = run(capsys, "stack", f"{a}:0.5", f"{a}:0.5", "--output", tmp_path / "x.safetensors")
@@ -63,6 +75,22 @@ def test_who_was_not_calibrated_is_named(capsys, files, tmp_path, command):
     both = files("a", 1), files("b", 2)
     code, _, err = run(capsys, command, *both, "--mode", "data", "--output", tmp_path / "x.safetensors")
     assert code == 2 and "needs to know what a, b sees: run 'python -m seqlora_core calibrate'" in err
+
+
+@pytest.mark.parametrize("whose", ["the command line's", "the nodes'", "a library's"])
+def test_what_the_base_model_sees_is_found(capsys, files, tmp_path, whose):
+    both, base = [files("a", 1), files("b", 2)], "0123456789abcdef"
+    seen = [Moments({LAYER: torch.linspace(1, last, 16).diag()}) for last in (0.1, 3)]
+    for path, moments in zip(both, seen):
+        kept = keep_moments(path, base, moments, "ohwx")
+        if whose == "a library's":
+            kept.rename(path.with_name(f"{path.stem}.stats.safetensors"))
+    folder = tmp_path / "seqlora" if whose == "the nodes'" else tmp_path
+    place = tmp_path / "calibration.safetensors" if whose == "a library's" else general_path(folder, base)
+    general = Moments({LAYER: torch.linspace(5, 0.1, 16).diag()})
+    Calibration(general, ["a house"], torch.zeros(1, 4)).save(place, base)
+    expected = compose([load_adapter(p) for p in both], mode="data", moments=seen, general=general).layers[LAYER].dense()
+    assert torch.allclose(stacked(capsys, tmp_path, *both, "--mode", "data"), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["sum", "weights"])

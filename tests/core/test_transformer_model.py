@@ -83,7 +83,10 @@ def test_a_concept_is_written_for_diffusers_own_loader(folder, kind, tmp_path):
         )
         for s in model.sites()
     }
-    save_adapter(tmp_path / "concept.safetensors", Adapter(layers))
+    clip, width = model.pipeline.text_encoder, model.pipeline.text_encoder.config.hidden_size
+    text = LayerDelta(torch.randn(2, width, generator=generator), torch.randn(width, 2, generator=generator))
+    both = layers | {"lora_te1_text_model_encoder_layers_0_self_attn_q_proj": text}
+    save_adapter(tmp_path / "concept.safetensors", Adapter(both))
     given = [f"{tmp_path / 'concept.safetensors'}:0.5", "--output", str(tmp_path / "theirs.safetensors")]
     assert main(["stack", *given, "--diffusers"]) == 0
     x, sigma = torch.randn(1, *model.latent_shape(SIZE), generator=generator), torch.full((1,), 0.7)
@@ -95,6 +98,8 @@ def test_a_concept_is_written_for_diffusers_own_loader(folder, kind, tmp_path):
             ours = model.predict(x, sigma, prompt)
         model.pipeline.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
         theirs = model.predict(x, sigma, prompt)
+    read = next(m for n, m in clip.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
+    assert torch.allclose(read.get_delta_weight("default_0"), 0.5 * text.dense(), atol=1e-5)
     assert torch.allclose(ours, theirs, atol=1e-4 * ours.abs().max()) and (ours - plain).abs().max() > 0.1 * plain.abs().max()
 
 

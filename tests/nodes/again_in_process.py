@@ -31,9 +31,10 @@ from seqlora_pack.nodes.concept import SeqLoRAConcept  # noqa: E402
 from seqlora_pack.nodes.interference_report import SeqLoRAInterferenceReport  # noqa: E402
 from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import Adapter  # noqa: E402
+from seqlora_pack.seqlora_core.calibration import Calibration  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.errors import UserError  # noqa: E402
-from seqlora_pack.seqlora_core.lora_moments import general_calibration, keep_moments  # noqa: E402
+from seqlora_pack.seqlora_core.lora_moments import general_calibration, general_path, keep_moments  # noqa: E402
 from seqlora_pack.seqlora_core.statistics import Moments  # noqa: E402
 from seqlora_pack.seqlora_core.tensor_file import read_safetensors, write_safetensors  # noqa: E402
 
@@ -111,6 +112,29 @@ def elsewhere():
     return said
 
 
+def general():
+    """What is left of a LoRA by data, as a share: beside one that sees the same, and with what the base model sees of 5 and 50 times
+    that kept where the command line keeps it, then where the nodes do"""
+    stack, name, places = (
+        Stack([Entry("", "one"), Entry("", "two")]),
+        weights.name_of[KEY],
+        {folder: 5.0, folder / "seqlora": 50.0},
+    )
+    left = []
+    for place in (None, *places):
+        if place is not None:
+            seen = Calibration(Moments({name: places[place] * torch.eye(192)}), ["a house"], torch.zeros(1, 4))
+            seen.save(general_path(place, weights.fingerprint), weights.fingerprint)
+        lengths = [
+            compose_stack(stack, mode, 1.0, None, weights).parts[0].adapter.layers[name].dense().norm()
+            for mode in ("data", "sum")
+        ]
+        left.append(float(lengths[0] / lengths[1]))
+    for place in places:
+        general_path(place, weights.fingerprint).unlink()
+    return left
+
+
 def projected():
     """Weights of ours from the truth after a change of checkpoint, and how many were decomposed in each run"""
     rows, columns = weights.shapes[weights.targets[TEXT]]
@@ -177,6 +201,7 @@ with torch.inference_mode():
         "projected": projected(),
         "bent": bent(),
         "elsewhere": elsewhere(),
+        "general": general(),
     }
 found["records"] = records()
 output.write_text(json.dumps(found))

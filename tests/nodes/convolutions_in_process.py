@@ -111,6 +111,7 @@ with torch.inference_mode(False), torch.no_grad():
     out = {
         "convolutions": len(convolutions),
         "patched": len(patched["sum"]),
+        "outer": [names.get(path) for path in ("input_blocks.0.0", "out.2", "time_embed.0")],
         "moments_wrong": wrong,
         "stock_differs": max(
             float((patched["sum"][k] - stock[k]).abs().max() / (stock[k] - plain[k]).abs().max()) for k in stock

@@ -203,6 +203,10 @@ def broken_files(folder: Path) -> None:
     save_file(parts, folder / "lokr_alpha.safetensors")
     glora = {f"{stem}.{n}.weight": torch.ones(*shape) for n, shape in zip(("a1", "a2", "b1", "b2"), ((4, 48), (48, 4)) * 2)}
     save_file(glora, folder / "glora_other_size.safetensors")
+    glora = {f"{stem}.{n}.weight": torch.ones(*shape) for n, shape in zip(("a1", "a2", "b1", "b2"), ((4, 32), (32, 4)) * 2)}
+    save_file(glora | {f"{stem}.alpha": torch.tensor(1e30)}, folder / "glora_alpha.safetensors")
+    dora = {f"{stem}.dora_scale": torch.ones(1, 32), f"{stem}.alpha": torch.tensor(torch.nan)}
+    save_file(good | dora, folder / "dora_alpha.safetensors")
     save_file({f"{stem}.oft_blocks": torch.ones(4, 6, 8)}, folder / "oft_oblong.safetensors")
     tucker = {f"{stem}.hada_w{i}_{s}": torch.ones(4, 32) for i in (1, 2) for s in "ab"}
     cores = {f"{stem}.hada_t1": torch.ones(4, 4, 1, 1), f"{stem}.hada_t2": torch.ones(4, 5, 1, 1)}

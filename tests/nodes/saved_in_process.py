@@ -22,10 +22,12 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from seqlora_pack.nodes.apply_stack import SeqLoRAApplyStack  # noqa: E402
 from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
+from seqlora_pack.nodes.comfy_patches import StackPatch  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.nodes.composing import compose_stack  # noqa: E402
 from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
 from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
+from seqlora_pack.seqlora_core.adapter import LayerDelta  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 
 folder_paths.folder_names_and_paths["loras"] = ([str(folder)], {".safetensors"})
@@ -101,6 +103,14 @@ def by_stock(name):
     return changes(*comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 1.0))
 
 
+def in_a_padded_weight():
+    """How far a change is from its own columns' in a weight that a patch before has made wider"""
+    weight, layer = randn(6, 8), LayerDelta(randn(2, 5), randn(6, 2))
+    wanted = weight.clone()
+    wanted[:, :5] += 0.5 * layer.dense()
+    return float((StackPatch([(0.5, layer)]).calculate_weight(weight, "", 1.0, 1.0, None, None) - wanted).abs().max())
+
+
 with torch.inference_mode():
     model, clip, _ = load_demo_model(DEMO_MODEL)
     everything = kinds()
@@ -120,6 +130,7 @@ with torch.inference_mode():
         "amount 0": {n: away(applied("plain", n, mode="weights", amount=0.0), applied("plain", n)) for n in others},
         "alone": {n: away(applied(n, mode="weights"), applied(n)) for n in others},
         "stock": {n: away(applied(n), by_stock(n)) for n in others},
+        "in a padded weight": in_a_padded_weight(),
         "in turns": in_turns("weights"),
         "bias saved": away(saved("bias"), by_stock("bias")),
         "norm control": {m: v / float(by_stock("bias")[bias].norm()) for m, v in lengths.items()},

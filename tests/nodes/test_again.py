@@ -24,6 +24,10 @@ def test_moments_of_another_checkpoint_do_not_count(found):
     assert here["mode"] == "data" and "from weights alone" not in here["report"]
 
 
+def test_what_the_base_model_sees_is_found_where_the_command_line_keeps_it_too(found):
+    assert found["general"] == pytest.approx([1 / 2, 1 / 7, 1 / 52], rel=0.02)
+
+
 def test_files_of_one_name_in_two_folders_have_triggers_of_their_own(found):
     wanted = {"A/style.safetensors": "ohwx man", "B\\style.safetensors": "zwx dog", "cat.v1": "kwx cat"}
     assert found["triggers"] == wanted and found["no_folder"] == {"A/cat.v1": "kwx cat"}

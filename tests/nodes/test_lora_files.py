@@ -20,7 +20,7 @@ WORDS = {
     "ranks_differ": "do not multiply", "another_model": "does not fit this model", "no_lora": "does not fit this model",
     "half_loha": "incomplete or damaged", "loha_other_size": "another kind of model", "lokr_other_size": "another kind of model",
     "full_other_size": "another kind of model", "loha_ranks": "do not fit one another", "loha_alpha": "do not fit one another", "loha_int8": "is of int8", "set_nan": "not finite",
-    "dora_short": "do not fit one another", "lokr_ranks": "do not fit one another", "lokr_alpha": "do not fit one another",
+    "dora_short": "do not fit one another", "dora_alpha": "has alpha nan at rank", "glora_alpha": "do not fit one another", "lokr_ranks": "do not fit one another", "lokr_alpha": "do not fit one another",
     "glora_other_size": "do not fit one another", "oft_oblong": "do not fit one another|another kind of model", "loha_core": "do not fit one another",
     "number": "of rank 0 or of no size", "lokr_line": "incomplete or damaged", "peft_oft": "an OFT of peft, which", "peft_boft": "a BOFT of peft, which",
 }  # fmt: skip

@@ -39,3 +39,7 @@ def test_changes_of_biases_alone_are_saved(found):
 
 def test_norm_control_divides_what_is_not_projected_too(found):
     assert found["norm control"] == pytest.approx({"sum": 0.5, "weights": 0.5}, rel=1e-4)
+
+
+def test_a_weight_that_a_control_lora_has_padded_is_changed_in_its_own_columns(found):
+    assert found["in a padded weight"] < 1e-6

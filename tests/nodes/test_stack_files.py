@@ -120,7 +120,7 @@ def test_a_saved_stack_is_one_plain_lora_for_the_stock_loader(server, folder):
     assert np.abs(pixels(server, server.run(stock("whole.safetensors"))).astype(int) - ours).max() <= 1
     whole = load_adapter(server.base / "models" / "loras" / "whole.safetensors")
     assert whole.layers[PROJ].rank == 2 + 2 + 4 and whole.triggers == ["onezu thing", "twozu thing"]
-    with pytest.raises(Failed, match="a LoHa, no plain LoRA"):
+    with pytest.raises(Failed, match="a LoHa, no plain LoRA: only the nodes read it, with the model that it is for connected"):
         server.run(BASE | graph | save("4", "without_model"))
     text = server.run(BASE | graph | save("4", "less", model=["1", 0], clip=["1", 1], rank=3))["8"]["text"][0]
     less = load_adapter(server.base / "models" / "loras" / "less.safetensors")
