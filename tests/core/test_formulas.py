@@ -244,6 +244,11 @@ def test_compose_refuses_nonsense():
         compose([])
     with pytest.raises(UserError, match="needs the moments"):
         compose([Adapter({"l": delta(1)})], mode="data")
+    pair = [Adapter({"l": delta(i)}) for i in range(2)]
+    with pytest.raises(UserError, match="3 strengths for 2 adapters"):
+        compose(pair, [1.0] * 3)
+    with pytest.raises(UserError, match="moments of 1 adapters for 2"):
+        compose(pair, mode="data", moments=[Moments({"l": torch.eye(IN)})])
 
 
 def test_overlap_is_a_multiple_of_chance():
