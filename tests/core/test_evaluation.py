@@ -1,9 +1,12 @@
 """What a table's row says of losses that are known."""
 
 import pytest
+import torch
 
 from seqlora_core import evaluation
-from seqlora_core.evaluation import Losses, measure, row
+from seqlora_core.evaluation import REPEATS, HeldOut, Losses, measure, row
+
+from ..reliability.toy import ToyDenoiser
 
 
 def test_a_row_of_known_losses():
@@ -41,3 +44,13 @@ def test_who_is_on_when_each_loss_is_measured(monkeypatch):
         beside = [set(said[d][1]) - {i} for d in drawn]
         assert all(len(b) == 2 and i in said[d][1] for b, d in zip(beside, drawn))
     assert len({key for key in number if len(key[1]) == 3 and key[0] in concepts}) > 4  # others each time
+
+
+def test_every_held_out_picture_is_seen_at_every_level_with_its_caption_and_noise_of_its_own():
+    model, captions = ToyDenoiser(), ["a fox", "an owl", "a house", "a tree"]
+    seen = HeldOut.of(model, torch.arange(4.0).view(4, 1, 1, 1).expand(4, 4, 2, 2), captions, levels=6)
+    pictures, levels = seen.latents[:, 0, 0, 0], [round(float(s), 4) for s in model.even_sigmas(6)]
+    found = sorted(zip(pictures.tolist(), (round(float(s), 4) for s in seen.sigma)))
+    assert found == sorted((float(p), s) for p in range(4) for s in levels for _ in range(REPEATS))
+    assert torch.equal(seen.conditioning.context, model.encode_prompts(captions)[pictures.long()].context)
+    assert len(seen.noise.unique(dim=0)) == len(found)
