@@ -98,6 +98,7 @@ def test_adaptive_rank_is_the_fewest_directions_that_hold_the_share():
 def test_rank_limit():
     assert subspace.rank_limit(320, 101, 4) == 3
     assert subspace.rank_limit(192, 32, 4) == 4
+    assert subspace.rank_limit(64, 32, 4) == 1  # not 2, of 1.9
     assert subspace.rank_limit(64, 101, 4) == 1
 
 

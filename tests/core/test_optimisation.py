@@ -81,7 +81,7 @@ def test_what_trains_takes_its_gradients_so(model, subjects, calibration, monkey
     )
     found = []
     for half in (False, True):
-        seen = (lambda *a: (predict(*a) * 256).half().float() / 256) if half else predict
+        seen = (lambda *a: (predict(*a) * 4096).half().float() / 4096) if half else predict
         monkeypatch.setattr(model, "predict", seen)
         objective = objective_of(model, s, config, calibration)
         with attached(model.sites(), objective.attachment):
