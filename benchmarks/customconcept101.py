@@ -33,7 +33,7 @@ from seqlora_core.calibration import calibrate, record_moments
 from seqlora_core.concept import References
 from seqlora_core.config import TrainingConfig
 from seqlora_core.diffusers_folder import open_folder
-from seqlora_core.drawing import draw
+from seqlora_core.drawing import at_once, draw
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import HeldOut, Stack, held_out_loss, measure, row, summed
 from seqlora_core.judge import MEAN as IMAGENET_MEAN
@@ -204,8 +204,9 @@ def run(args) -> list[dict]:
         for where, adapters in (("alone", alone), ("stack", [everything] * len(entries))):
             each = []
             for entry, adapter in zip(entries, adapters):
-                texts = entry.prompts[: args.prompts]
-                each.append(scores.of(entry, draw_with(model, adapter, texts, size, args.seed), texts))
+                texts, few = entry.prompts[: args.prompts], at_once(size)
+                drawn = [draw_with(model, adapter, texts[i : i + few], size, args.seed + i) for i in range(0, len(texts), few)]
+                each.append(scores.of(entry, torch.cat(drawn), texts))
             result |= {f"{k}_{where}": evaluation.mean([e[k] for e in each]) for k in each[0]}
         rows.append(result)
         print(markdown([result]).splitlines()[-1], flush=True)

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from seqlora_core import evaluation
-from seqlora_core.evaluation import REPEATS, HeldOut, Losses, measure, row
+from seqlora_core.calibration import Calibration
+from seqlora_core.concept import References
+from seqlora_core.config import TrainingConfig
+from seqlora_core.evaluation import REPEATS, HeldOut, Losses, held_out_loss, measure, row
+from seqlora_core.replay import Replay
+from seqlora_core.statistics import Moments
 
 from ..reliability.toy import ToyDenoiser
 
@@ -54,3 +59,23 @@ def test_every_held_out_picture_is_seen_at_every_level_with_its_caption_and_nois
     assert found == sorted((float(p), s) for p in range(4) for s in levels for _ in range(REPEATS))
     assert torch.equal(seen.conditioning.context, model.encode_prompts(captions)[pictures.long()].context)
     assert len(seen.noise.unique(dim=0)) == len(found)
+
+
+@pytest.mark.parametrize("side, most", [(8, 96), (64, 12)])
+def test_large_pictures_go_through_the_model_a_few_at_a_time(side, most):
+    """Where a fit begins as little room must do as for its steps, and for what measures it afterwards"""
+    model, asked = ToyDenoiser(), []
+    predict = model.predict
+    model.predict = lambda *inputs: asked.append(len(inputs[0])) or predict(*inputs)
+    latents, captions = torch.randn(40, 4, side, side, generator=torch.Generator().manual_seed(0)), ["a fox"] * 40
+    seen = HeldOut.of(model, latents, captions, levels=2)
+    found, whole = (
+        held_out_loss(model, seen),
+        predict(model.noised(seen.latents, seen.noise, seen.sigma), seen.sigma, seen.conditioning),
+    )
+    assert found == pytest.approx(float((whole - model.target(seen.latents, seen.noise, seen.sigma)).square().mean()), rel=1e-4)
+    assert max(asked) == most and sum(asked) == 160
+    asked.clear()
+    of = References(latents[:2], captions[:2], (8 * side, 8 * side))
+    Replay(model, of, "octzu", [], Calibration(Moments(), captions, latents), TrainingConfig(use_decoys=False)).base_loss()
+    assert max(asked) == most // 3
