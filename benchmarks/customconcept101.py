@@ -134,8 +134,9 @@ def run(args) -> list[dict]:
     model = open_folder(args.model, args.device, getattr(torch, args.dtype))
     size = (model.size, model.size)
     entries, scores = load_entries(args.data, model.size, args.count), Scores(args.clip, args.dino, args.device)
-    # runs with other options are others
-    folder = args.output / "runs" / f"{args.seed}-{args.steps}-{args.rank}-{args.batch}-{len(entries)}"
+    # runs on another model or with other options are others
+    told = [model.fingerprint(), args.seed, args.steps, args.rank, args.batch, args.pictures, len(entries)]
+    folder = args.output / "runs" / "-".join(map(str, told))
     references = [References(model.encode_images(e.images).cpu(), [e.caption] * len(e.images), size) for e in entries]
     held_outs = [
         HeldOut.of(model, model.encode_images(e.held_out), [e.caption] * len(e.held_out), levels=args.levels) for e in entries
