@@ -33,7 +33,7 @@ from seqlora_core.calibration import calibrate, record_moments
 from seqlora_core.concept import References
 from seqlora_core.config import TrainingConfig
 from seqlora_core.diffusers_folder import open_folder
-from seqlora_core.drawing import draw
+from seqlora_core.drawing import at_once, draw
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import HeldOut, Stack, held_out_loss, measure, row, summed
 from seqlora_core.judge import MEAN as IMAGENET_MEAN
@@ -134,8 +134,9 @@ def run(args) -> list[dict]:
     model = open_folder(args.model, args.device, getattr(torch, args.dtype))
     size = (model.size, model.size)
     entries, scores = load_entries(args.data, model.size, args.count), Scores(args.clip, args.dino, args.device)
-    # runs with other options are others
-    folder = args.output / "runs" / f"{args.seed}-{args.steps}-{args.rank}-{args.batch}-{len(entries)}"
+    # runs on another model or with other options are others
+    told = [model.fingerprint(), args.seed, args.steps, args.rank, args.batch, args.pictures, len(entries)]
+    folder = args.output / "runs" / "-".join(map(str, told))
     references = [References(model.encode_images(e.images).cpu(), [e.caption] * len(e.images), size) for e in entries]
     held_outs = [
         HeldOut.of(model, model.encode_images(e.held_out), [e.caption] * len(e.held_out), levels=args.levels) for e in entries
@@ -204,8 +205,9 @@ def run(args) -> list[dict]:
         for where, adapters in (("alone", alone), ("stack", [everything] * len(entries))):
             each = []
             for entry, adapter in zip(entries, adapters):
-                texts = entry.prompts[: args.prompts]
-                each.append(scores.of(entry, draw_with(model, adapter, texts, size, args.seed), texts))
+                texts, few = entry.prompts[: args.prompts], at_once(size)
+                drawn = [draw_with(model, adapter, texts[i : i + few], size, args.seed + i) for i in range(0, len(texts), few)]
+                each.append(scores.of(entry, torch.cat(drawn), texts))
             result |= {f"{k}_{where}": evaluation.mean([e[k] for e in each]) for k in each[0]}
         rows.append(result)
         print(markdown([result]).splitlines()[-1], flush=True)

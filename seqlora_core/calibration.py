@@ -15,7 +15,7 @@ from torch import Tensor
 from .adapter import Adapter, is_token_table
 from .attach import Attachment, attached
 from .denoiser import Conditioning, Denoiser
-from .drawing import UNGUIDED, at_once, draw
+from .drawing import UNGUIDED, draw, latents_at_once
 from .errors import UserError
 from .prompts import generic_decoys, generic_prompts
 from .statistics import Moments, Recorder, json_of, read_statistics
@@ -70,7 +70,7 @@ def record_moments(
     attachment = Attachment()
     attachment.set_frozen(adapter, denoiser.device)
     generator = torch.Generator().manual_seed(seed)
-    count, batch = len(latents), at_once((8 * latents.shape[-2], 8 * latents.shape[-1]))
+    count, batch = len(latents), latents_at_once(latents)
     sigmas = denoiser.even_sigmas(count * PASSES)[torch.randperm(count * PASSES, generator=generator)]
     with attached(denoiser.sites(), attachment), Recorder(attachment) as recorder:
         for repeat in range(PASSES):

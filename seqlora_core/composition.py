@@ -47,6 +47,8 @@ def compose(
     if not adapters:
         raise UserError("nothing to stack: name at least one concept")
     strengths = [1.0] * len(adapters) if strengths is None else strengths
+    if len(strengths) != len(adapters):
+        raise UserError(f"{len(strengths)} strengths for {len(adapters)} adapters: give one for each")
     for number, strength in enumerate(strengths):
         check_strength(f"adapter {number}", strength)
     projected = project(adapters, mode, amount, moments, general, beta, wishes)
@@ -89,6 +91,8 @@ def project(
             raise UserError(
                 "mode 'data' needs the moments of what each adapter sees: calibrate them first, or use 'sum' or 'weights'"
             )
+        if len(moments) != len(adapters):
+            raise UserError(f"moments of {len(moments)} adapters for {len(adapters)}: give those of each")
         projected = _with_token_tables(closed_form, adapters, moments, general, beta, wishes.protected)
     else:
         projected = adapters
@@ -131,8 +135,8 @@ def gram_schmidt(adapters: list[Adapter], order: Iterable[int] | None = None, pr
     order = range(len(adapters)) if order is None else order
     for i in [*sorted(protected), *(i for i in order if i not in protected)]:
         for name, delta in adapters[i].layers.items():
-            free = project_out(delta.down.mT, taken.get(name))
-            out[i].layers[name] = delta if i in protected else replace(delta, down=free.mT)
+            free = project_out(delta.float().down.mT, taken.get(name))
+            out[i].layers[name] = delta if i in protected else replace(delta, down=free.mT.to(delta.down.dtype))
             if not delta.acts:
                 continue
             fresh = span(free, torch.linalg.matrix_norm(delta.down).item())

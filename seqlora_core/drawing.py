@@ -82,3 +82,8 @@ def foreseen(denoiser: Denoiser, x: Tensor, prediction: Tensor, sigma: Tensor) -
 def at_once(size: tuple[int, int]) -> int:
     """Pictures that go through the model together: few of large ones, so that a start takes no more memory than a step"""
     return 32 if max(size) <= 128 else 4
+
+
+def latents_at_once(latents: Tensor) -> int:
+    """The same of latents [n, ..., height, width], by the size that their pictures have with most models"""
+    return at_once((8 * latents.shape[-2], 8 * latents.shape[-1]))

@@ -15,6 +15,7 @@ from torch import Tensor
 from .adapter import Adapter, concatenate
 from .attach import Attachment, attached
 from .denoiser import Conditioning, Denoiser, loss
+from .drawing import latents_at_once
 
 LEVELS = 12  # noise levels, evenly spread
 REPEATS = 2  # noise samples at each level
@@ -45,11 +46,11 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out_loss(denoiser: Denoiser, held_out: HeldOut, adapter: Adapter | None = None, batch: int = 96) -> float:
+def held_out_loss(denoiser: Denoiser, held_out: HeldOut, adapter: Adapter | None = None) -> float:
     """Mean loss with the adapter on (or the bare model)."""
     attachment = Attachment()
     attachment.set_frozen(adapter, denoiser.device)
-    total = 0.0
+    total, batch = 0.0, 3 * latents_at_once(held_out.latents)
     with attached(denoiser.sites(), attachment):
         for part in torch.arange(len(held_out.latents)).split(batch):
             h = held_out

@@ -18,6 +18,7 @@ from .denoiser import Conditioning, Denoiser
 from .hypergradient import hypergradient, parse
 from .learnt_trigger import LearntTrigger
 from .noise_levels import draw_sigmas, min_snr_weights
+from .optimisers import gradients
 from .parallel import Workers
 from .replay import Batch, Replay
 
@@ -145,8 +146,11 @@ class Objective:
     def _gradient(self, half: int | None, count: int) -> Terms:
         """Adds a count-th part of that of one batch to the gradients"""
         self.drawn.append(self.draw(half))
-        value = self.value(*self.drawn[-1])
-        (value if count == 1 else value / count).backward()
+        factors = [f for f in self.factors if f.requires_grad]
+        found = gradients(lambda: self.value(*self.drawn[-1]) / count, factors, self.drawn[-1][0].noised.numel())
+        for factor, gradient in zip(factors, found):
+            if gradient is not None:
+                factor.grad = gradient if factor.grad is None else factor.grad + gradient
         return self.last
 
     def _hypergradient(self, count: int) -> Terms:

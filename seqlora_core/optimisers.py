@@ -1,6 +1,8 @@
-"""The optimiser of lora_up and the course of the learning rate, both from libraries."""
+"""Gradients of an objective, the optimiser of lora_up and the course of the learning rate, all from libraries."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +13,22 @@ from .errors import UserError
 OPTIMISERS = ("adam", "adamw", "sgd", "rmsprop", "prodigy", "adam8bit", "adamw8bit")
 SCHEDULES = ("half", "constant", "linear", "cosine", "polynomial")
 BETAS = (0.9, 0.99)
+
+
+def gradients(value: Callable[[], Tensor], factors: list[Tensor], elements: int) -> list[Tensor | None]:
+    """Of `value()`, a mean over so many elements, in each of the factors; None for one that it does not depend on.
+
+    What each element of a mean passes back is so small that a model in float16 would round it away (Micikevicius et al., "Mixed
+    Precision Training", 2018): they are taken of a multiple of it, or of a smaller one where that overflows.  Of powers of two,
+    which change no bit in float32.
+    """
+    scale = 2.0 ** max(0, elements.bit_length() - 5)
+    while True:
+        whole = value()
+        found = [None if g is None else g / scale for g in torch.autograd.grad(whole * scale, factors, allow_unused=True)]
+        if scale == 1 or not whole.isfinite() or all(g is None or g.isfinite().all() for g in found):
+            return found
+        scale = max(1.0, scale / 16)
 
 
 def make_optimiser(name: str, parameters: list[Tensor], rate: float, decay: float = 0.0) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from .composition import compose, gram_schmidt, norm_controlled
 from .concept import References
 from .denoiser import Denoiser, loss
 from .evaluation import Stack
-from .optimisers import schedule
+from .optimisers import gradients, schedule
 from .statistics import Moments
 
 # row of a table -> ordinary LoRAs together: (adapters, their moments, general moments) to one adapter
@@ -51,7 +52,8 @@ def train_ordinary(
         down = (torch.rand(rank, site.in_features, generator=generator) * 2 - 1) * bound
         up = torch.zeros(site.out_features, rank)
         factors[site.name] = tuple(t.to(denoiser.device).requires_grad_() for t in (down, up))
-    optimiser = torch.optim.AdamW([t for pair in factors.values() for t in pair], rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    learnt = [t for pair in factors.values() for t in pair]
+    optimiser = torch.optim.AdamW(learnt, rate, betas=(0.9, 0.99), weight_decay=1e-2)
     prompts, latents = denoiser.encode_prompts(references.captions), references.latents.to(denoiser.device)
     attachment = Attachment()
     attachment.live = factors
@@ -61,7 +63,9 @@ def train_ordinary(
             pick = torch.randint(0, len(latents), (batch,), generator=generator)
             sigma = denoiser.draw_sigmas(batch, generator)
             noise = torch.randn(latents[pick].shape, generator=generator).to(latents)
-            optimiser.zero_grad()
-            loss(denoiser, latents[pick], noise, sigma, prompts[pick]).backward()
+            error = partial(loss, denoiser, latents[pick], noise, sigma, prompts[pick])
+            found = gradients(error, learnt, noise.numel())
+            for factor, gradient in zip(learnt, found):
+                factor.grad = gradient
             optimiser.step()
     return Adapter({n: LayerDelta(d.detach().cpu(), u.detach().cpu()) for n, (d, u) in factors.items()})

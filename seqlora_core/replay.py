@@ -13,7 +13,7 @@ from .calibration import Calibration
 from .concept import Concept, References, latent_weights
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser, loss
-from .drawing import draw
+from .drawing import draw, latents_at_once
 from .parallel import Workers
 from .prompts import calls, decoys, is_decoy
 from .statistics import Moments
@@ -124,13 +124,13 @@ class Replay:
         return [self.of_class[int(torch.multinomial(often, 1, generator=generator))]]
 
     @torch.no_grad()
-    def base_loss(self, batch: int = 32) -> float:
+    def base_loss(self) -> float:
         """Mean loss of the bare model on the generic pool without its decoys, each picture at one noise level"""
         (latents, prompts, *_), d, total = self.pools[0], self.denoiser, 0.0
         latents = latents[: self.plain]
         generator = torch.Generator().manual_seed(self.config.seed)
         sigmas = d.even_sigmas(len(latents))[torch.randperm(len(latents), generator=generator)]
-        for index in torch.arange(len(latents)).split(batch):
+        for index in torch.arange(len(latents)).split(latents_at_once(latents)):
             noise = torch.randn(latents[index].shape, generator=generator).to(latents)
             total += loss(d, latents[index], noise, sigmas[index], prompts[index]).item() * len(index)
         return total / len(latents)

@@ -131,6 +131,9 @@ def added(parts: list[Sketch], weights: list[float], energy: float | None = None
     d = len(parts[0].vectors)
     factor = torch.cat([p.vectors * (w * (p.values - p.floor).clamp_min(0)).sqrt() for p, w in zip(parts, weights)], 1).double()
     floor = sum(w * p.floor.double() for p, w in zip(parts, weights))
+    trace = sum(w * (p.values.sum() + p.rest).double() for p, w in zip(parts, weights))
+    if not factor.any():  # all directions alike, as of inputs that are all zero: which one is kept is all the same
+        return _cut(parts[0].vectors[:, :1].double(), floor.view(1), trace, energy)
     if factor.shape[1] <= min(d, EXACT):
         values, right = torch.linalg.eigh(factor.mT @ factor)
         values, right = values.clamp_min(0).flip(0)[:most], right.flip(1)[:, :most]
@@ -145,7 +148,6 @@ def added(parts: list[Sketch], weights: list[float], energy: float | None = None
             torch.manual_seed(0)
             vectors, values, _ = torch.svd_lowrank(factor, q=most, niter=4)
         values = values.square()
-    trace = sum(w * (p.values.sum() + p.rest).double() for p, w in zip(parts, weights))
     return _cut(vectors, values + floor, trace, energy)
 
 

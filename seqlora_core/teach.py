@@ -66,6 +66,7 @@ def train_concept(
         if not sets or any(s.images.ndim != 4 or len(s.images) == 0 for s in sets):
             raise UserError("no reference images: give at least one, eight or more are better")
         for some in [*sets, *regularisation]:
+            _check_pictures(some)
             check_size(denoiser, _size(some))
         texts = [complete_captions(s.captions, trigger, class_noun, template, s.names) for s in sets]
         of_class = [captions_of_class(s.captions, trigger, class_noun, template) for s in regularisation]
@@ -117,6 +118,17 @@ def _size(pictures: Pictures) -> tuple[int, int]:
     return tuple(pictures.images.shape[1:3])
 
 
+def _check_pictures(pictures: Pictures) -> None:
+    """UserError for what is no picture, and for captions that are not one for each"""
+    images, captions = pictures.images, pictures.captions
+    if images.shape[-1] != 3 or not images.is_floating_point():
+        raise UserError(
+            f"pictures are {list(images.shape)} of {str(images.dtype).removeprefix('torch.')}: give [n, height, width, 3], from 0 to 1"
+        )
+    if len(captions) != len(images):
+        raise UserError(f"{len(captions)} captions for {len(images)} pictures: give one for each, None for the template")
+
+
 def _check_kept(captions: list[str]) -> None:
     """UserError if they would fill the header of the file that they are kept in"""
     long = sum(len(caption.encode(errors="replace")) for caption in captions)
@@ -146,7 +158,7 @@ def cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigg
 
 
 def _references(denoiser: Denoiser, pictures: Pictures, captions: list[str]) -> References:
-    latents = denoiser.encode_images(pictures.images).cpu()
+    latents = denoiser.encode_images(pictures.images.float()).cpu()
     return References(latents, captions, _size(pictures), pictures.masks, pictures.repeats, pictures.mirrored)
 
 

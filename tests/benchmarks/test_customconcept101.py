@@ -37,6 +37,7 @@ def test_the_whole_way(monkeypatch, folder, tmp_path, kind):
     assert written["rows"] == rows and written["meta"]["concepts"] == ["toy_octopus", "toy_penguin"]
     for row in rows:
         assert {"kept_mean", "generic_drift", "clip_t_stack", "clip_i_alone", "dino_stack"} <= set(row)
+    assert [p.name.split("-")[0] for p in (tmp_path / "runs").iterdir()] == [open_folder(folder / kind).fingerprint()]
     if kind == "sd15":  # resumes: nothing is trained anew, but with other options
 
         def never(*_, **__):

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from seqlora_core.calibration import FILE, Calibration
+from seqlora_core.calibration import FILE, PASSES, Calibration, record_moments
+from seqlora_core.captions import Prompts
+from seqlora_core.concept import References
 from seqlora_core.config import TrainingConfig
 from seqlora_core.library import Library
 from seqlora_core.teach import train_concept
+from seqlora_core.trainer import _moments
 
 from ..reliability.toy import SIZE, ToyDenoiser
 
@@ -61,3 +64,19 @@ def test_one_with_prompts_of_its_own_or_a_damaged_one_is_no_ones_but_its_library
     (tmp_path / "torn" / FILE).write_bytes((first.folder / FILE).read_bytes()[:100])
     begin(tmp_path / "second", denoiser)
     assert len(counted) == 2
+
+
+def test_a_concepts_inputs_are_seen_at_every_level_and_each_size_of_picture_by_its_area():
+    denoiser, asked = ToyDenoiser(), []
+    predict = denoiser.predict
+    denoiser.predict = lambda *inputs: asked.append(inputs[1]) or predict(*inputs)
+    noise = torch.Generator().manual_seed(0)
+    sets = [
+        References(torch.randn(count, 4, 2, width, generator=noise), ["an octzu"] * count, (16, 8 * width))
+        for count, width in ((3, 2), (1, 5))
+    ]
+    prompts = [Prompts(denoiser, s.captions, "octzu", TrainingConfig()) for s in sets]
+    first, second = (record_moments(denoiser, s.latents, p.plain) for s, p in zip(sets, prompts))
+    assert torch.equal(torch.cat(asked[:PASSES]).sort().values, denoiser.even_sigmas(3 * PASSES))
+    found, layer = _moments(denoiser, sets, prompts, None, 0), denoiser.sites()[1].name
+    assert torch.allclose(found[layer], (3 * 4 * first[layer] + 10 * second[layer]) / 22)

@@ -22,7 +22,7 @@ from seqlora_core.interference import (
     whitened_energy,
 )
 from seqlora_core.linalg import orthonormal_basis, ridge
-from seqlora_core.start import others_moments, starting_groups
+from seqlora_core.start import _up_on_basis, others_moments, starting_groups
 from seqlora_core.statistics import Moments
 
 IN, OUT, R = 16, 12, 3
@@ -98,6 +98,7 @@ def test_adaptive_rank_is_the_fewest_directions_that_hold_the_share():
 def test_rank_limit():
     assert subspace.rank_limit(320, 101, 4) == 3
     assert subspace.rank_limit(192, 32, 4) == 4
+    assert subspace.rank_limit(64, 32, 4) == 1  # not 2, of 1.9
     assert subspace.rank_limit(64, 101, 4) == 1
 
 
@@ -147,6 +148,14 @@ def test_a_refitted_concept_shares_by_what_it_does_whatever_its_factors_lengths(
     config = TrainingConfig(rank=4, planned=2)
     _, notes = starting_groups(model, moments, moments, earlier, Calibration(moments, [], torch.zeros(0)), config, None)
     assert "l is full: the 4 least used directions of earlier concepts are shared, of weak" in notes
+
+
+def test_lora_up_on_the_basis_says_what_a_refitted_concept_does():
+    """Whose lora_down is its basis in other lengths and another order"""
+    metric, basis = subspace.Metric.of(moment_of(anisotropic(3))), orthonormal_basis(randn(4, IN, R))
+    change = LayerDelta(randn(5, R, R) @ metric.down(basis), randn(6, OUT, R))
+    concept = Concept("one", "", "", Adapter({"l": change}), None, {"l": basis}, torch.zeros(0), [])
+    assert torch.allclose(_up_on_basis(concept, "l", metric) @ metric.down(basis), change.dense())
 
 
 def test_sum_is_concatenation():
@@ -244,6 +253,11 @@ def test_compose_refuses_nonsense():
         compose([])
     with pytest.raises(UserError, match="needs the moments"):
         compose([Adapter({"l": delta(1)})], mode="data")
+    pair = [Adapter({"l": delta(i)}) for i in range(2)]
+    with pytest.raises(UserError, match="3 strengths for 2 adapters"):
+        compose(pair, [1.0] * 3)
+    with pytest.raises(UserError, match="moments of 1 adapters for 2"):
+        compose(pair, mode="data", moments=[Moments({"l": torch.eye(IN)})])
 
 
 def test_overlap_is_a_multiple_of_chance():

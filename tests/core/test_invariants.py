@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from seqlora_core import linalg, subspace
 from seqlora_core.adapter import Adapter, LayerDelta, concatenate
-from seqlora_core.composition import closed_form, compose, gram_schmidt, norm_controlled
+from seqlora_core.composition import Wishes, closed_form, compose, gram_schmidt, norm_controlled
 from seqlora_core.interference import residual_energy
 from seqlora_core.low_rank import truncated
 from seqlora_core.spectrum import capped
@@ -162,3 +162,16 @@ def test_exact_truncation_and_the_cap_are_idempotent(dtype, seed, shape):
     assert lost < 1e-9 and near(exact.layers["l"].dense(), wide.layers["l"].dense(), dtype)
     once = capped(wide, 1.0)
     assert near(capped(once, 1.0).layers["l"].dense(), once.layers["l"].dense(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "mode, order", [("weights", "symmetric"), ("weights", "first"), ("weights", "strongest"), ("data", "symmetric")]
+)
+def test_projections_of_half_precision_are_those_of_whole(dtype, mode, order):
+    shape = (24, 16, 4)
+    parts, seen = adapters(3, shape, 3, dtype), moments(3, shape[0], 3)
+    whole = [Adapter({n: LayerDelta(d.down.float(), d.up.float()) for n, d in p.layers.items()}) for p in parts]
+    found, wanted = (compose(some, mode=mode, moments=seen, wishes=Wishes(order)).layers["m"] for some in (parts, whole))
+    assert found.down.dtype == dtype
+    assert near(found.up.double() @ found.down.double(), wanted.dense(), dtype, 4 * float(wanted.dense().abs().max()))

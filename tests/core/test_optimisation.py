@@ -9,10 +9,12 @@ from seqlora_core.concept import latent_weights
 from seqlora_core.config import TrainingConfig
 from seqlora_core.errors import UserError
 from seqlora_core.noise_levels import draw_sigmas, min_snr_weights, signal_to_noise
-from seqlora_core.optimisers import OPTIMISERS, SCHEDULES, course, make_optimiser, schedule
+from seqlora_core.optimisers import OPTIMISERS, SCHEDULES, course, gradients, make_optimiser, schedule
+from seqlora_core.ordinary import train_ordinary
 from seqlora_core.recompute import blocks_of, recomputed
 
 from .conftest import teach
+from .test_objective import objective_of
 
 QUICK = {"use_decoys": False, "replay_batch": 4, "batch": 2}
 
@@ -47,6 +49,49 @@ def test_optimisers_lower_a_quadratic_or_say_what_they_need(name):
         (x - target).square().sum().backward()
         optimiser.step()
     assert (x - target).square().sum() < 4.0
+
+
+def test_gradients_through_half_precision_are_not_rounded_away():
+    """Of a mean over many elements, what reaches each one is less than float16 has numbers for"""
+    factor, unused, count = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True), 1 << 16
+    tries = []
+
+    def value(dtype, louder=1.0):
+        tries.append(louder)
+        seen = (factor * torch.ones(count)).to(dtype) * louder
+        return (seen.float() - louder * (1 - 2**-11)).square().mean()
+
+    whole, rounded = (torch.autograd.grad(value(dtype), factor)[0] for dtype in (torch.float32, torch.float16))
+    assert whole > 0 and rounded == 0
+    found, none = gradients(lambda: value(torch.float16), [factor, unused], count)
+    assert torch.allclose(found, whole, rtol=1e-3) and none is None
+    assert torch.equal(gradients(lambda: value(torch.float32), [factor], count)[0], whole)  # to the bit
+    tries.clear()
+    (found,) = gradients(lambda: value(torch.float16, 32768.0), [factor], count)  # overflows at first
+    assert torch.allclose(found, whole * 32768**2, rtol=1e-3) and len(tries) > 1
+    assert not gradients(lambda: factor.sum() * torch.inf, [factor], count)[0].isfinite().all()
+
+
+def test_what_trains_takes_its_gradients_so(model, subjects, calibration, monkeypatch):
+    """The demo model's prediction through float16, at a size at which what is passed back would be rounded away"""
+    s, config, predict = (
+        subjects["octopus"].references,
+        TrainingConfig(batch=2, use_decoys=False, replay_weight=0.0),
+        model.predict,
+    )
+    found = []
+    for half in (False, True):
+        seen = (lambda *a: (predict(*a) * 4096).half().float() / 4096) if half else predict
+        monkeypatch.setattr(model, "predict", seen)
+        objective = objective_of(model, s, config, calibration)
+        with attached(model.sites(), objective.attachment):
+            objective.gradients(False)
+        ordinary = train_ordinary(model, s, steps=1, batch=2).layers.values()
+        found.append(
+            [torch.cat([g.up.grad.flatten() for g in objective.groups]), torch.cat([d.up.flatten() for d in ordinary])]
+        )
+    for whole, rounded in zip(*found):
+        assert (rounded - whole).norm() < 0.02 * whole.norm()
 
 
 @pytest.mark.parametrize(

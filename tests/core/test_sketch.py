@@ -140,6 +140,16 @@ def test_energies_on_a_sum_of_sketches_differ_by_at_most_the_sum_of_the_bounds(w
         assert abs(difference) <= bound * (up @ row).square().sum() * 1.01
 
 
+def test_a_sum_of_sketches_in_which_all_directions_are_alike():
+    """Of inputs that are all zero, as of a branch that this model leaves unused; and of noise"""
+    nothing, noise = Stream(600), sketch(3 * torch.eye(600))
+    nothing.add(torch.zeros(20, 600))
+    nothing = nothing.sketch(20)
+    for parts in ([nothing, nothing], [noise, noise], [nothing, noise], [added([noise, noise], [1.0, 0.5]), noise]):
+        total = added(parts, [1.0, 0.5])
+        assert len(total.values) and torch.allclose(total.dense(), parts[0].dense() + 0.5 * parts[1].dense(), atol=1e-5)
+
+
 def test_the_recorder_streams_inputs_that_are_too_wide(monkeypatch):
     monkeypatch.setattr(statistics, "SKETCH_FROM", 16)
     rows, attachment = torch.randn(400, 24, generator=torch.Generator().manual_seed(1)), Attachment()

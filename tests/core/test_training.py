@@ -25,6 +25,7 @@ from seqlora_core.statistics import Moments, Recorder
 from seqlora_core.teach import train_concept
 from seqlora_core.trainer import fit
 
+from ..reliability.toy import ToyDenoiser
 from .conftest import teach
 
 
@@ -222,6 +223,12 @@ def test_what_planning_for_many_leaves_to_each_is_told(model, subjects, new_libr
         ({"trigger": " "}, "trigger is empty"),
         ({"trigger": "absent"}, "lacks the trigger"),
         ({"images": torch.zeros(0, 64, 64, 3)}, "no reference images"),
+        (
+            {"images": torch.zeros(4, 3, 64, 64)},
+            r"pictures are \[4, 3, 64, 64\] of float32: give \[n, height, width, 3\], from 0 to 1",
+        ),
+        ({"images": torch.zeros(4, 64, 64, 3, dtype=torch.uint8)}, "of uint8: give"),
+        ({"captions": ["a zqx animal"]}, "1 captions for [0-9]+ pictures: give one for each"),
         ({"config": TrainingConfig(rank=0)}, "rank is 0"),
         ({"config": TrainingConfig(learning_rate=-1.0)}, "learning_rate is -1"),
         ({"config": TrainingConfig(interference_weight=-1.0)}, "interference_weight is -1"),
@@ -236,6 +243,17 @@ def test_bad_input_is_refused_before_any_work(model, library, subjects, change, 
     with pytest.raises(UserError, match=message):
         train_concept(model, library, **arguments)
     assert library.names == ["octopus", "penguin", "fox"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pictures_of_any_float_type_teach_the_same(dtype, tmp_path):
+    toy, found = ToyDenoiser(), []
+    images = torch.randint(0, 5, (3, 16, 16, 3), generator=torch.Generator().manual_seed(0)) / 4
+    for kind in (torch.float32, dtype):
+        library = Library(tmp_path / str(kind), toy.fingerprint(), create=True)
+        config = TrainingConfig(steps=2, batch=2, replay_batch=2)
+        found.append(train_concept(toy, library, images.to(kind), "thing", "octzu", config=config)[1].losses)
+    assert found[0] == found[1]
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_saves_nothing(model, subjects, new_library, tmp_path):
