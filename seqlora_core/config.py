@@ -41,7 +41,7 @@ class TrainingConfig:
     replay_target: str = "base"  # what generic prompts and decoys must go on looking like: base, or before this concept
     keep_latents: int = 8  # of the references, stored for replay by later concepts; 0 for none
     learn_trigger: bool = False  # the embeddings of the trigger's own tokens too
-    trigger_rate: float = 0.1  # of these embeddings, in units of their table's spread
+    trigger_rate: float = 0.3  # of these embeddings, in units of their table's spread
     text_encoder: bool = False  # adapt its attention too; one choice for a whole library
 
     optimiser: str = "adam"  # of lora_up

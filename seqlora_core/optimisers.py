@@ -26,7 +26,8 @@ def gradients(value: Callable[[], Tensor], factors: list[Tensor], elements: int)
     while True:
         whole = value()
         found = [None if g is None else g / scale for g in torch.autograd.grad(whole * scale, factors, allow_unused=True)]
-        if scale == 1 or not whole.isfinite() or all(g is None or g.isfinite().all() for g in found):
+        finite = [whole.isfinite(), *(g.isfinite().all() for g in found if g is not None)]
+        if scale == 1 or torch.stack(finite).all() or not finite[0]:  # one wait for the device in the usual case
             return found
         scale = max(1.0, scale / 16)
 
