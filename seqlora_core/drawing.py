@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .attach import Attachment, attached
 from .denoiser import Denoiser, check_size
+from .errors import UserError
 from .statistics import Moments, Recorder
 
 # drawn without guidance the pictures are the model's own distribution: its loss on them, and how far a concept moves
@@ -59,6 +60,11 @@ def draw(
                     other = denoiser.predict(x, sigma, unwanted)
                     prediction = other + guidance * (prediction - other)
                 latents, noise = foreseen(denoiser, x.float(), prediction.float(), sigma)
+            if not latents.isfinite().all():
+                raise UserError(
+                    "what the model draws is not finite: load it in a wider precision, such as float32, or leave out the LoRA that "
+                    "makes it so"
+                )
             drawn.append(latents.cpu())
     return torch.cat(drawn), recorder.moments()
 

@@ -147,6 +147,14 @@ def cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigg
 
 def _references(denoiser: Denoiser, pictures: Pictures, captions: list[str]) -> References:
     latents = denoiser.encode_images(pictures.images).cpu()
+    bad = next((i for i, one in enumerate(latents) if not one.isfinite().all()), None)
+    if bad is not None:
+        which = pictures.names[bad] if pictures.names else f"picture {bad + 1}"
+        if not pictures.images[bad].isfinite().all():
+            raise UserError(f"{which} holds values that are not finite: look at where it comes from, or leave it out")
+        raise UserError(
+            f"the VAE makes values of {which} that are not finite: load it in another precision, such as bfloat16 or float32"
+        )
     return References(latents, captions, _size(pictures), pictures.masks, pictures.repeats, pictures.mirrored)
 
 
