@@ -51,6 +51,10 @@ def test_denoisers_agree(model, library, comfy, name):
     assert (predict(model, adapter) - comfy[name]).abs().max() < 1e-3
 
 
+def test_a_cancel_ends_a_preview(comfy):
+    assert "cancelled" in comfy
+
+
 def test_text_encoders_and_autoencoders_agree(model, comfy):
     prompts = ["an octzu animal, red background", "a castle on the left and a fish on the right, blue background"]
     ours = model.encode_prompts(prompts).context
