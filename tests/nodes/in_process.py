@@ -23,8 +23,10 @@ from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
 from seqlora_pack.nodes.comfy_training import Trainable  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
+from seqlora_pack.nodes.concept_images import _concept  # noqa: E402
 from seqlora_pack.seqlora_core.config import TrainingConfig  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
+from seqlora_pack.seqlora_core.errors import UserError  # noqa: E402
 from seqlora_pack.seqlora_core.library import Library  # noqa: E402
 from seqlora_pack.seqlora_core.noise_levels import draw_sigmas  # noqa: E402
 
@@ -81,6 +83,12 @@ with torch.inference_mode(False), torch.no_grad(), ComfyDenoiser(model, clip, va
         d.sample(d.encode_prompts(prompts), 0, 3, 4.0, (64, 64))
     except management.InterruptProcessingException:
         out["cancelled"] = torch.zeros(1)
+for kind, images in {"empty": torch.zeros(0, 64, 64, 3), "broken": torch.full((1, 64, 64, 3), torch.nan)}.items():
+    try:
+        _concept([images], None, "", 64, "")
+    except UserError as error:
+        out[f"{kind}: {error}"] = torch.zeros(1)
+out["grey"] = _concept([torch.full((1, 64, 64, 1), 0.5)], None, "", 64, "").images.contiguous()
 images = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
 with torch.inference_mode():
     out["encoded"] = vae.encode(images).float().clone().contiguous()
