@@ -235,7 +235,17 @@ def test_bad_input_is_refused_before_any_work(model, library, subjects, change, 
     assert library.names == ["octopus", "penguin", "fox"]
 
 
-def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_saves_nothing(model, subjects, new_library, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_saves_nothing(model, subjects, new_library, tmp_path):
+    library = new_library(tmp_path / "l")
+    s = subjects["octopus"]
+    broken = s.images.clone()
+    broken[0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        train_concept(model, library, broken, "x", s.trigger, s.class_noun, s.references.captions, TrainingConfig(steps=30))
+    assert library.names == []
+
+
+def test_what_is_not_finite_is_told_where_it_comes_from(model, subjects, new_library, tmp_path, monkeypatch):
     library = new_library(tmp_path / "l")
     s = subjects["octopus"]
     broken, predict, encode = s.images.clone(), model.predict, model.encode_images
