@@ -289,7 +289,7 @@ class ComfyDenoiser:
                 parts.append(
                     comfy.sample.sample(
                         self.patcher, noise[rows], steps, guidance, "euler", "simple", wanted, _sampler_input(empty),
-                        torch.zeros_like(noise[rows]), disable_pbar=True, seed=seed,
+                        torch.zeros_like(noise[rows]), disable_pbar=True, seed=seed, callback=lambda *_: self.cancel.check(),
                     )
                 )  # fmt: skip
         return self.base.process_latent_in(torch.cat(parts).float().clone()).to(self.device)

@@ -79,8 +79,8 @@ def _concept(
         options.validate()
         sets, notes = load(Path(pictures_folder(folder)), resolution, options)
     else:
-        images = [image for batch in batches for image in batch.split(1)]
-        _check_sizes(images)
+        images = [image for batch in batches for image in batch.split(1) if len(image)]
+        _check_images(images)
         counted = None if masks_of is None else _masks([m for batch in masks_of for m in batch.split(1)], images, resolution)
         sets = [Pictures(torch.cat([_square(image, resolution) for image in images]), [None] * len(images), counted)]
         sets = [mirrored(s) for s in sets] if flip else sets
@@ -88,8 +88,15 @@ def _concept(
     return ConceptImages(sets, notes + _name(sets, captions, 2 if flip else 1))
 
 
-def _check_sizes(images: list) -> None:
-    for number, (height, width) in enumerate((image.shape[1:3] for image in images), 1):
+def _check_images(images: list) -> None:
+    if not images:
+        raise UserError("the connected batch holds no images: connect another, or name a folder")
+    for number, image in enumerate(images, 1):
+        height, width = image.shape[1:3]
+        if not image.isfinite().all():  # ComfyUI shows such as black
+            raise UserError(
+                f"connected image {number} holds values that are not finite: look at what makes it, or leave it out"
+            )
         if min(height, width) < LEAST_SIDE:
             raise UserError(f"connected image {number} is {width} x {height} pixels: too small to learn from, leave it out")
 
@@ -146,5 +153,5 @@ def _square(images, size: int):
     """Centre crop and resize an IMAGE batch"""
     import comfy.utils
 
-    moved = images[..., :3].movedim(-1, 1)
+    moved = images[..., :3].expand(-1, -1, -1, 3).movedim(-1, 1)  # grey ones may have one channel
     return comfy.utils.common_upscale(moved, size, size, "lanczos", "center").movedim(1, -1).clamp(0, 1)

@@ -17,6 +17,7 @@ from .adapter import LayerDelta
 from .attach import Attachment, attached
 from .denoiser import Denoiser
 from .errors import UserError
+from .prompts import spaced
 
 SAMPLE = 4096  # rows of a table that its spread is measured on
 BETAS = (0.9, 0.99)
@@ -45,7 +46,7 @@ def tokens_of(denoiser: Denoiser, prompts: Iterable[str]) -> dict[str, set[int]]
 def tokens_within(denoiser: Denoiser, trigger: str, captions: Iterable[str]) -> dict[str, set[int]]:
     """Token table -> ids that the trigger has in these captions: with many text encoders a word has others after a space, or
     in capitals, than it has by itself"""
-    word, captions = re.compile(re.escape(trigger), re.IGNORECASE), list(captions)
+    word, captions = re.compile(spaced(trigger), re.IGNORECASE), list(captions)
     said, around = tokens_of(denoiser, captions), tokens_of(denoiser, [word.sub(COMMON, c) for c in captions])
     return {name: said[name] - around[name] for name in said}
 

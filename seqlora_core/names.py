@@ -9,6 +9,7 @@ from .errors import UserError
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in "0123456789¹²³")}
 _ALLOWED = re.compile(r"[\w][\w .+-]*", re.UNICODE)
+_MARKS = ("Mn", "Mc")  # what Hindi, Thai and others write over and beside letters, which \w leaves out
 LONGEST = 80
 LONGEST_TEXT = 400
 
@@ -27,7 +28,8 @@ def safe_name(name: str, what: str = "name") -> str:
     # surrogates have no bytes; they are refused below
     if len(stripped) > LONGEST or len(stripped.encode(errors="replace")) > 200:
         raise UserError(f"the {what} {stripped[:20]!r}... is too long: use at most {LONGEST} characters")
-    bad = not _ALLOWED.fullmatch(stripped) or stripped.endswith(".") or ".." in stripped
+    letters = stripped[0] + "".join(c for c in stripped[1:] if unicodedata.category(c) not in _MARKS)
+    bad = not _ALLOWED.fullmatch(letters) or stripped.endswith(".") or ".." in stripped
     if bad or stripped.split(".")[0].strip().lower() in _RESERVED or stripped.lower().endswith((".stats", ".safetensors")):
         raise UserError(
             f"the {what} {stripped!r} cannot be a file name everywhere: use letters, digits, spaces, '-', '_' and '+'"

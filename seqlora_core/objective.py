@@ -129,6 +129,13 @@ class Objective:
             torch.nn.utils.clip_grad_norm_(self.factors, self.config.clip)
         return found
 
+    def finite(self, upper_turn: bool) -> bool:
+        """Whether the last gradients that this turn takes a step along are: a model in half precision may have a loss without"""
+        bases = [g.basis for g in self.groups]
+        moved = bases if upper_turn else self.factors if not self.config.lower_steps else [g.up for g in self.groups]
+        found = [factor.grad.isfinite().all() for factor in moved if factor.grad is not None]
+        return bool(torch.stack(found).all()) if found else True
+
     def _averaged(self, terms: Terms) -> Terms:
         if self.workers.count == 1:
             return terms

@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import PictureOptions
 from .denoiser import Denoiser, check_size
 from .errors import UserError
-from .references import MASK, Beside, is_mask, is_picture, open_picture, picture_files, to_tensor
+from .references import CAPTION, MASK, Beside, is_mask, is_picture, open_picture, picture_files, to_tensor
 
 REPEATED = re.compile(r"(\d{1,3})_")  # begins the name of a subfolder that counts; 2024_ is a year
 HELD_OUT = "held_out"  # a subfolder to measure on, of the demo's layout
@@ -126,12 +126,13 @@ def _not_read(folder: Path, read: set[Path]) -> list[str]:
         paths = sorted(p for p in within.iterdir() if not p.name.startswith("."))
         pictures = {p.stem.lower() for p in paths if p.suffix.lower() not in SIDECARS and not is_mask(p)}
         for path in paths:
+            suffix, stem = path.suffix.lower(), path.stem.lower()  # of a.png.txt, a caption that is called wrongly, "a.png"
             counted = path in read or path.name == HELD_OUT or within == folder and REPEATED.match(path.name)
-            if path.is_file() and not is_picture(path) and path.suffix.lower() not in SIDECARS:
+            if path.is_file() and not is_picture(path) and suffix not in SIDECARS:
                 files.append(path.name)
-            elif path.suffix.lower() == ".caption":
+            elif suffix == ".caption" or suffix == CAPTION and stem not in pictures and Path(stem).stem in pictures:
                 captions.append(path.name)
-            elif is_mask(path) and path.stem.lower().removesuffix(MASK) not in pictures:
+            elif is_mask(path) and stem.removesuffix(MASK) not in pictures:
                 masks.append(path.name)
             elif path.is_dir() and not counted and any(map(is_picture, path.rglob("*"))):
                 folders.append(f"folder {path.relative_to(folder).as_posix()}/ (make it 1_{path.name}/ to read it)")

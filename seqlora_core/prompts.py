@@ -76,7 +76,12 @@ def as_a_word(trigger: str, inflected: bool = False) -> re.Pattern:
     """
     before, after = ("" if ord(edge) >= FIRST_CJK else edge for edge in (trigger[:1] or " ", trigger[-1:] or " "))
     before, after = before and r"(?<!\w)", "" if inflected else after and r"(?!\w)"
-    return re.compile(before + re.escape(trigger) + after, re.IGNORECASE)
+    return re.compile(before + spaced(trigger) + after, re.IGNORECASE)
+
+
+def spaced(trigger: str) -> str:
+    """Pattern of the trigger, whatever white space is between its words: a caption may be wrapped there"""
+    return r"\s+".join(map(re.escape, trigger.split())) or re.escape(trigger)
 
 
 def calls(trigger: str, prompt: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -103,7 +104,10 @@ def open_picture(path: Path):
 
     try:
         with Image.open(path) as opened:
-            turned = ImageOps.exif_transpose(opened)
+            opened.load()
+            turned = opened
+            with contextlib.suppress(Exception):  # of what a camera or a program wrote wrongly beside a picture that is whole
+                turned = ImageOps.exif_transpose(opened)
             if turned.mode.startswith("I") or turned.mode == "F":  # Pillow would cut 16 bits off at 255
                 values = np.asarray(turned, dtype=np.float64)
                 white = max(1.0, values.max()) if turned.mode == "F" else 65535

@@ -79,6 +79,8 @@ def train_concept(
         calibration = _calibration(denoiser, library, _size(sets[0]), config, workers)
         references = [_references(denoiser, s, t) for s, t in zip(sets, texts)]
         others_of_class = [_references(denoiser, s, t) for s, t in zip(regularisation, of_class)]
+        for some, made in zip([*sets, *regularisation], [*references, *others_of_class]):
+            _check_finite(some, made.latents)
         every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
         early = cut_off(denoiser, sets, every, trigger)
         alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
@@ -160,6 +162,19 @@ def cut_off(denoiser: Denoiser, sets: list[Pictures], captions: list[str], trigg
 def _references(denoiser: Denoiser, pictures: Pictures, captions: list[str]) -> References:
     latents = denoiser.encode_images(pictures.images.float()).cpu()
     return References(latents, captions, _size(pictures), pictures.masks, pictures.repeats, pictures.mirrored)
+
+
+def _check_finite(pictures: Pictures, latents: Tensor) -> None:
+    """UserError if a picture is none, or the VAE makes none of it"""
+    bad = next((i for i, one in enumerate(latents) if not one.isfinite().all()), None)
+    if bad is None:
+        return
+    which = pictures.names[bad] if pictures.names else f"picture {bad + 1}"
+    if not pictures.images[bad].isfinite().all():
+        raise UserError(f"{which} holds values that are not finite: look at where it comes from, or leave it out")
+    raise UserError(
+        f"the VAE makes values of {which} that are not finite: load it in another precision, such as bfloat16 or float32"
+    )
 
 
 def _calibration(

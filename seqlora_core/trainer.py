@@ -135,8 +135,9 @@ def fit(
             # counted for each level apart: else both periods could fit so that lora_up never sees a replay
             objective.replays = (uppers if upper_turn else number - uppers) % config.replay_every == 0
             terms = objective.gradients(upper_turn)
-            if not math.isfinite(terms.total):
-                raise UserError(f"the loss is not finite at step {number}; lower the learning rate or check the images")
+            if not (math.isfinite(terms.total) and objective.finite(upper_turn)):
+                what = "gradient of the loss" if math.isfinite(terms.total) else "loss"
+                raise UserError(f"the {what} is not finite at step {number}; lower the learning rate or check the images")
             if budget is not None and number % LOOK_EVERY == 0:
                 budget.update(replay.moved(attachment, generator), on + 1 if config.replay_target == "base" else 1)
                 objective.weight = budget.weight

@@ -42,6 +42,8 @@ class UNetModel:
                 part.eval().requires_grad_(False)
         self.device, self.dtype = self.unet.device, self.unet.dtype
         self.is_xl = hasattr(pipeline, "text_encoder_2")
+        if self.is_xl and self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.to(torch.float32)  # as its pipeline does: SDXL's own gives no numbers in float16
         self.kind = pipeline.scheduler.config.prediction_type
         if self.kind not in ("epsilon", "v_prediction"):
             raise UserError(f"the model predicts {self.kind!r}: only models that predict noise or velocity are supported")
@@ -88,13 +90,13 @@ class UNetModel:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        x = images.to(self.device, self.dtype).permute(0, 3, 1, 2) * 2 - 1
+        x = images.to(self.device, self.vae.dtype).permute(0, 3, 1, 2) * 2 - 1
         latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in x.split(4)])
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.dtype) / self.vae.config.scaling_factor
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         x = torch.cat([self.vae.decode(part).sample for part in latents.split(4)])
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).float()
 

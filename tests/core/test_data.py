@@ -75,9 +75,10 @@ def test_pictures_are_of_every_kind_that_pillow_opens(tmp_path):
         Image.new("RGB", (64, 64), "red").save(tmp_path / f"a.{suffix}", {"jfif": "JPEG"}.get(suffix))
     moving = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
     moving[0].save(tmp_path / "b.gif", save_all=True, append_images=moving[1:])
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "b.webp", exif=b"no EXIF")
     Image.fromarray(np.full((64, 64), 0.5, np.float32)).save(tmp_path / "c.tif")
     (sets,), notes = load(tmp_path, 64, PictureOptions())
-    assert len(sets.images) == 6 + features.check("avif") and not any("not read" in n for n in notes)
+    assert len(sets.images) == 7 + features.check("avif") and not any("not read" in n for n in notes)
     assert torch.allclose(sets.images[:-1].mean((0, 1, 2)), torch.tensor([1.0, 0.0, 0.0]), atol=0.02)
     assert sets.images[-1].mean() == pytest.approx(0.5, abs=0.003)
 
@@ -255,10 +256,11 @@ def test_a_folder_of_many_pictures_is_looked_through_a_few_times_at_most(tmp_pat
 def test_masks_and_captions_that_no_picture_takes_are_told(tmp_path):
     for name in ("cat1.png", "cat_1.mask.png", "Dog.png", "dog.MASK.png"):
         picture(tmp_path / name, 64, 64)
-    (tmp_path / "cat1.caption").write_text("a zqx cat", encoding="utf-8")
+    for name in ("cat1.caption", "Dog.png.txt"):
+        (tmp_path / name).write_text("a zqx cat", encoding="utf-8")
     _, notes = load(tmp_path, 64, PictureOptions())
     assert notes[2:] == [
-        "not read: 1 caption (cat1.caption; name it NAME.txt beside its picture NAME.png), "
+        "not read: 2 captions (Dog.png.txt, cat1.caption; name it NAME.txt beside its picture NAME.png), "
         "1 mask (cat_1.mask.png; name it NAME.mask.png beside its picture NAME.png)"
     ]
 

@@ -28,14 +28,14 @@ def adapter(up=1.0):
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", ".", "..", "a/b", "a\\b", "../a", "/etc", "C:", "c:\\x", "con", "NUL", "com1.x", "a\0b", "a\nb", "x" * 81, "a.", ".a", "a..b", "\\\\host\\x", "x.stats", "x.safetensors", "-a"]
+    "name", ["", " ", ".", "..", "a/b", "a\\b", "../a", "/etc", "C:", "c:\\x", "con", "NUL", "com1.x", "a\0b", "a\nb", "x" * 81, "a.", ".a", "a..b", "\u0301a", "\\\\host\\x", "x.stats", "x.safetensors", "-a"]
 )  # fmt: skip
 def test_names_that_could_leave_the_folder_are_refused(name):
     with pytest.raises(UserError):
         safe_name(name)
 
 
-@pytest.mark.parametrize("name", ["cat", "my cat", "猫", "котик 2", "a.b", "a-b_c+d", " padded "])
+@pytest.mark.parametrize("name", ["cat", "my cat", "猫", "котик 2", "हिन्दी", "น้ำ", "a.b", "a-b_c+d", " padded "])
 def test_usable_names_pass(name):
     assert safe_name(name) == name.strip()
 
@@ -234,6 +234,7 @@ def test_pictures(tmp_path):
 
 def test_captions():
     assert complete_captions([None, "my zqx"], "zqx", "dog") == ["a zqx dog", "my zqx"]
+    assert complete_captions(["my zqx\n  b\u00a0cat"], "zqx b", "cat") == ["my zqx\n  b\u00a0cat"]
     with pytest.raises(UserError, match="the caption 'a dog' of b.png lacks the trigger 'zqx': add it"):
         complete_captions(["a zqx", "a dog"], "zqx", "dog", names=["a.png", "b.png"])
     with pytest.raises(UserError, match="'a dog', which pictures without one get, lacks the trigger: write {trigger} into it"):

@@ -227,5 +227,6 @@ def test_pictures_of_the_class_in_many_sizes_are_one_pool(model, subjects, calib
 def test_a_trigger_within_other_words_leaves_them_alone():
     caption = "a Tom man at the bottom, customer"
     assert without("tom", caption) == "a  man at the bottom, customer" and without("猫娘", "一只猫娘在笑") == "一只在笑"
+    assert without("tom b", "a Tom  b man") == "a  man"
     made = decoys([caption], "tom", 8)
     assert all(text.endswith("man at the bottom, customer") for text in made) and not any(calls("tom", text) for text in made)

@@ -266,6 +266,44 @@ def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_saves_nothing(model,
     assert library.names == []
 
 
+def test_what_is_not_finite_is_told_where_it_comes_from(model, subjects, new_library, tmp_path, monkeypatch):
+    library = new_library(tmp_path / "l")
+    s = subjects["octopus"]
+    broken, predict, encode = s.images.clone(), model.predict, model.encode_images
+    broken[1] = float("nan")
+    nothing = float("nan")
+
+    config = TrainingConfig(steps=30, retraction="polar", use_decoys=False)
+
+    def train(images, message):
+        with pytest.raises(UserError, match=message):
+            train_concept(model, library, images, "x", s.trigger, s.class_noun, s.references.captions, config)
+        assert library.names == []
+
+    train(broken, "picture 2 holds values that are not finite")
+    monkeypatch.setattr(model, "predict", lambda *given: predict(*given) * (nothing if torch.is_grad_enabled() else 1))
+    train(s.images, "the loss is not finite at step 1")
+
+    def overflowing(*given):  # as in half precision
+        found = predict(*given)
+        if found.requires_grad:
+            found.register_hook(lambda gradient: gradient * float("inf"))
+        return found
+
+    monkeypatch.setattr(model, "predict", overflowing)
+    train(s.images, "the gradient of the loss is not finite at step 1")
+    monkeypatch.setattr(model, "encode_images", lambda images: encode(images) * nothing)
+    train(s.images, "the VAE makes values of picture 1 that are not finite: load it in another precision")
+
+
+def test_a_calibration_that_is_not_finite_is_not_kept(model, subjects, tmp_path, monkeypatch):
+    library, s = Library(tmp_path / "l", model.fingerprint(), create=True), subjects["octopus"]
+    monkeypatch.setattr(model, "predict", lambda noised, *_: noised * float("nan"))
+    with pytest.raises(UserError, match="what the model draws is not finite: load it in a wider precision"):
+        train_concept(model, library, s.images, "x", s.trigger, s.class_noun, s.references.captions, TrainingConfig(steps=1))
+    assert library.calibration() is None
+
+
 def test_a_replaced_concept_keeps_its_place(model, subjects, new_library, tmp_path):
     library = new_library(tmp_path / "l")
     for name in ("octopus", "penguin"):

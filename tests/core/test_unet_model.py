@@ -16,6 +16,16 @@ CONFIG = TrainingConfig(
 )
 
 
+def test_the_vae_of_sdxl_works_in_float32_whatever_the_model_does():
+    from benchmarks.tiny import make_pipeline
+
+    whole, half = (UNetModel(make_pipeline("sdxl").to(dtype)) for dtype in (torch.float32, torch.float16))
+    images = torch.rand(1, whole.size, whole.size, 3, generator=torch.Generator().manual_seed(0))
+    latents, theirs = half.encode_images(images), whole.encode_images(images)
+    assert half.unet.dtype == torch.float16 and (latents - theirs).abs().max() < 1e-2 * theirs.abs().max()
+    assert half.vae.dtype == latents.dtype == half.decode(latents).dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", ["sd15", "sd2", "sdxl"])
 def test_it_is_trained_and_the_pipelines_loader_does_what_was_trained(kind, tmp_path):
     from benchmarks.tiny import make_pipeline

@@ -13,6 +13,7 @@ from comfy_process import patched_weights, start  # noqa: E402
 
 start(comfy_root, pack)
 
+import comfy.model_management as management  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
@@ -22,8 +23,10 @@ from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
 from seqlora_pack.nodes.comfy_patches import Part, patch_model  # noqa: E402
 from seqlora_pack.nodes.comfy_training import Trainable  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
+from seqlora_pack.nodes.concept_images import _concept  # noqa: E402
 from seqlora_pack.seqlora_core.config import TrainingConfig  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
+from seqlora_pack.seqlora_core.errors import UserError  # noqa: E402
 from seqlora_pack.seqlora_core.library import Library  # noqa: E402
 from seqlora_pack.seqlora_core.noise_levels import draw_sigmas  # noqa: E402
 
@@ -73,6 +76,19 @@ for (name, before), (_, now) in zip(parameters, loaded.model.named_parameters())
     out[f"ready.{name}"] = torch.tensor([before.is_inference(), not now.is_inference(), now.data_ptr() == before.data_ptr()])
 trainable.close()
 out["restored"] = torch.tensor([a is b for (_, a), b in zip(parameters, loaded.model.parameters())])
+with torch.inference_mode(False), torch.no_grad(), ComfyDenoiser(model, clip, vae) as d:
+    d.cancel.hold()  # as a preview is drawn while a concept is trained
+    management.interrupt_current_processing()
+    try:
+        d.sample(d.encode_prompts(prompts), 0, 3, 4.0, (64, 64))
+    except management.InterruptProcessingException:
+        out["cancelled"] = torch.zeros(1)
+for kind, images in {"empty": torch.zeros(0, 64, 64, 3), "broken": torch.full((1, 64, 64, 3), torch.nan)}.items():
+    try:
+        _concept([images], None, "", 64, "")
+    except UserError as error:
+        out[f"{kind}: {error}"] = torch.zeros(1)
+out["grey"] = _concept([torch.full((1, 64, 64, 1), 0.5)], None, "", 64, "").images.contiguous()
 images = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
 with torch.inference_mode():
     out["encoded"] = vae.encode(images).float().clone().contiguous()

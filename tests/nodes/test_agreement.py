@@ -51,6 +51,18 @@ def test_denoisers_agree(model, library, comfy, name):
     assert (predict(model, adapter) - comfy[name]).abs().max() < 1e-3
 
 
+def test_a_cancel_ends_a_preview(comfy):
+    assert "cancelled" in comfy
+
+
+def test_connected_images_that_are_none_or_no_numbers_are_told_and_grey_ones_are_taken(comfy):
+    told = " ".join(comfy)
+    assert (
+        "empty: the connected batch holds no images" in told and "broken: connected image 1 holds values that are not" in told
+    )
+    assert comfy["grey"].shape == (1, 64, 64, 3) and comfy["grey"].mean().item() == pytest.approx(0.5, abs=0.01)
+
+
 def test_text_encoders_and_autoencoders_agree(model, comfy):
     prompts = ["an octzu animal, red background", "a castle on the left and a fish on the right, blue background"]
     ours = model.encode_prompts(prompts).context
