@@ -17,7 +17,9 @@ from ..seqlora_core.storage import stamp
 
 DEMO_PREFIX = "demo/"
 # files that are no LoRAs: what is kept beside them, and in the folder of libraries
-BESIDE = re.compile(r"\.stats\.safetensors$|^seqlora[\\/](.*[\\/])?(calibration|general\.[0-9a-f]{16})\.safetensors$")
+BESIDE = re.compile(
+    r"\.stats\.safetensors$|^seqlora[\\/](.*[\\/])?calibration\.safetensors$|(^|[\\/])general\.[0-9a-f]{16}\.safetensors$"
+)
 
 
 def offer_sample_loras() -> None:

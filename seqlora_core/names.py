@@ -12,6 +12,7 @@ _ALLOWED = re.compile(r"[\w][\w .+-]*", re.UNICODE)
 _MARKS = ("Mn", "Mc")  # what Hindi, Thai and others write over and beside letters, which \w leaves out
 LONGEST = 80
 LONGEST_TEXT = 400
+INVISIBLE = " \t\r\n\u00a0\u200b\u2060\ufeff"  # what copying brings along before and after a word, and nobody sees
 
 
 def safe_name(name: str, what: str = "name") -> str:
@@ -47,7 +48,7 @@ def concept_name(name: str) -> str:
 
 def safe_text(text: str, what: str) -> str:
     """Words that go into files and prompts, stripped: one line that can be written, else UserError."""
-    stripped = text.strip()
+    stripped = text.strip().strip(INVISIBLE)
     if len(stripped) > LONGEST_TEXT:
         raise UserError(f"the {what} is {len(stripped)} characters long: use at most {LONGEST_TEXT}")
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in stripped):

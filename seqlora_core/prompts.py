@@ -16,7 +16,8 @@ NOUNS = (
 COLOURS = "white black gray red green blue yellow purple orange pink".split()
 STYLES = "noto fluent watercolor cartoon pixel".split()  # the first two are the demo model's
 CLASS_NOUNS = "animal person object plant food vehicle thing style".split()
-FIRST_CJK = 0x2E80  # code point from which scripts write words without spaces between them
+# scripts that write words without spaces between them: Thai and Lao, Burmese, Khmer, and from Chinese on
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\U0010ffff]")
 RARE_WORDS = "sks ohwx zwx krp vbl qzt hfj wmb pdx jqv xgn tfr".split()
 
 
@@ -74,7 +75,7 @@ def as_a_word(trigger: str, inflected: bool = False) -> re.Pattern:
 
     inflected: the last word may go on, as in a plural.
     """
-    before, after = ("" if ord(edge) >= FIRST_CJK else edge for edge in (trigger[:1] or " ", trigger[-1:] or " "))
+    before, after = ("" if UNSPACED.match(edge) else edge for edge in (trigger[:1] or " ", trigger[-1:] or " "))
     before, after = before and r"(?<!\w)", "" if inflected else after and r"(?!\w)"
     return re.compile(before + spaced(trigger) + after, re.IGNORECASE)
 

@@ -45,7 +45,8 @@ def shared_triggers(metadata: dict[str, dict[str, str]]) -> list[tuple[str, list
     """
     words: dict[str, list[str]] = {}
     for name, values in metadata.items():
-        phrase = re.findall(r"\w+", (values.get("seqlora.trigger") or trigger_of(values)).lower())
+        said = (values.get("seqlora.trigger") or trigger_of(values)).lower()
+        phrase = re.findall(r"\w+", said) or said.split()  # an emoji is no word
         if phrase:
             words[name] = phrase
     rare = {name: {w for w in (own[:-1] or own) if w not in EVERYDAY} for name, own in words.items()}

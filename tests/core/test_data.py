@@ -163,7 +163,8 @@ def test_what_the_system_does_not_let_us_read_is_told(tmp_path, monkeypatch):
 
 def test_captions_are_templates_and_hold_the_trigger_as_a_word():
     assert complete_captions(["a {trigger} {class}, red", None], "zqx", "cat") == ["a zqx cat, red", "a zqx cat"]
-    assert complete_captions(["一只猫娘在笑"], "猫娘", "") == ["一只猫娘在笑"]
+    for unspaced, trigger in (("一只猫娘在笑", "猫娘"), ("รูปไทยสวย", "ไทย")):
+        assert complete_captions([unspaced], trigger, "") == [unspaced]
     with pytest.raises(UserError, match="lacks the trigger 'cat'"):
         complete_captions(["a catalogue"], "cat", "")
 

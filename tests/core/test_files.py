@@ -15,7 +15,7 @@ from seqlora_core.adapter import Adapter, LayerDelta, load_adapter, save_adapter
 from seqlora_core.editing import refit, rename
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
-from seqlora_core.names import safe_name
+from seqlora_core.names import safe_name, safe_text
 from seqlora_core.recipe import read_recipe
 from seqlora_core.references import complete_captions, load_pictures
 from seqlora_core.repair import repair
@@ -47,6 +47,10 @@ def test_whatever_passes_is_one_plain_file_name(name):
     except UserError:
         return
     assert not set(passed) & set('/\\:*?"<>|\0\n') and passed not in (".", "..") and len(passed.encode()) <= 200
+
+
+def test_a_trigger_has_no_edge_that_nobody_sees():
+    assert safe_text("\u200bohwx \ufeff\n", "trigger") == "ohwx" and safe_text("👨\u200d👩", "trigger") == "👨\u200d👩"
 
 
 @pytest.mark.parametrize("name", ["calibration", "Calibration", " CALIBRATION "])

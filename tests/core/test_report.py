@@ -247,6 +247,7 @@ def test_shared_triggers():
     assert shared_triggers(nouns) == []
     assert shared_triggers(nouns | {"c": {"modelspec.trigger_phrase": "OHWX"}}) == [("ohwx", ["a", "c"])]
     assert shared_triggers({"a": {}, "b": {}}) == []
+    assert shared_triggers({n: {"seqlora.trigger": "🐱"} for n in "ab"}) == [("🐱", ["a", "b"])]
     adapters = {n: Adapter({"l": delta(1)}, m) for n, m in ours.items()}
     assert any("a and b share the trigger 'ohwx'" in line for line in interference_report(adapters).advice)
 

@@ -177,14 +177,15 @@ def test_nothing_is_listed_that_is_no_lora(server, folder):  # noqa: F811
     (folder / "one.0123456789abcdef.stats.safetensors").write_bytes(b"")
     (server.base / "models" / "loras" / "seqlora" / "some").mkdir(parents=True, exist_ok=True)
     (server.base / "models" / "loras" / "seqlora" / "some" / "calibration.safetensors").write_bytes(b"")
-    (folder / "calibration.safetensors").write_bytes(b"")
+    for name in ("calibration", "general.0123456789abcdef"):  # the second is the command line's, beside what it calibrated
+        (folder / f"{name}.safetensors").write_bytes(b"")
     listing = server.get("/object_info/SeqLoRAConcept")["SeqLoRAConcept"]["input"]["optional"]["lora"]
     names = [n.replace("\\", "/") for n in (listing[1].get("options") or listing[0])]
     for path in (
         folder / "one.0123456789abcdef.stats.safetensors",
         server.base / "models/loras/seqlora/some/calibration.safetensors",
-    ):
+        folder / "calibration.safetensors", folder / "general.0123456789abcdef.safetensors",
+    ):  # fmt: skip
         path.unlink()
-    (folder / "calibration.safetensors").unlink()
     assert "files/one.safetensors" in names and "files/calibration.safetensors" in names
-    assert not [n for n in names if "stats" in n or n == "seqlora/some/calibration.safetensors"]
+    assert not [n for n in names if "stats" in n or "general." in n or n == "seqlora/some/calibration.safetensors"]
