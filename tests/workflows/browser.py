@@ -144,6 +144,15 @@ class Page:
                 .map(w => String(w.value)).join(' ')"""
         )
 
+    def hear_progress(self) -> None:
+        """Collects from here on what the page is told, which a busy page may show only in part"""
+        self.tab.evaluate(
+            """() => { window.told = []; window.app.api.addEventListener('progress_text', e => window.told.push(e.detail.text)) }"""
+        )
+
+    def progress_told(self) -> list[str]:
+        return self.tab.evaluate("() => window.told")
+
     def help_of(self, kind: str) -> str:
         """Opens the help panel of the first node of this type, as its i button does; the text that it shows."""
         self.close_side_panel()  # an open one would lie over the button

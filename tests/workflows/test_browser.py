@@ -29,10 +29,12 @@ def test_a_picture_dropped_onto_the_page_opens_its_workflow(page, server, taught
 def test_training_tells_how_far_it_is(page):
     page.open(page_graph("teach_a_concept"))
     page.set_widgets(steps=90, library="browser", preview_every=0)
+    page.hear_progress()
     page.press_run()
-    texts = set()
-    page.wait_until_done(each=lambda: texts.add(page.progress_text()))
-    assert len({text for text in texts if "of 90" in text}) >= 2, texts
+    shown = set()
+    page.wait_until_done(each=lambda: shown.add(page.progress_text()))
+    told = [text for text in page.progress_told() if "of 90" in text]
+    assert len(set(told)) >= 9 and shown & set(told), (told, shown)
     assert page.pictures()["PreviewImage"] > 0 and page.errors == []
 
 
