@@ -5,7 +5,7 @@ from __future__ import annotations
 from .of_pack import training_rows
 from .results import load
 
-OURS = "seqlora_learnt_trigger"
+OURS = ("seqlora_learnt_trigger", "seqlora_learnt_trigger_rate_0.1")  # the first of them that was measured
 KEPT = {"method_long_triggers": {2: None, 5: 0.95, 10: 0.93}, "method_long_triggers_32": {32: 0.90}, "method_long_triggers_101": {101: 0.85}}  # fmt: skip
 ALONE, WORST, DRIFT, IDENTITY = 0.97, 0.6, 0.02, 0.03
 WON_BACK, SPEARMAN = 0.5, 0.8
@@ -32,8 +32,9 @@ def _method() -> list[Line]:
         rows = load(name)["rows"]
         for count, kept in counts.items():
             here = {r["row"]: r for r in rows if r["n"] == count}
-            r = here[OURS]
-            title = f"{count} concepts, triggers of sixteen tokens, {r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
+            r = next(here[name] for name in OURS if name in here)
+            rate = "" if r["row"] == OURS[0] else " learnt at a rate of 0.1"
+            title = f"{count} concepts, triggers of sixteen tokens{rate}, {r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
             if kept:
                 lines.append(_least(f"{title}: kept", kept, r["kept_mean"]))
             if count == 101:

@@ -209,7 +209,7 @@ def method_table(name: str = "method") -> str:
 
 
 def scale_table() -> str:
-    """One line a row, the numbers of concepts beside one another; the rest for the most"""
+    """One line a row, the numbers of concepts beside one another; the rest for the most.  Not of other rates of the trigger"""
     data = load("method_long_triggers")
     counts = sorted({r["n"] for r in data["rows"]})
     head = [
@@ -221,7 +221,7 @@ def scale_table() -> str:
         "seeds",
     ]
     lines = []
-    for row in dict.fromkeys(r["row"] for r in data["rows"]):
+    for row in dict.fromkeys(r["row"] for r in data["rows"] if "_rate_" not in r["row"]):
         found = {r["n"]: r for r in data["rows"] if r["row"] == row}
         most = found[counts[-1]]
         kept = [f"{found[n]['kept_mean']:.2f}" for n in counts]

@@ -258,6 +258,13 @@ def test_low_rank_or_not():
     delta = factorised(flat + 1e-3 * randn(2, 40, 30))
     assert delta.rank == 2 and (delta.dense() - flat).square().sum() < 0.01 * flat.square().sum()
     assert factorised(randn(3, 40, 30)) is None
+    wide = (randn(4, 600, 12) * 0.8 ** torch.arange(12)) @ randn(5, 12, 560) + 1e-3 * randn(6, 600, 560)
+    energy = torch.linalg.svdvals(wide).square()
+    missed = 1 - energy.cumsum(0) / energy.sum()
+    found = factorised(wide)
+    assert found.rank == int((missed > 0.01).sum()) + 1
+    assert (found.dense() - wide).square().sum() / wide.square().sum() == pytest.approx(float(missed[found.rank - 1]), rel=1e-3)
+    assert factorised(wide, 1e-12, always=True).rank > 500
     assert torch.allclose(factorised(randn(3, 40, 30), 0.0, always=True).dense(), randn(3, 40, 30).float(), atol=1e-4)
     assert factorised(torch.einsum("oi,ihw->oihw", randn(0, 40, 1), randn(1, 1, 3, 3)[0:1])).kernel == (3, 3)
 
