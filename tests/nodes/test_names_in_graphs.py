@@ -93,7 +93,7 @@ def test_no_name_leaves_its_folder(server, places, kind):
             continue  # words like others: no caption holds them
         with pytest.raises(Failed) as told:
             server.run(INPUTS[kind](escape.format(outside=places)))
-        assert len(str(told.value)) < 1000
+        assert len(str(told.value).replace(str(places), "")) < 1000
     assert files(server.base) | files(places) == before
 
 
