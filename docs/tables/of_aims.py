@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .of_pack import training_rows
 from .results import load
 
@@ -107,8 +109,14 @@ def _all_most(what: str, aim: float, found: dict[str, float], form: str = "{:.2f
 
 
 def _least(what: str, aim: float, found: float, form: str = "{:.2f}") -> Line:
-    return what, f"at least {form.format(aim)}", form.format(found), found >= aim
+    return what, f"at least {form.format(aim)}", _shown(found, aim, found >= aim, form), found >= aim
 
 
 def _most(what: str, aim: float, found: float, form: str = "{:.2f}") -> Line:
-    return what, f"at most {form.format(aim)}", form.format(found), found <= aim
+    return what, f"at most {form.format(aim)}", _shown(found, aim, found <= aim, form), found <= aim
+
+
+def _shown(found: float, aim: float, met: bool, form: str) -> str:
+    """With a digit more where a miss would be rounded to the aim"""
+    finer = re.sub(r"\d+(?=[f%])", lambda digits: str(int(digits[0]) + 1), form)
+    return (form if met or form.format(found) != form.format(aim) else finer).format(found)
