@@ -34,7 +34,7 @@ def method(rows: list[dict], path: Path) -> None:
     """Kept, the worst concept, and generic drift against N, a line for each row of the table."""
     figure, axes = new_figure(14, 5.4, 3)
     names = list(dict.fromkeys(r["row"] for r in rows))
-    names = [n for n in names if not n.startswith("seqlora_") or n in SHOWN]
+    names = [n for n in names if (not n.startswith("seqlora_") or n in SHOWN) and "_rate_" not in n]
     plain = list(dict.fromkeys(map(_plain, names)))
     for name in names:
         own = sorted((r for r in rows if r["row"] == name), key=lambda r: r["n"])

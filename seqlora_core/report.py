@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, joined
+from .errors import UserError
 from .interference import dense_energy, energies, overlaps
 from .spectrum import spikes
 from .statistics import Moments
@@ -117,6 +118,10 @@ def interference_report(
     """
     names, plain = list(adapters), list(adapters.values())
     strengths = [1.0] * len(names) if strengths is None else strengths
+    if not names or len(strengths) != len(names):
+        raise UserError(
+            f"{len(strengths)} strengths for {len(names)} adapters: give at least one adapter, and a strength for each"
+        )
     known = moments is not None and all(n in moments for n in names)
     seen = [moments[n] for n in names] if known else None
     meet = torch.ones(len(names), len(names), dtype=torch.bool) if meet is None else meet

@@ -10,6 +10,7 @@ import torch
 from seqlora_core import fonts
 from seqlora_core.adapter import Adapter, LayerDelta
 from seqlora_core.composition import Wishes, project
+from seqlora_core.errors import UserError
 from seqlora_core.interference import dense_energy, energies, overlaps, residual_energy
 from seqlora_core.linalg import orthonormal_basis
 from seqlora_core.report import Report, interference_report, percent
@@ -238,6 +239,12 @@ def test_rare_words_of_two_phrases_are_shared_triggers():
     phrases = {"a": "ohwx man", "b": "ohwx woman", "c": "a photo of sks dog", "d": "a photo of a hat"}
     found = shared_triggers({n: {"modelspec.trigger_phrase": p} for n, p in phrases.items()})
     assert found == [("ohwx", ["a", "b"])]
+
+
+def test_a_report_on_nothing_is_refused():
+    for adapters, strengths in (({}, None), ({"a": Adapter({"l": delta(1)})}, [1.0, 1.0])):
+        with pytest.raises(UserError, match="give at least one adapter, and a strength for each"):
+            interference_report(adapters, strengths=strengths)
 
 
 def test_shared_triggers():
