@@ -36,9 +36,9 @@ class StackPatch(WeightAdapterBase):
     def calculate_weight(
         self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32, original_weight=None
     ):
-        rows, columns = self.parts[0][1].shape
-        if weight.ndim == 2 and weight.numel() > rows * columns:  # padded by a patch before, as control LoRAs of Flux.1 do
-            self.calculate_weight(weight[:rows, :columns], key, strength, strength_model, offset, function, intermediate_dtype)
+        height, width = self.parts[0][1].shape
+        if weight.ndim == 2 and weight.numel() > height * width:  # padded by a patch before, as control LoRAs of Flux.1 do
+            self.calculate_weight(weight[:height, :width], key, strength, strength_model, offset, function, intermediate_dtype)
             return weight
 
         def joined(tensors: list[Tensor], dim: int) -> Tensor:

@@ -14,7 +14,7 @@ from ..seqlora_core.composition import Wishes, norm_shares, project, shared
 from ..seqlora_core.concept import Concept
 from ..seqlora_core.errors import UserError
 from ..seqlora_core.library import Library
-from ..seqlora_core.lora_moments import general_near, kept_general, kept_moments
+from ..seqlora_core.lora_moments import general_folders, general_near, kept_general, kept_moments
 from ..seqlora_core.same_layers import moments_under, unseen
 from ..seqlora_core.spectrum import spikes
 from ..seqlora_core.statistics import Moments
@@ -210,7 +210,7 @@ def _whole(members: list[Member]) -> Adapter:
 def _general_state(members: list[Member]) -> tuple:
     """Changes whenever what `general_moments` reads does"""
     libraries = {library_folder(m.entry.library) / CALIBRATION for m in members if m.entry.library}
-    folders = {libraries_folder(), *(entry_file(m.entry).parent for m in members)}
+    folders = {libraries_folder()}.union(*(general_folders(entry_file(m.entry)) for m in members))
     return tuple(stamp(path) for path in sorted(libraries.union(*(f.glob("general.*.safetensors") for f in folders))))
 
 

@@ -106,3 +106,11 @@ def top_eigenvectors(matrix: Tensor, count: int) -> Tensor:
     # eigenvectors have no sign of their own: fix it, so that two runs start from the same point
     peak = vectors.abs().argmax(-2, keepdim=True)
     return (vectors * vectors.gather(-2, peak).sign()).to(matrix.dtype)
+
+
+def leading_svd(matrix: Tensor, count: int, rounds: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """About the largest singular values `[count]` of a matrix [m, n], descending, with their vectors [m, count] and [n, count]:
+    Halko, Martinsson, Tropp (2011), by torch.svd_lowrank, the same in every run.  rounds: of the power iteration."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(matrix, q=count, niter=rounds)

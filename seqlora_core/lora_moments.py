@@ -91,10 +91,16 @@ def kept_general(folder: Path, base: str) -> Moments | None:
     return Calibration.load(path).moments if path.exists() else None
 
 
+def general_folders(lora: Path) -> list[Path]:
+    """Beside a LoRA, where the command line keeps it, and folders `seqlora` above, where the nodes do"""
+    return [lora.parent, *(above / "seqlora" for above in lora.absolute().parents)]
+
+
 def general_near(lora: Path, base: str) -> Moments | None:
-    """The same beside a LoRA, where the command line keeps it, or in a folder `seqlora` above, where the nodes do"""
-    folders = (lora.parent, *(above / "seqlora" for above in lora.absolute().parents))
-    return next((found for found in (kept_general(folder, base) for folder in folders) if found is not None), None)
+    """The same in the first of its `general_folders` that has it"""
+    return next(
+        (found for found in (kept_general(folder, base) for folder in general_folders(lora)) if found is not None), None
+    )
 
 
 def drawing(size: tuple[int, int], pictures: int = 0, seed: int = 0) -> str:

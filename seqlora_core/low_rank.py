@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, LayerDelta, is_token_table
+from .linalg import leading_svd
 
 LOSS = 0.01  # share of its energy that a change may lose when it is put into low rank
 FEW = 128  # directions that are looked for first
@@ -25,13 +26,10 @@ def factorised(change: Tensor, loss: float = LOSS, always: bool = False) -> Laye
 
 
 def _leading(matrix: Tensor, loss: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The first of a wide matrix's singular values and vectors, a tenth of the work, if they lose at most `loss` of its energy:
-    Halko, Martinsson, Tropp (2011), by torch.svd_lowrank"""
+    """The first of a wide matrix's singular values and vectors, a tenth of the work, if they lose at most `loss` of its energy"""
     if min(matrix.shape) <= 4 * FEW:
         return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(matrix, q=FEW, niter=2)
+    u, s, v = leading_svd(matrix, FEW, rounds=2)
     energy = matrix.square().sum()
     return (u, s, v.mT) if energy - s.square().sum() <= loss * energy else None
 

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linalg import leading_svd
+
 ENERGY = 0.995  # share of the trace that the kept pairs hold at least, if MOST of them can
 EPS = 1e-2  # ridge of the metric and of the closed form, in units of the mean eigenvalue
 MOST = 128  # pairs
 COLUMNS = 192  # of the random basis of a stream
-EXACT = 2048  # inputs up to which all eigenpairs are computed; wider moments go through torch.svd_lowrank
+EXACT = 2048  # inputs up to which all eigenpairs are computed; wider moments go through `leading_svd`
 
 
 @dataclass
@@ -113,16 +115,14 @@ class Sketch:
 def sketch(moment: Tensor, energy: float | None = None, most: int = MOST) -> Sketch:
     """Fewest eigenpairs of S [d, d] that hold `energy` of its trace, at most `most`; with None those that `_cut` keeps.
 
-    Wider than EXACT: Halko, Martinsson, Tropp (2011), by torch.svd_lowrank.
+    Wider than EXACT: about those, by `leading_svd`.
     """
     moment = moment.double()
     if moment.shape[0] <= EXACT:
         values, vectors = torch.linalg.eigh(moment)
         values, vectors = values.flip(0)[:most], vectors.flip(1)[:, :most]
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            vectors, values, _ = torch.svd_lowrank(moment, q=most, niter=4)
+        vectors, values, _ = leading_svd(moment, most)
     return _cut(vectors, values.clamp_min(0), torch.diagonal(moment).sum(), energy)
 
 
@@ -144,9 +144,7 @@ def added(parts: list[Sketch], weights: list[float], energy: float | None = None
         values, vectors = torch.linalg.eigh(factor @ factor.mT)
         values, vectors = values.clamp_min(0).flip(0)[:most], vectors.flip(1)[:, :most]
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            vectors, values, _ = torch.svd_lowrank(factor, q=most, niter=4)
+        vectors, values, _ = leading_svd(factor, most)
         values = values.square()
     return _cut(vectors, values + floor, trace, energy)
 

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = sorted((ROOT / "seqlora_core").glob("*.py"))
 # a module may import modules of earlier lines only
 LAYERS = [
-    {"errors", "fonts", "linalg", "prompts", "sketch", "tables", "triggers", "transformer_names"},
-    {"metadata", "spelling", "strict_json", "names", "references", "storage"},
+    {"errors", "fonts", "linalg", "prompts", "tables", "triggers", "transformer_names"},
+    {"metadata", "sketch", "spelling", "strict_json", "names", "references", "storage"},
     {"tensor_file", "manifest"},
     {"adapter", "optimisers"},
     {"attach", "diffusers_names", "low_rank", "selection", "spectrum"},
