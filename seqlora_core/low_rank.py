@@ -17,9 +17,13 @@ def factorised(change: Tensor, loss: float = LOSS, always: bool = False) -> Laye
     energy; None if those would take more room than the matrix itself, unless it shall be done `always`.
     """
     matrix = change.double().flatten(1)
-    u, s, vh = _leading(matrix, loss) or torch.linalg.svd(matrix, full_matrices=False)
+    most = None if always else matrix.numel() // sum(matrix.shape)
+    found = _leading(matrix, loss)
+    if found is None and most is not None and _needed(matrix, loss) > most:
+        return None
+    u, s, vh = found or torch.linalg.svd(matrix, full_matrices=False)
     rank = rank_for(s, loss, matrix.square().sum())
-    if rank * sum(matrix.shape) > matrix.numel() and not always:
+    if most is not None and rank > most:
         return None
     root = s[:rank].sqrt()
     return LayerDelta((root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float(), tuple(change.shape[2:]))
@@ -32,6 +36,13 @@ def _leading(matrix: Tensor, loss: float) -> tuple[Tensor, Tensor, Tensor] | Non
     u, s, v = leading_svd(matrix, FEW, rounds=2)
     energy = matrix.square().sum()
     return (u, s, v.mT) if energy - s.square().sum() <= loss * energy else None
+
+
+def _needed(matrix: Tensor, loss: float) -> int:
+    """Directions that lose at most `loss` of its energy: by the eigenvalues of its Gram matrix, a sixth of the work of an SVD"""
+    gram = matrix @ matrix.mT if len(matrix) < matrix.shape[1] else matrix.mT @ matrix
+    squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return rank_for(squares.sqrt(), loss, squares.sum())
 
 
 def rank_for(values: Tensor, loss: float, energy: Tensor) -> int:

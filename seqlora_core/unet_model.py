@@ -90,8 +90,8 @@ class UNetModel:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        x = images.to(self.device, self.vae.dtype).permute(0, 3, 1, 2) * 2 - 1
-        latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in x.split(4)])
+        parts = (part.to(self.device, self.vae.dtype).permute(0, 3, 1, 2) * 2 - 1 for part in images.split(4))
+        latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()

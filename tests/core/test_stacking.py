@@ -258,6 +258,10 @@ def test_low_rank_or_not():
     delta = factorised(flat + 1e-3 * randn(2, 40, 30))
     assert delta.rank == 2 and (delta.dense() - flat).square().sum() < 0.01 * flat.square().sum()
     assert factorised(randn(3, 40, 30)) is None
+    for rows, columns in ((40, 30), (30, 40)):  # 17 directions take less room than the matrix itself, 18 more
+        left, right = torch.linalg.qr(randn(7, rows, 30))[0], torch.linalg.qr(randn(8, columns, 30))[0]
+        assert factorised(left[:, :17] @ right[:, :17].mT).rank == 17
+        assert factorised(left[:, :18] @ right[:, :18].mT) is None
     wide = (randn(4, 600, 12) * 0.8 ** torch.arange(12)) @ randn(5, 12, 560) + 1e-3 * randn(6, 600, 560)
     energy = torch.linalg.svdvals(wide).square()
     missed = 1 - energy.cumsum(0) / energy.sum()
