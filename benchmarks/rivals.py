@@ -62,6 +62,8 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_learnt_trigger": dict(learn_trigger=True),
     # replay within one batch as large as the rivals' instead of beside it: half the time of a step
     "seqlora_learnt_trigger_one_batch": dict(learn_trigger=True, batch=5, replay_batch=3),
+    "seqlora_learnt_trigger_fixed_weight": dict(learn_trigger=True, drift_budget=0.0),
+    "seqlora_learnt_trigger_budget_3": dict(learn_trigger=True, drift_budget=0.03),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
     # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else
     "trigger_alone": dict(layers="@trigger", learn_trigger=True),

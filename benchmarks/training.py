@@ -45,6 +45,7 @@ MODELS = {
     "sd15": {"side": 8, "batch": 2, "replay_batch": 3, "steps": 3, "calibration": 1, "decoys": False, "size": 512},
 }
 ONE_BATCH = {"demo": {"batch": 5, "replay_batch": 3}, "sd15": {"batch": 1, "replay_batch": 1}}
+ATTENTION = ("--use-pytorch-cross-attention",)  # what ComfyUI takes by itself on a card of NVIDIA's, and diffusers everywhere
 WAYS = [
     ("ours", "diffusers"), ("ours_one_batch", "diffusers"), ("ours_no_replay", "diffusers"), ("peft", "diffusers"),
     ("ours", "comfyui"), ("ours_no_replay", "comfyui"), ("native", "comfyui"),
@@ -75,7 +76,7 @@ def in_server(way: str, settings: dict, root: Path, python: str) -> dict:
         nodes.mkdir(parents=True)
         for name, copy in (("training_node", "__init__"), ("training_steps",) * 2, ("comfy_sd15",) * 2):
             shutil.copy(ROOT / "benchmarks" / f"{name}.py", nodes / f"{copy}.py")
-        server = Server(root, python, base)
+        server = Server(root, python, base, options=ATTENTION)
         try:
             if way != "native":
                 graph = {"1": {"class_type": "SeqLoRABenchmarkOurs", "inputs": {"settings": json.dumps(settings)}}}

@@ -49,9 +49,9 @@ class Failed(Exception):
 
 
 class Server:
-    """ComfyUI on a private base directory, with this pack as its only custom node."""
+    """ComfyUI on a private base directory, with this pack as its only custom node; options: more of its command line."""
 
-    def __init__(self, root: Path, python: str, base: Path, source_pack: Path = PACK):
+    def __init__(self, root: Path, python: str, base: Path, source_pack: Path = PACK, options: tuple[str, ...] = ()):
         self.base, self.log_path = base, base / "server.log"
         pack = base / "custom_nodes" / "seqlora"
         pack.mkdir(parents=True)
@@ -82,6 +82,7 @@ class Server:
         command = [
             python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
             "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--preview-method", "none",
+            *options,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.log = open(self.log_path, "w")
