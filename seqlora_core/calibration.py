@@ -96,7 +96,7 @@ def record_text(denoiser: Denoiser, prompts: list[str]) -> Moments:
 
 
 def picture_count(size: tuple[int, int]) -> int:
-    """Pictures that a calibration draws: enough that a fit does not learn them by heart (docs/RESULTS.md)"""
+    """Pictures that a calibration draws: more cost a start-up and buy hardly a better trade (docs/RESULTS.md)"""
     return 288 if max(size) <= 128 else 32
 
 
