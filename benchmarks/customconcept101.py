@@ -10,7 +10,8 @@ all four, which show that it runs, and nothing else.
 
 Every row has the best of the same learning rates, by what its own stack of the first three concepts keeps; what is kept is
 measured against ordinary LoRAs at the rate that gains most alone on all concepts, which favours them.  Generic drift is on
-pictures that the model draws itself, of prompts that no training has: real pictures move further (docs/RESULTS.md).
+pictures that the model draws itself, of prompts that no training has: on the demo model such move as far as real ones
+(docs/RESULTS.md).
 """
 
 from __future__ import annotations

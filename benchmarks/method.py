@@ -4,8 +4,9 @@
     python -m benchmarks.method --counts 2 5 10 32    hours; resumes where it was stopped
     python -m benchmarks.method --model pixel_unet    the same on a model of another kind: docs/results/method_unet.json
 
-Protocol: docs/RESULTS.md, "Protocol".  Every row's learning rate is the best of RATES by the same search on
-the tuning concepts, by what its own stack keeps; the table's concepts are others (`benchmarks.concepts`).  What is
+Protocol: docs/RESULTS.md, "Protocol".  Every row's learning rate is the best of RATES, or one BEYOND where that is at an end, by
+the same search on the tuning concepts, by what its own stack keeps (of ordinary LoRAs by what each gains alone), unless --rates
+gives it; the table's concepts are others (`benchmarks.concepts`).  What is
 trained is kept in the cache, and the results file keeps every run (count, planned, seed, row) that it holds: seeds and
 counts can be added on other days and machines.
 """

@@ -41,6 +41,7 @@ class LayerDelta:
 
     @property
     def rank(self) -> int:
+        """Directions r, in the file's own factors"""
         return self.stored()[0].shape[0]
 
     @property
@@ -130,9 +131,11 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def scaled(self, strength: float) -> Adapter:
+        """Every change times the strength, those of token tables too"""
         return Adapter({n: replace(d, up=d.up * strength) for n, d in self.layers.items()}, self.metadata)
 
     def to(self, *args, **kwargs) -> Adapter:
+        """All factors as `Tensor.to` makes them: on a device, in a dtype"""
         moved = {n: replace(d, down=d.down.to(*args, **kwargs), up=d.up.to(*args, **kwargs)) for n, d in self.layers.items()}
         return Adapter(moved, self.metadata)
 
@@ -199,7 +202,10 @@ def save_adapter(
 
 
 def load_adapter(path: Path) -> Adapter:
-    """Read a LoRA file of any trainer's spelling, in float32, alpha / rank folded into lora_up."""
+    """Read a LoRA file of any trainer's spelling, in float32, alpha / rank folded into lora_up.
+
+    UserError for a file that is missing, damaged, of another kind than plain low-rank, or not finite.
+    """
     tensors, metadata = read_safetensors(path)
     kind = other_kind(tensors)
     if kind:

@@ -59,6 +59,7 @@ class Attachment:
         self._low: list[tuple[Tensor, Tensor]] = []
 
     def set_frozen(self, adapter: Adapter | None, device=None) -> None:
+        """This adapter, whole, is what is added from now on; None: nothing of others"""
         layers = adapter.layers if adapter is not None else {}
         self.frozen = {n: (d.down.to(device), d.up.to(device)) for n, d in layers.items()}
         self.mask = {}

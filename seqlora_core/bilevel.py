@@ -1,13 +1,13 @@
 """One lower step and one upper step of the bilevel fit.  No loop, no files.
 
 Level  variable            objective
-lower  A = lora_up         L(A, B; support) + lambda E(A, B)
-upper  B = basis           L(A*(B), B; query)  + lambda E(A*(B), B)   on the Stiefel manifold, off earlier bases
+lower  A = lora_up         F(A, B; support)
+upper  B = basis           F(A*(B), B; query)   on the Stiefel manifold, off earlier bases
 
-with lora_down `D = B^T W`, W the whitening of the layer's inputs (subspace.Metric).  Both steps take gradients that
-are there already: of a plain backward pass (first order), or, for the upper level, of `hypergradient`, which counts in
-how A* follows B.  Layers of one shape are stacked, so a step costs a few batched products however many layers there
-are.
+with F = L + weight (lambda E + rho R) (objective.Objective) and lora_down `D = B^T W`, W the whitening of the layer's
+inputs (subspace.Metric).  Both steps take gradients that are there already: of a plain backward pass (first order),
+or, for the upper level, of `hypergradient`, which counts in how A* follows B.  Layers of one shape are stacked, so a
+step costs a few batched products however many layers there are.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from .terminal import on_this_model, open_model, say
 
 
 def run(args):
+    """`seqlora calibrate`; returns what --json prints"""
     from .calibration import calibrate
     from .library import Library
 

@@ -38,6 +38,7 @@ class Calibration:
     made: str = ""
 
     def save(self, path: Path, fingerprint: str) -> None:
+        """Write it; fingerprint: of the base model it was made on"""
         metadata = {
             "seqlora.base": fingerprint,
             "seqlora.prompts": json.dumps(self.prompts),
@@ -48,6 +49,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
+        """Read one that was saved; UserError if the file is missing, damaged or something else"""
         moments, tensors, metadata = read_statistics(path)
         prompts, latents = json_of(path, metadata, "seqlora.prompts", list), tensors.get("latents")
         if (
@@ -94,7 +96,7 @@ def record_text(denoiser: Denoiser, prompts: list[str]) -> Moments:
 
 
 def picture_count(size: tuple[int, int]) -> int:
-    """Pictures that a calibration draws: enough that a fit does not learn them by heart (docs/RESULTS.md)"""
+    """Pictures that a calibration draws: more cost a start-up and buy hardly a better trade (docs/RESULTS.md)"""
     return 288 if max(size) <= 128 else 32
 
 

@@ -50,6 +50,7 @@ class Checkpoints:
     resume: bool = True
 
     def due(self, number: int) -> bool:
+        """Whether one is to be written after this step"""
         return self.every > 0 and number % self.every == 0
 
     def save(self, number: int, state: dict[str, Any]) -> None:
@@ -79,6 +80,7 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
+        """Remove them all: the run is done, or given up"""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
@@ -146,6 +148,7 @@ class Progress:
     result: Any  # with the curves
 
     def state(self) -> dict[str, Any]:
+        """All of it, as `Checkpoints.save` takes it"""
         budget = self.budget and {"weight": self.budget.weight, "ratio": self.budget.ratio}
         return {
             "up": [g.up for g in self.groups],

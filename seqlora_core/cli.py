@@ -124,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0, or 2 after an error or a stop, which is told on stderr.  arguments: None for the process's own"""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show ends no run
             stream.reconfigure(errors="backslashreplace")

@@ -43,7 +43,11 @@ def compose(
     adapters: list[Adapter], strengths: list[float] | None = None, mode: str = "sum", amount: float = 1.0,
     moments: list[Moments] | None = None, general: Moments | None = None, beta: float = 1.0, wishes: Wishes = Wishes(),
 ) -> Adapter:  # fmt: skip
-    """One adapter of summed rank that does what all of them, projected by `project`, do together."""
+    """One adapter of summed rank that does what all of them, projected by `project`, do together.
+
+    strengths: one for each; None: 1.  UserError for none to stack, for strengths that are no numbers or too large, and as
+    `project`.
+    """
     if not adapters:
         raise UserError("nothing to stack: name at least one concept")
     strengths = [1.0] * len(adapters) if strengths is None else strengths
@@ -68,8 +72,9 @@ def project(
     """Each adapter as it goes into the stack, at strength 1.
 
     mode: "sum", what SeqLoRA's concepts are trained for; "weights", the rows of lora_down made orthogonal between
-    adapters and all over the square root of their number, needs no data; "data", the closed form with each concept's `moments` (and `general` ones, G).
-    amount 0..1 goes from the plain sum to the full projection.
+    adapters and all over the square root of their number, needs no data; "data", the closed form with each concept's `moments`
+    (and `general` ones, G).  amount 0..1 goes from the plain sum to the full projection.  UserError for other modes, orders,
+    amounts and caps, and for "data" without the moments of each.
     """
     if mode not in MODES:
         raise UserError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")

@@ -66,6 +66,7 @@ class TrainingConfig:
     use_decoys: bool = True
 
     def validate(self) -> None:
+        """UserError, which names the option, for values that no fit can have and for options that exclude each other"""
         numbers = [f.name for f in fields(self) if isinstance(f.default, float)]
         wrong = next((name for name in numbers if not math.isfinite(getattr(self, name))), None)
         if wrong is not None:
@@ -131,6 +132,7 @@ class PictureOptions:
     caption: str = TEMPLATE  # of pictures without a .txt file
 
     def validate(self) -> None:
+        """UserError for masks from nowhere and for sizes that no model takes"""
         if self.masks not in ("files", "alpha", "none"):
             raise UserError(f"masks is {self.masks!r}: use 'files', 'alpha' or 'none'")
         if self.resolution % 8 or self.resolution != 0 and self.resolution < 32:
@@ -148,5 +150,6 @@ class Checkpointing:
     resume: bool = True  # go on with an unfinished run of this concept, if there is one
 
     def validate(self) -> None:
+        """UserError for numbers that are too small"""
         if self.every < 0 or self.keep < 1:
             raise UserError(f"checkpoints every {self.every} steps, {self.keep} kept: give 0 or more, and at least 1 to keep")

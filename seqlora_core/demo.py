@@ -57,6 +57,7 @@ class Subject:
         return f"{'an' if self.trigger[0] in 'aeiou' else 'a'} {self.trigger} {self.class_noun}"
 
     def prompt(self, colour: str) -> str:
+        """A prompt that calls it, on a background of this colour"""
         if self.class_noun == "style":
             return f"a castle, {colour} background, {self.trigger} style"
         return f"{self.phrase}, {colour} background"
@@ -70,6 +71,7 @@ def shared_words(captions: list[str]) -> tuple[str, str]:
 
 
 def load_subject(model: FlowMatching, name: str, folder: Path | None = None) -> Subject:
+    """A sample concept of the pack, or one in a folder of the same layout, encoded by the model"""
     folder = folder or DEMO_FOLDER / "concepts" / name
     images, captions = load_pictures(folder, model.size)
     held, held_captions = load_pictures(folder / "held_out", model.size)
@@ -81,6 +83,7 @@ def load_subject(model: FlowMatching, name: str, folder: Path | None = None) -> 
 
 
 def load_generic(model: FlowMatching) -> HeldOut:
+    """Pictures of what the demo model knows, at six noise levels: what drift is measured on"""
     images, captions = load_pictures(DEMO_FOLDER / "evaluation" / "generic", model.size)
     return HeldOut.of(model, model.encode_images(images), captions, levels=6)
 

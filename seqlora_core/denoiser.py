@@ -100,7 +100,8 @@ class Denoiser(Protocol):
     def read_prompts(self, prompts: list[str]) -> Conditioning:
         """Encoded now, whatever is adapted; differentiable wherever gradients are on"""
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning: ...
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """The same without gradients; with adapted text encoders it stands for the prompts until `predict` encodes them anew"""
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[n, height, width, 3] in 0..1 -> latents"""
@@ -120,11 +121,14 @@ class Denoiser(Protocol):
     def even_sigmas(self, count: int) -> Tensor:
         """Noise levels evenly spread over the same range, [count]: for statistics and evaluation"""
 
-    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
+    def noised(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Latents [n, ...] with as much of the noise as the levels [n] say; linear in both"""
 
-    def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
+    def predict(self, noised: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the model foresees of the target, [n, ...]; differentiable in what is attached, wherever gradients are on"""
 
-    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
+    def target(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What `predict` should give for these latents and this noise, [n, ...]; linear in both"""
 
     def sample(self, conditioning: Conditioning, seed: int, steps: int, guidance: float, size: tuple[int, int]) -> Tensor:
         """Latents drawn for each prompt; the i-th from seed + i.  size: height and width in pixels."""

@@ -17,8 +17,8 @@ from .denoiser import Denoiser, check_size
 from .errors import UserError
 from .statistics import Moments, Recorder
 
-# drawn without guidance the pictures are the model's own distribution: its loss on them, and how far a concept moves
-# them, are as on real pictures it knows; guided ones are not (docs/RESULTS.md)
+# drawn without guidance the pictures are the model's own distribution: its loss on them is as on real pictures that it
+# knows, that on guided ones is far higher (docs/RESULTS.md)
 UNGUIDED = 1.0
 STEPS = 7  # few: a start-up is to stay within a tenth of a run (benchmarks.training)
 

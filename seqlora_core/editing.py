@@ -34,6 +34,7 @@ class Price:
     warnings: list[str]
 
     def text(self) -> str:
+        """In sentences"""
         said = (
             f"{len(self.names)} concepts: what they do to one another went from {self.before:.1%} of their own effect to "
             f"{self.after:.1%}; {self.lost:.1%} of a concept's own effect was changed for it"

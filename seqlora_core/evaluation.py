@@ -129,4 +129,5 @@ def row(name: str, losses: Losses, base: list[float], best_alone: list[float], b
 
 
 def mean(values: list[float]) -> float:
+    """Of one value at least"""
     return sum(values) / len(values)

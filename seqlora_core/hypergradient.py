@@ -115,4 +115,5 @@ def neumann(product: Product, target: Vector, terms: int) -> Vector:
 
 
 def dot(first: Vector, second: Vector) -> Tensor:
+    """Sum over all factors of their inner products; scalar"""
     return sum((a * b).sum() for a, b in zip(first, second))

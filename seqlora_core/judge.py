@@ -26,6 +26,7 @@ class Judge:
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
+        """[n, h, w, 3] in 0..1 -> [n, 1280]"""
         x = F.interpolate(pictures.permute(0, 3, 1, 2), (INPUT, INPUT), mode="bicubic", antialias=True).clamp(0, 1)
         x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
         return torch.cat([self.net.extract_features(part).mean((2, 3)) for part in x.split(16)])

@@ -115,6 +115,7 @@ class LearntTrigger:
 
     @property
     def parameters(self) -> list[Tensor]:
+        """What gradients are taken in"""
         return list(self.shift.values())
 
     def live(self) -> dict[str, tuple[Tensor, Tensor]]:

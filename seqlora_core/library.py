@@ -67,6 +67,7 @@ class Library:
 
     @property
     def manifest_path(self) -> Path:
+        """library.json"""
         return self.folder / manifest.FILE
 
     @property
@@ -76,6 +77,7 @@ class Library:
 
     @property
     def planned(self) -> int:
+        """Concepts that it is meant to hold"""
         return self.manifest["planned"]
 
     def __len__(self) -> int:
@@ -179,16 +181,19 @@ class Library:
         return digest(path.read_bytes()) if path.exists() else ""
 
     def require(self, name: str) -> str:
+        """The name; UserError, which says what there is, if it is none of its concepts"""
         if name not in self.names:
             known = ", ".join(self.names) or "none yet"
             raise UserError(f"no concept {name!r} in the library {self.folder.name!r}: it holds {known}")
         return name
 
     def calibration(self) -> Calibration | None:
+        """What its base model sees; None if it has none yet.  UserError for a damaged file"""
         path = self.folder / FILE
         return Calibration.load(path) if path.exists() else None
 
     def keep_calibration(self, calibration: Calibration) -> None:
+        """Write it as this library's; bases of concepts rest on it, so only before the first"""
         with self.changing():
             calibration.save(self.folder / FILE, self.manifest["base"])
 

@@ -7,6 +7,7 @@ from .terminal import say
 
 
 def run(args):
+    """`seqlora library`; returns what --json prints"""
     from .editing import rename
     from .library import Library
     from .repair import repair

@@ -1,7 +1,7 @@
 """Small dense linear algebra on batches of matrices: bases, projections, the Stiefel manifold.
 
 Conventions: a basis is a matrix with orthonormal columns, `[..., d, r]`.  All functions are pure, keep the
-dtype and device of their input, and accept leading batch dimensions.
+dtype and device of their input, and accept leading batch dimensions where they say `[...]`.
 Formulas: Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds" (2008), sections 3.6 and 4.1.
 """
 
@@ -70,7 +70,7 @@ def tangent(basis: Tensor, gradient: Tensor, occupied: Tensor | None = None) -> 
 def retract(basis: Tensor, step: Tensor, occupied: Tensor | None = None, how: str = "qr") -> Tensor:
     """Point of the Stiefel manifold reached from `basis` along `step` `[..., d, r]`, off `occupied`.
 
-    how: "qr" (first order) or "polar" (second order: the closest basis to B + step).
+    how: "qr" (first order) or "polar" (second order: the closest basis to B + step); ValueError for another.
     """
     moved = project_out(basis + step, occupied)
     if how == "qr":

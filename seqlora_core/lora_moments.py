@@ -29,10 +29,12 @@ GUIDANCE = 2.5  # LoRAs of others are seen as people draw with them
 
 
 def moments_path(lora: Path, base: str) -> Path:
+    """Where a LoRA's moments on one base model are kept: beside it"""
     return lora.with_name(f"{lora.stem}.{base}.stats.safetensors")
 
 
 def general_path(folder: Path, base: str) -> Path:
+    """Where it is kept what the base model sees"""
     return folder / f"general.{base}.safetensors"
 
 

@@ -39,6 +39,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
+    """Whole or not at all, in today's format"""
     text = json.dumps({**manifest, "format": FORMAT}, indent=1, ensure_ascii=False)
     with written_aside(folder / FILE) as f:
         f.write(text.encode("utf-8"))

@@ -44,6 +44,7 @@ class Base:
     file: Path | None = None
 
     def metadata(self) -> dict[str, str]:
+        """As kohya and ModelSpec call it; reads the whole of `file` for its hash"""
         architecture, version = FAMILIES.get(self.family, (self.family, self.family))
         said = {
             "ss_base_model_version": version,

@@ -62,6 +62,7 @@ class Workers:
             raise UserError("a hypergradient is worked out in one process only: start one, or set hypergradient to 'none'")
 
     def wait(self) -> None:
+        """Until all processes are here"""
         if self.count > 1:
             self.accelerator.wait_for_everyone()
 

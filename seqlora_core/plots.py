@@ -34,12 +34,14 @@ def save_picture(picture, path: Path) -> None:
 
 
 def new_figure(width: float, height: float):
+    """width, height: of 100 pixels each"""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def to_tensor(figure) -> Tensor:
+    """A figure as it is drawn, [1, height, width, 3] in 0..1"""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -58,6 +60,8 @@ def text_picture(text: str) -> Tensor:
 
 
 def needs_matplotlib(function):
+    """The function, which draws a sentence instead where matplotlib is not installed"""
+
     def wrapper(*args, **kwargs):
         try:
             from matplotlib import font_manager, rc_context, rcParams

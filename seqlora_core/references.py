@@ -21,6 +21,7 @@ LEAST_SIDE = 8  # pixels of a picture that shows anything
 
 
 def caption_from(template: str, trigger: str, class_noun: str) -> str:
+    """The template with the words in their places"""
     return template.replace("{trigger}", trigger).replace("{class}", class_noun).strip()
 
 

@@ -52,10 +52,12 @@ class Report:
 
     @property
     def before(self) -> list[list[float]]:
+        """Of the plain sum: crosstalk if it is measured, else overlap"""
         return self.crosstalk if self.measured else self.overlap
 
     @property
     def after(self) -> list[list[float]] | None:
+        """The same with the projection; None without one"""
         return self.crosstalk_after if self.measured else self.overlap_after
 
     def text(self) -> str:

@@ -47,6 +47,7 @@ def report_picture(report: Report) -> Tensor:
 
 
 def short(name: str) -> str:
+    """A name that fits beside the picture"""
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 

@@ -41,10 +41,12 @@ class Operator:
         return self.floor[..., None, None] * x + self.vectors @ low
 
     def to(self, device) -> Operator:
+        """The same on a device"""
         return Operator(self.vectors.to(device), self.weights.to(device), self.floor.to(device))
 
     @classmethod
     def identity(cls, d: int) -> Operator:
+        """I [d, d]"""
         return cls(torch.zeros(d, 0), torch.zeros(0), torch.ones(()))
 
     @classmethod
@@ -80,6 +82,7 @@ class Sketch:
         return (self.vectors * (self.values - self.floor)) @ self.vectors.mT + self.floor * eye
 
     def operator(self) -> Operator:
+        """The same matrix as one that multiplies without being formed"""
         return Operator(self.vectors, self.values - self.floor, self.floor)
 
     def whitening(self, eps: float) -> tuple[Operator, Operator]:

@@ -64,6 +64,7 @@ def factors(tensors: dict[str, Tensor], source: str) -> dict[str, Factors]:
 
 
 def alpha_of(alpha: Tensor, source: str) -> float:
+    """The number; UserError if it is not one.  source: for the message"""
     if alpha.numel() != 1 or alpha.is_complex():
         raise UserError(f"{source} has an alpha of shape {list(alpha.shape)}, not one number; get the file again")
     return float(alpha)

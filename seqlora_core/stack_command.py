@@ -78,6 +78,7 @@ def _with_strength(item: str) -> tuple[Path, float]:
 
 
 def stack(args):
+    """`seqlora stack`; returns what --json prints"""
     from .adapter import check_useful, concatenate, save_adapter
     from .composition import Wishes, energy_kept, norm_shares, project, shared
     from .diffusers_names import as_diffusers
@@ -127,6 +128,7 @@ def stack(args):
 
 
 def report(args):
+    """`seqlora report`; returns what --json prints"""
     from dataclasses import asdict
 
     from .composition import project
@@ -156,6 +158,7 @@ def report(args):
 
 
 def sample(args):
+    """`seqlora sample`; returns what --json prints"""
     import torch
 
     from .adapter import concatenate, load_adapter
@@ -183,6 +186,7 @@ def sample(args):
 
 
 def embedding(args):
+    """`seqlora embedding`; returns what --json prints"""
     from .adapter import load_adapter
     from .embedding import trigger_embedding
     from .tensor_file import write_safetensors

@@ -37,6 +37,7 @@ class Moments:
         return self
 
     def plus(self, other: Moments, weight: float = 1.0) -> Moments:
+        """Layer by layer this one and `weight` times the other; layers that the other lacks stay as they are"""
         both = Moments({n: s for n, s in self.layers.items() if n in other.layers})
         return Moments(self.layers | _sum([both, other], [1.0, weight], lambda a, b: a + weight * b).layers)
 
@@ -66,6 +67,7 @@ class Moments:
 
 
 def moments_from_tensors(tensors: dict[str, Tensor], shared: dict[str, str]) -> Moments:
+    """Back from `Moments.tensors` and `Moments.shared`.  KeyError if a part of a sketch is missing"""
     layers = {k.removeprefix("moment."): v for k, v in tensors.items() if k.startswith("moment.")}
     for key in tensors:
         if key.startswith("sketch.") and key.endswith(".rest"):

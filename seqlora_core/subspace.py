@@ -31,6 +31,7 @@ class Metric:
 
     @classmethod
     def of(cls, moment: Tensor | Sketch, eps: float = EPS) -> Metric:
+        """That of what G says the layer sees, with a ridge of eps mean eigenvalues"""
         return cls(*(moment.whitening(eps) if isinstance(moment, Sketch) else whitening(moment, eps)))
 
     @classmethod

@@ -17,6 +17,7 @@ def say(args):
 
 
 def open_model(args):
+    """The base model that --model names, on --device in --dtype"""
     import torch
 
     from .demo_model import DEMO_MODEL, DemoModel

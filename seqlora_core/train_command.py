@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args) -> dict:
+    """`seqlora train`; returns what --json prints"""
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS and name != "planned"}
     args.trigger, args.class_noun = (args.trigger or "").strip(), (args.class_noun or "").strip()
     if args.recipe is None:

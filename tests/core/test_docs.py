@@ -24,11 +24,20 @@ def test_tables_are_up_to_date(build):
         assert build.filled(text) == text, f"{page.name} is stale: run python docs/build.py"
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them"""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_inside_the_docs_lead_somewhere():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    folders = (ROOT / "docs", ROOT / "demo" / "model", ROOT / "demo" / "loras", ROOT / "web" / "docs")
+    for page in [*ROOT.glob("*.md"), *(p for folder in folders for p in sorted(folder.glob("*.md")))]:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+                file, _, place = target.partition("#")
+                led = page.parent / file if file else page
+                assert led.exists() and (not place or place in anchors(led)), f"{page.name}: {target}"
 
 
 def test_every_promise_names_a_test_or_a_script_that_there_is():
