@@ -38,6 +38,7 @@ TABLES = {
     "orders": of_method.orders_table,
     "ablations": lambda: of_method.method_table("ablations"),
     "method_long_triggers": lambda: of_method.method_table("method_long_triggers"),
+    "method_long_triggers_planned": lambda: of_method.method_table("method_long_triggers_planned"),
     "scale": of_method.scale_table,
     "method_long_triggers_32": lambda: of_method.method_table("method_long_triggers_32"),
     "method_long_triggers_101": lambda: of_method.method_table("method_long_triggers_101"),

@@ -8,7 +8,11 @@ from .of_pack import training_rows
 from .results import load
 
 OURS = ("seqlora_learnt_trigger", "seqlora_learnt_trigger_rate_0.1")  # the first of them that was measured
-KEPT = {"method_long_triggers": {2: None, 5: 0.95, 10: 0.93}, "method_long_triggers_32": {32: 0.90}, "method_long_triggers_101": {101: 0.85}}  # fmt: skip
+PLANNED = "method_long_triggers_planned"  # libraries planned for as many as are measured, where the table's is planned for more
+KEPT = {  # concepts -> the aim, and the table with the rivals
+    2: (None, "method_long_triggers"), 5: (0.95, "method_long_triggers"), 10: (0.93, "method_long_triggers"),
+    32: (0.90, "method_long_triggers_32"), 101: (0.85, "method_long_triggers_101"),
+}  # fmt: skip
 ALONE, WORST, DRIFT, IDENTITY = 0.97, 0.6, 0.02, 0.03
 WON_BACK, SPEARMAN = 0.5, 0.8
 CHAIN, ONE_FILE, LAYERS = 10, 1.2, 2
@@ -29,28 +33,27 @@ def aims_table() -> str:
 
 
 def _method() -> list[Line]:
-    lines = []
-    for name, counts in KEPT.items():
-        rows = load(name)["rows"]
-        for count, kept in counts.items():
-            here = {r["row"]: r for r in rows if r["n"] == count}
-            r = next(here[name] for name in OURS if name in here)
-            rate = "" if r["row"] == OURS[0] else " learnt at a rate of 0.1"
-            title = f"{count} concepts, triggers of sixteen tokens{rate}, {r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
-            if kept:
-                lines.append(_least(f"{title}: kept", kept, r["kept_mean"]))
-            if count == 101:
-                lines.append(_least("the worst of them", WORST, r["kept_worst"]))
-            lines.append(_most("their drift" if kept else f"{title}: drift", DRIFT, r["generic_drift"], "{:.1%}"))
-            lines.append(_least("a concept alone, over an ordinary LoRA", ALONE, r["alone_gain"]))
-            if "identity_alone" in r and "identity_stack" in r and count == 10:
-                away = abs(r["identity_alone"] - r["identity_stack"])
-                lines.append(_most("identity of the stack, away from a concept alone", IDENTITY, away))
-            rivals = {n: x["kept_mean"] for n, x in here.items() if not n.startswith("seqlora")}
-            ahead = {n: kept for n, kept in rivals.items() if kept > r["kept_mean"]}
-            named = "; ".join(f"`{n}` keeps {k:.2f} at {here[n]['generic_drift']:.1%} of drift" for n, k in ahead.items())
-            found = named or ("all" if rivals else "none was measured")
-            lines.append(("ahead of the rivals that were measured", "all", found, bool(rivals) and not ahead))
+    lines, planned = [], {r["n"]: r for r in load(PLANNED)["rows"]}
+    for count, (kept, table) in KEPT.items():
+        here = {r["row"]: r for r in load(table)["rows"] if r["n"] == count}
+        r = planned.get(count) or next(here[name] for name in OURS if name in here)
+        rate = " learnt at a rate of 0.1" if r["row"] == OURS[1] else ""
+        seeds = f"{r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
+        title = f"{count} concepts, planned for {count}, triggers of sixteen tokens{rate}, {seeds}"
+        if kept:
+            lines.append(_least(f"{title}: kept", kept, r["kept_mean"]))
+        if count == 101:
+            lines.append(_least("the worst of them", WORST, r["kept_worst"]))
+        lines.append(_most("their drift" if kept else f"{title}: drift", DRIFT, r["generic_drift"], "{:.1%}"))
+        lines.append(_least("a concept alone, over an ordinary LoRA", ALONE, r["alone_gain"]))
+        if count == 10:
+            away = abs(r["identity_alone"] - r["identity_stack"])
+            lines.append(_most("identity of the stack, away from a concept alone", IDENTITY, away))
+        rivals = {n: x["kept_mean"] for n, x in here.items() if not n.startswith("seqlora")}
+        ahead = {n: kept for n, kept in rivals.items() if kept > r["kept_mean"]}
+        named = "; ".join(f"`{n}` keeps {k:.2f} at {here[n]['generic_drift']:.1%} of drift" for n, k in ahead.items())
+        found = named or ("all" if rivals else "none was measured")
+        lines.append(("ahead of the rivals that were measured", "all", found, bool(rivals) and not ahead))
     return lines
 
 
