@@ -126,7 +126,7 @@ with torch.inference_mode():
         "saved": {
             f"{mode} {name}": away(saved("plain", name, mode=mode), applied("plain", name, mode=mode))
             for mode in ("sum", "weights") for name in others
-        },
+        } | {"sum full, dora": away(saved("full", "dora"), applied("full", "dora"))},
         "amount 0": {n: away(applied("plain", n, mode="weights", amount=0.0), applied("plain", n)) for n in others},
         "alone": {n: away(applied(n, mode="weights"), applied(n)) for n in others},
         "stock": {n: away(applied(n), by_stock(n)) for n in others},

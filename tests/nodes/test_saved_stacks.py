@@ -16,8 +16,9 @@ def found(tmp_path_factory):
 
 
 def test_a_saved_stack_is_the_applied_one_for_every_kind_of_change(found):
-    """In mode 'weights' too, in which some are projected and others are summed as they are"""
-    assert len(found["saved"]) == 12 and max(found["saved"].values()) < 1e-4, found["saved"]
+    """In mode 'weights' too, in which some are projected and others are summed as they are; and where what looks at the weight
+    stands behind what changes it"""
+    assert len(found["saved"]) == 13 and max(found["saved"].values()) < 1e-4, found["saved"]
 
 
 def test_the_amount_0_is_the_plain_sum_and_one_lora_alone_is_left_as_it_is(found):
