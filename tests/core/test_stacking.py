@@ -16,7 +16,17 @@ from seqlora_core.adapter import (
     load_adapter,
     save_adapter,
 )
-from seqlora_core.composition import Wishes, closed_form, compose, energy_kept, gram_schmidt, project, symmetric, without_data
+from seqlora_core.composition import (
+    Wishes,
+    closed_form,
+    compose,
+    energy_kept,
+    gram_schmidt,
+    norm_controlled,
+    project,
+    symmetric,
+    without_data,
+)
 from seqlora_core.errors import UserError
 from seqlora_core.interference import residual_energy
 from seqlora_core.linalg import orthonormal_basis
@@ -184,6 +194,12 @@ def test_an_alpha_is_folded_when_lora_up_is_first_read_and_rounds_nothing(alpha)
     whole = up.float() * (alpha / 4)
     assert torch.equal(found.dense(), whole @ down.float()) and found.stored()[2] == 1
     assert torch.equal(replace(found, kernel=()).up, whole) and torch.equal(found.float().down, down.float())
+
+
+def test_a_share_of_factors_in_half_precision_rounds_nothing():
+    half = Adapter({"l": LayerDelta(torch.randn(4, 6).bfloat16(), torch.randn(5, 4).bfloat16())})
+    share = norm_controlled([half, half])[0].layers["l"]
+    assert torch.equal(share.dense(), half.layers["l"].float().scaled(0.5**0.5).dense()) and share.rank == 4
 
 
 def test_what_is_left_of_a_twin_is_not_blown_up():
