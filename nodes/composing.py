@@ -78,10 +78,8 @@ def compose_stack(
 
     exact: every change of a matrix becomes low-rank factors, for a file.  compared: what is nearly low-rank becomes so in mode
     "sum" too, as in the others, for a report.  With a new strength everything else is found kept.
-    What has strength 0 takes no part: nothing gives way to it.
     """
-    members, wishes, read = load_members(stack, weights), wishes or Wishes(), []
-    members = [m for m in members if m.entry.strength] or members
+    members, wishes, read = load_members(that_acts(stack), weights), wishes or Wishes(), []
     groups = by_file(members)
     if amount == 0 or (mode == "weights" and len(groups) == 1):  # nothing gives way, so nothing need become low-rank
         mode = "sum"
@@ -118,6 +116,11 @@ def compose_stack(
         pieces = [_as_factors(piece, weights) for piece in pieces]
     chained = [key for key, count in readers.items() if count > 1]
     return Composed(members, pieces, unrecorded(members) if mode == "data" else "", chained)
+
+
+def that_acts(stack: Stack) -> Stack:
+    """Without what has strength 0, which is not even read: nothing gives way to it.  As it is if all has that"""
+    return Stack([e for e in stack.entries if e.strength] or stack.entries)
 
 
 def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str, strength: float) -> Fitted:

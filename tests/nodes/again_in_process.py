@@ -6,6 +6,7 @@ argv: ComfyUI checkout, this pack, a folder for LoRAs, output file (JSON).
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +113,23 @@ def elsewhere():
     return said
 
 
+def in_pieces():
+    """The report on two LoRAs, and on the same with the first in pieces that make the whole, and with one beside that is off and
+    was never calibrated: the mode, and what the projection leaves moved of each"""
+    whole, other = Entry("", "one"), Entry("", "two")
+    stacks = {
+        "whole": [whole],
+        "layers": [replace(whole, strength=0.4), replace(whole, strength=0.6, layers="*")],
+        "steps": [replace(whole, strength=0.5), replace(whole, strength=0.5, end=0.7)],
+        "off": [whole, Entry("", "dora", 0.0)],
+    }
+    said = {}
+    for name, entries in stacks.items():
+        data = json.loads(SeqLoRAInterferenceReport.execute(Stack([*entries, other]), model=model, clip=clip).args[2])
+        said[name] = [data["mode"], sum(data["crosstalk_after"], data["disturbance_after"])]
+    return said
+
+
 def general():
     """What is left of a LoRA by data, as a share: beside one that sees the same, and with what the base model sees of 5 and 50 times
     that kept where the command line keeps it, then where the nodes do"""
@@ -201,6 +219,7 @@ with torch.inference_mode():
         "projected": projected(),
         "bent": bent(),
         "elsewhere": elsewhere(),
+        "in pieces": in_pieces(),
         "general": general(),
     }
 found["records"] = records()

@@ -24,6 +24,13 @@ def test_moments_of_another_checkpoint_do_not_count(found):
     assert here["mode"] == "data" and "from weights alone" not in here["report"]
 
 
+def test_the_report_on_a_lora_in_pieces_is_that_on_the_whole_and_what_is_off_changes_nothing(found):
+    mode, figures = found["in pieces"].pop("whole")
+    assert mode == "data" and len(found["in pieces"]) == 3
+    for name, said in found["in pieces"].items():
+        assert said == [mode, pytest.approx(figures, rel=1e-4)], name
+
+
 def test_what_the_base_model_sees_is_found_where_the_command_line_keeps_it_too(found):
     assert found["general"] == pytest.approx([1 / 2, 1 / 7, 1 / 52], rel=0.02)
 
