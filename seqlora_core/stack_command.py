@@ -99,13 +99,15 @@ def stack(args):
     strangers = set(args.protect) - set(names)
     if strangers:
         raise UserError(f"no {sorted(strangers)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")
-    wishes = Wishes(args.order, frozenset(i for i, n in enumerate(names) if n in args.protect), args.restore, args.cap)
+    whole = frozenset(i for i, n in enumerate(names) if n in args.protect)
+    wishes = Wishes(args.order, whole, args.restore, args.cap, args.norm_control)
     known = _known(parts, args.mode)
     left_out = unseen(adapters, known, names) if known and args.mode == "data" else ""
     projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
+    if args.norm_control:
+        projected = [shared(p, share) for p, share in zip(projected, norm_shares(len(parts), whole))]
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
-    shares = norm_shares(len(parts), args.mode, args.amount, wishes) if args.norm_control else [1.0] * len(parts)
-    together = concatenate([shared(p, share).scaled(s) for p, (_, _, s, _), share in zip(projected, parts, shares)])
+    together = concatenate([p.scaled(s) for p, (_, _, s, _) in zip(projected, parts)])
     called = (", ".join(a.triggers) or trigger_of(a.metadata) for a in adapters)
     together.metadata = {"seqlora.trigger": ", ".join(filter(None, called))}
     written, lost = truncated(together, args.rank)

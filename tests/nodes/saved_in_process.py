@@ -85,9 +85,9 @@ def applied(*names, mode="sum", amount=1.0, **options):
 
 
 def in_turns(mode):
-    """Two that share the sampling but no step of it: how far each is from itself alone"""
+    """Two that share the sampling but no step of it, with norm control: how far each is from itself alone"""
     entries = [replace(e, start=i / 2, end=(i + 1) / 2) for i, e in enumerate(stack("plain", "other").entries)]
-    parts = compose_stack(Stack(entries), mode, 1.0, None, Weights(model, clip)).parts
+    parts = compose_stack(Stack(entries), mode, 1.0, None, Weights(model, clip), norm_control=True).parts
     own = [compose_stack(Stack([e]), "sum", 1.0, None, Weights(model, clip)).parts[0] for e in entries]
     pairs = [(p.adapter.layers[STEM], o.adapter.layers[STEM]) for p, o in zip(parts, own)]
     return max(float((p.dense() - o.dense()).norm() / o.dense().norm()) for p, o in pairs)
@@ -131,7 +131,7 @@ with torch.inference_mode():
         "alone": {n: away(applied(n, mode="weights"), applied(n)) for n in others},
         "stock": {n: away(applied(n), by_stock(n)) for n in others},
         "in a padded weight": in_a_padded_weight(),
-        "in turns": in_turns("weights"),
+        "in turns": max(map(in_turns, ("sum", "weights"))),
         "bias saved": away(saved("bias"), by_stock("bias")),
         "norm control": {m: v / float(by_stock("bias")[bias].norm()) for m, v in lengths.items()},
     }  # fmt: skip
