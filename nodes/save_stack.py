@@ -17,6 +17,7 @@ from .comfy_patches import full_differences
 from .comfy_texts import Texts
 from .comfy_weights import Weights
 from .composing import Composed, compose_stack
+from .loading import entry_file
 from .types import CATEGORY, StackType, advanced
 
 
@@ -77,6 +78,10 @@ class SeqLoRASaveStack(io.ComfyNode):
         path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{safe_name(name, 'file name')}.safetensors"
         if path.exists() and not overwrite:
             raise UserError(f"{path.name} exists in models/loras: choose another name, or switch overwrite on")
+        if path.exists() and any(path.samefile(entry_file(e)) for e in stack.entries):
+            raise UserError(
+                f"{path.name} is one of the LoRAs of the stack: choose another name, else it would be lost, and be in itself next time"
+            )
         weights = Weights(model, clip) if model is not None else None
         wishes = Wishes(order, restore=restore, cap=cap or None)
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control, exact=True)
@@ -92,7 +97,7 @@ class SeqLoRASaveStack(io.ComfyNode):
         adapters = [p.adapter.scaled(p.strength) for p in composed.parts]
         adapter, lost = truncated(concatenate(adapters), rank or None)
         adapter.metadata = {
-            "seqlora.trigger": ", ".join(filter(None, (c.trigger for c in composed.concepts))),
+            "seqlora.trigger": ", ".join(filter(None, dict.fromkeys(c.trigger for c in composed.concepts))),
             "modelspec.title": "SeqLoRA stack",
         }
         extra, left = full_differences(composed.parts, weights)
