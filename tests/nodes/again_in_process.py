@@ -30,6 +30,7 @@ from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.nodes.composing import compose_stack  # noqa: E402
 from seqlora_pack.nodes.concept import SeqLoRAConcept  # noqa: E402
 from seqlora_pack.nodes.interference_report import SeqLoRAInterferenceReport  # noqa: E402
+from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
 from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import Adapter  # noqa: E402
 from seqlora_pack.seqlora_core.calibration import Calibration  # noqa: E402
@@ -87,7 +88,12 @@ def records():
     calibrate()
     before = fingerprints()
     path.unlink()
-    return {"said": said, "fingerprints": [a != b for a, b in zip(before, fingerprints())]}
+    stack, states = Stack([Entry("", "plain")]), []
+    for saved in (None, folder / "mine.safetensors"):
+        states.append(SeqLoRASaveStack.fingerprint_inputs("mine", overwrite=False))
+        SeqLoRASaveStack.execute(stack, "mine", "sum", 1.0, False) if saved is None else saved.unlink()
+    states.append(SeqLoRASaveStack.fingerprint_inputs("mine", overwrite=False))
+    return {"said": said, "fingerprints": [a != b for a, b in zip(before, fingerprints())], "saved": states}
 
 
 def elsewhere():

@@ -52,6 +52,10 @@ def test_a_record_that_is_gone_changes_the_fingerprints(found):
     assert found["records"]["fingerprints"] == [True, True]
 
 
+def test_a_stack_is_saved_again_when_its_file_is_gone_and_not_because_it_was_written(found):
+    assert found["records"]["saved"] == [0, 0, 1]
+
+
 def test_a_change_of_the_checkpoint_is_seen_in_any_layer(found):
     """The file's first layer is the text encoder's, which both checkpoints share"""
     assert max(found["projected"]["wrong"]) < 1e-5
