@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .adapter import Adapter, LayerDelta, channel_rows, concatenate, kernel_rows
 from .errors import UserError
-from .linalg import nearest_frame, project_out, ridge, span
+from .linalg import acting_directions, nearest_frame, project_out, ridge, span
 from .sketch import RidgedInverse, Sketch, products
 from .spectrum import capped
 from .statistics import Moments
@@ -138,11 +138,11 @@ def gram_schmidt(adapters: list[Adapter], order: Iterable[int] | None = None, pr
     order = range(len(adapters)) if order is None else order
     for i in [*sorted(protected), *(i for i in order if i not in protected)]:
         for name, delta in adapters[i].layers.items():
-            free = project_out(delta.float().down.mT, taken.get(name))
+            free = project_out(delta.down.double().mT, taken.get(name))
             out[i].layers[name] = delta if i in protected else replace(delta, down=free.mT.to(delta.down.dtype))
             if not delta.acts:
                 continue
-            fresh = span(free, torch.linalg.matrix_norm(delta.down).item())
+            fresh = span(project_out(_directions(delta), taken.get(name)), 1.0)
             taken[name] = torch.cat([taken[name], fresh], 1) if name in taken else fresh
     return out
 
@@ -192,11 +192,9 @@ def without_data(adapters: list[Adapter], protected: Collection[int] = ()) -> li
 
 
 def _directions(delta: LayerDelta, weighted: bool = False) -> Tensor:
-    """Orthonormal input directions of a change [in, r], weighted by their energies if asked for; in float64."""
-    basis, upper = torch.linalg.qr(delta.down.double().mT)
-    up = delta.up.double() @ upper.mT
-    energies, vectors = torch.linalg.eigh(up.mT @ up)
-    return basis @ vectors * energies.clamp_min(0) if weighted else basis @ vectors
+    """Orthonormal input directions in which a change acts [in, r], or all, weighted by their energies; in float64"""
+    basis, energies = acting_directions(delta.down, delta.up)
+    return basis * energies if weighted else basis[:, energies > 0]
 
 
 def closed_form(

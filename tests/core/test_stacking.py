@@ -28,7 +28,7 @@ from seqlora_core.composition import (
     without_data,
 )
 from seqlora_core.errors import UserError
-from seqlora_core.interference import residual_energy
+from seqlora_core.interference import overlaps, residual_energy
 from seqlora_core.linalg import orthonormal_basis
 from seqlora_core.low_rank import factorised, truncated
 from seqlora_core.selection import selected
@@ -220,6 +220,20 @@ def test_magnitude_is_restored_on_request():
     out = project(adapters, "weights", wishes=Wishes("first", restore=True))
     for a, p in zip(adapters, out):
         assert energy_kept(a, p) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("order", ["symmetric", "first"])
+@pytest.mark.parametrize("rows", ["zero", "doubled", "unused"])
+def test_directions_in_which_an_adapter_does_nothing_are_nobodys(order, rows):
+    """As of files filled up to one rank, and of stacks that hold one LoRA twice"""
+    down, up = adapter(0).layers["l"].down, adapter(0).layers["l"].up
+    more = {"zero": (0 * down, 0 * up), "doubled": (down, up), "unused": (randn(7, *down.shape), 0 * up)}[rows]
+    wide = LayerDelta(torch.cat([down, more[0]]), torch.cat([up, more[1]], 1))
+    other, wishes = adapter(1), Wishes(order, frozenset([0]))
+    left = [dense(project([Adapter({"l": d}), other], "weights", wishes=wishes)[1]) for d in (LayerDelta(down, up), wide)]
+    assert torch.allclose(*left, atol=1e-10)
+    shared = [overlaps([d, other.layers["l"]]) for d in (LayerDelta(down, up), wide)]
+    assert torch.allclose(*shared)
 
 
 def test_equal_adapters_take_nothing_from_a_third():
