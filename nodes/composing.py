@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..seqlora_core.storage import Kept, stamp
 from .comfy_lora_files import Fitted, in_low_rank
 from .comfy_patches import Part
 from .comfy_weights import Weights
-from .folders import file_stamps, libraries_folder, library_folder, lora_file
+from .folders import file_stamps, libraries_folder, library_folder, lora_file, open_library
 from .loading import KEPT, Member, entry_file, load_members
 from .types import Entry, Stack
 
@@ -126,7 +127,16 @@ def _shares(members: list[Member], wishes: Wishes) -> list[float]:
 
 def that_acts(stack: Stack) -> Stack:
     """Without what has strength 0, which is not even read: nothing gives way to it.  As it is if all has that"""
-    return Stack([e for e in stack.entries if e.strength] or stack.entries)
+    return Stack([_as_concept(e) for e in stack.entries if e.strength] or stack.entries)
+
+
+def _as_concept(entry: Entry) -> Entry:
+    """A library's concept that was chosen among the files of models/loras, with what its library knows of it; others as they are"""
+    path = None if entry.library or entry.base else lora_file(entry.name)
+    if path and path.parent.parent == libraries_folder():
+        with contextlib.suppress(UserError):
+            return replace(entry, library=path.parent.name, name=open_library(path.parent.name).require(path.stem))
+    return entry
 
 
 def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str, strength: float) -> Fitted:

@@ -32,10 +32,12 @@ from seqlora_pack.nodes.concept import SeqLoRAConcept  # noqa: E402
 from seqlora_pack.nodes.interference_report import SeqLoRAInterferenceReport  # noqa: E402
 from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
 from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
-from seqlora_pack.seqlora_core.adapter import Adapter  # noqa: E402
+from seqlora_pack.seqlora_core.adapter import Adapter, LayerDelta  # noqa: E402
 from seqlora_pack.seqlora_core.calibration import Calibration  # noqa: E402
+from seqlora_pack.seqlora_core.concept import Concept  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.errors import UserError  # noqa: E402
+from seqlora_pack.seqlora_core.library import Library  # noqa: E402
 from seqlora_pack.seqlora_core.lora_moments import general_calibration, general_path, keep_moments  # noqa: E402
 from seqlora_pack.seqlora_core.statistics import Moments  # noqa: E402
 from seqlora_pack.seqlora_core.tensor_file import read_safetensors, write_safetensors  # noqa: E402
@@ -136,6 +138,20 @@ def in_pieces():
     return said
 
 
+def chosen():
+    """A concept of a library that was calibrated nowhere else, by its name and among all files: what stack and report say of it"""
+    name, said = weights.name_of[KEY], []
+    library = Library(folder / "seqlora" / "taught", weights.fingerprint, create=True)
+    layer = LayerDelta(torch.randn(4, 192, generator=generator), torch.randn(192, 4, generator=generator))
+    moments = Moments({name: torch.eye(192)})
+    library.add(Concept("octopus", "octzu", "animal", Adapter({name: layer}), moments, {}, torch.zeros(0), []))
+    for entry in (Entry("taught", "octopus"), Entry("", str(Path("seqlora", "taught", "octopus.safetensors")))):
+        stack = Stack([entry, Entry("", "one")])
+        _, _, triggers, report = SeqLoRAApplyStack.execute(model, clip, stack, "data", 1.0).args
+        said.append([triggers, report, SeqLoRAInterferenceReport.execute(stack, model=model, clip=clip).args[2]])
+    return said
+
+
 def general():
     """What is left of a LoRA by data, as a share: beside one that sees the same, and with what the base model sees of 5 and 50 times
     that kept where the command line keeps it, then where the nodes do"""
@@ -226,6 +242,7 @@ with torch.inference_mode():
         "bent": bent(),
         "elsewhere": elsewhere(),
         "in pieces": in_pieces(),
+        "chosen": chosen(),
         "general": general(),
     }
 found["records"] = records()

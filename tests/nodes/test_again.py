@@ -31,6 +31,11 @@ def test_the_report_on_a_lora_in_pieces_is_that_on_the_whole_and_what_is_off_cha
         assert said == [mode, pytest.approx(figures, rel=1e-4)], name
 
 
+def test_a_concept_of_a_library_is_the_same_chosen_among_all_files(found):
+    by_name, among_files = found["chosen"]
+    assert by_name == among_files and by_name[0] == "octzu animal, onezu thing" and '"mode": "data"' in by_name[2]
+
+
 def test_what_the_base_model_sees_is_found_where_the_command_line_keeps_it_too(found):
     assert found["general"] == pytest.approx([1 / 2, 1 / 7, 1 / 52], rel=0.02)
 
