@@ -19,7 +19,7 @@ from .comfy_weights import Weights
 from .composing import Composed, compose_stack
 from .folders import TakenOut
 from .loading import entry_file
-from .types import CATEGORY, StackType, advanced
+from .types import CATEGORY, MODEL, StackType, advanced
 
 TAKEN_OUT = TakenOut()  # a node has no state of its own
 
@@ -93,7 +93,8 @@ class SeqLoRASaveStack(io.ComfyNode):
         weights = Weights(model, clip) if model is not None else None
         wishes = Wishes(order, restore=restore, cap=cap or None)
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control, exact=True)
-        unread = next((m for m in composed.members if clip is None and m.fitted.unread_texts), None)
+        read = [m for m in composed.members if clip is None and m.entry.part != MODEL]
+        unread = next((m for m in read if m.fitted.unread_texts), None)
         if unread:
             raise UserError(
                 f"{unread.concept.name} changes the text encoder too, first {unread.fitted.unread_texts[0]}: connect the clip that it "

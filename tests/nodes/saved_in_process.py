@@ -26,7 +26,7 @@ from seqlora_pack.nodes.comfy_patches import StackPatch  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.nodes.composing import compose_stack  # noqa: E402
 from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
-from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
+from seqlora_pack.nodes.types import MODEL, Entry, Stack  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import LayerDelta  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 
@@ -103,6 +103,16 @@ def by_stock(name):
     return changes(*comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 1.0))
 
 
+def without_text():
+    """A LoRA of both of which only the model's part is wanted, saved without a clip: how far from that part"""
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    both = {f"{text}.lora_down.weight": randn(4, 64), f"{text}.lora_up.weight": randn(64, 4)}
+    save_file(plain() | both, folder / "both.safetensors")
+    wanted = Stack([Entry("", "both.safetensors", part=MODEL)])
+    SeqLoRASaveStack.execute(wanted, "saved", "sum", 1.0, True, model=model)
+    return away(by_stock("saved"), changes(*SeqLoRAApplyStack.execute(model, clip, wanted, "sum", 1.0).args[:2]))
+
+
 def in_a_padded_weight():
     """How far a change is from its own columns' in a weight that a patch before has made wider"""
     weight, layer = randn(6, 8), LayerDelta(randn(2, 5), randn(6, 2))
@@ -132,6 +142,7 @@ with torch.inference_mode():
         "stock": {n: away(applied(n), by_stock(n)) for n in others},
         "in a padded weight": in_a_padded_weight(),
         "in turns": max(map(in_turns, ("sum", "weights"))),
+        "without text": without_text(),
         "bias saved": away(saved("bias"), by_stock("bias")),
         "norm control": {m: v / float(by_stock("bias")[bias].norm()) for m, v in lengths.items()},
     }  # fmt: skip

@@ -30,8 +30,12 @@ def test_files_that_the_stock_loader_reads_are_read_alike(found):
     assert max(found["stock"].values()) < 1e-5
 
 
-def test_what_never_acts_at_the_same_time_does_not_give_way(found):
+def test_what_never_acts_at_the_same_time_does_not_give_way_and_is_not_divided(found):
     assert found["in turns"] < 1e-5
+
+
+def test_the_part_of_the_model_alone_is_saved_without_a_clip(found):
+    assert found["without text"] < 1e-5
 
 
 def test_changes_of_biases_alone_are_saved(found):
