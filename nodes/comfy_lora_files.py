@@ -19,7 +19,7 @@ from ..seqlora_core.errors import UserError
 from ..seqlora_core.live_prompts import is_text
 from ..seqlora_core.low_rank import factorised
 from ..seqlora_core.spelling import Factors, alpha_of, canonical, factors, other_kind
-from .comfy_patch_checks import DAMAGED, MAGNITUDE, check_patch, check_size, failure, rows_shape
+from .comfy_patch_checks import DAMAGED, check_patch, check_size, failure, reads_weight, rows_shape
 from .comfy_weights import Target, Weights, parts
 
 READ_PLAINLY = (".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm", ".alpha")  # keys that no weight adapter lists
@@ -60,7 +60,7 @@ class Fitted:
 
     def read_weights(self) -> list[str]:
         """Keys of the weights that decide what its patches change"""
-        return sorted({parts(target)[0] for target, patch in self.patches.items() if _reads_weight(patch)})
+        return sorted({parts(target)[0] for target, patch in self.patches.items() if reads_weight(patch)})
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,6 @@ def _exists(key: str, target: Target, shapes: dict) -> bool:
 def _is_whole_weight(patch) -> bool:
     """Of `.set_weight`: whatever the strength, ComfyUI puts all of it in the weight's place"""
     return isinstance(patch, tuple) and patch[0] == "set"
-
-
-def _reads_weight(patch) -> bool:
-    """Whether what a patch changes depends on the weight, as a DoRA's, an OFT's or a whole new weight's does"""
-    if type(patch) in MAGNITUDE:
-        return patch.weights[MAGNITUDE[type(patch)]] is not None
-    return not (isinstance(patch, tuple) and patch[0] == "diff")
 
 
 def in_low_rank(fitted: Fitted, weights: Weights, exact: bool = False, strength: float = 1.0) -> Fitted:

@@ -1,4 +1,4 @@
-"""Whether what ComfyUI has read of a LoRA file is whole and fits a weight, told before anything is patched."""
+"""Whether what ComfyUI has read of a LoRA file is whole and fits a weight, told before anything is patched; and what it rests on."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def _is_whole(patch, shape: tuple[int, ...]) -> bool:
         return False
     magnitude = patch.weights[MAGNITUDE[type(patch)]] if type(patch) in MAGNITUDE else None
     return magnitude is None or magnitude.numel() in (shape[0], math.prod(shape[1:]), shape[1])
+
+
+def reads_weight(patch) -> bool:
+    """Whether what a patch changes depends on the weight, as a DoRA's, an OFT's or a whole new weight's does"""
+    if type(patch) in MAGNITUDE:
+        return patch.weights[MAGNITUDE[type(patch)]] is not None
+    return not (isinstance(patch, tuple) and patch[0] == "diff")
 
 
 class _Errors(logging.Handler):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..seqlora_core.adapter import Adapter, LayerDelta
 from ..seqlora_core.errors import UserError
+from .comfy_patch_checks import reads_weight
 from .comfy_weights import Target, Weights
 
 
@@ -101,7 +102,7 @@ def patch_model(model, clip, parts: list[Part], weights: Weights):
     model, clip = model.clone(), clip.clone() if clip is not None else None
     hooks, texts = comfy.hooks.HookGroup(), False
     for (start, end), (own, joined) in made.items():
-        # those that look at the weight come first, so that they see it as it was
+        # so those that look at the weight see it as it was, whatever stands before them in the stack
         for strength, patches in [*own, (1.0, joined)]:
             if (start, end) != (0.0, 1.0):
                 hooks.add(_scheduled_hook(patches, strength, start, end))
@@ -118,7 +119,7 @@ def patch_model(model, clip, parts: list[Part], weights: Weights):
 
 
 def _patches(group: list[Part], weights: Weights, missing: list[str]):
-    """ComfyUI's own patches with their strengths, and one StackPatch a weight"""
+    """ComfyUI's own patches with their strengths, those that look at the weight first, and one StackPatch a weight"""
     joined: dict[str, list[tuple[float, LayerDelta]]] = {}
     for part in group:
         for name, delta in part.adapter.layers.items():
@@ -133,7 +134,12 @@ def _patches(group: list[Part], weights: Weights, missing: list[str]):
                     f"{list(shape)}: it was trained on another kind of model, load that one"
                 )
             joined.setdefault(key, []).append((part.strength, delta))
-    own = [(p.patch_strength, p.patches) for p in group if p.patches]
+    own = [
+        (part.patch_strength, patches)
+        for first in (True, False)
+        for part in group
+        if (patches := {t: p for t, p in part.patches.items() if reads_weight(p) == first})
+    ]
     return own, {key: StackPatch(deltas) for key, deltas in joined.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..seqlora_core.storage import Kept, stamp
 from .comfy_lora_files import Fitted, in_low_rank
 from .comfy_patches import Part
 from .comfy_weights import Weights
-from .folders import file_stamps, libraries_folder, library_folder, lora_file
+from .folders import file_stamps, libraries_folder, library_folder, lora_file, open_library
 from .loading import KEPT, Member, entry_file, load_members
 from .types import Entry, Stack
 
@@ -78,24 +79,17 @@ def compose_stack(
 
     exact: every change of a matrix becomes low-rank factors, for a file.  compared: what is nearly low-rank becomes so in mode
     "sum" too, as in the others, for a report.  With a new strength everything else is found kept.
-    What has strength 0 takes no part: nothing gives way to it.
     """
-    members, wishes, read = load_members(stack, weights), wishes or Wishes(), []
-    members = [m for m in members if m.entry.strength] or members
+    members, wishes, read = load_members(that_acts(stack), weights), wishes or Wishes(), []
     groups = by_file(members)
     if amount == 0 or (mode == "weights" and len(groups) == 1):  # nothing gives way, so nothing need become low-rank
         mode = "sum"
-    wishes = replace(wishes, protected=frozenset(n for n, g in enumerate(groups) if any(members[i].entry.protected for i in g)))
-    # what the projection divides by already norm control does not divide again; patches are not projected
-    of_adapters, of_patches = (
-        [s for _, s in sorted((i, share) for group, share in zip(groups, of_groups) for i in group)]
-        for of_groups in (
-            norm_shares(len(groups), how, amount, wishes) if norm_control else [1.0] * len(groups) for how in (mode, "sum")
-        )
-    )
+    protected = frozenset(n for n, g in enumerate(groups) if any(members[i].entry.protected for i in g))
+    wishes = replace(wishes, protected=protected, undivided=norm_control)
+    shares = _shares(members, wishes) if norm_control else [1.0] * len(members)
     readers = Counter(key for m in members for key in m.fitted.read_weights())
     projects = mode != "sum" or wishes.cap is not None
-    for member, share in zip(members, of_patches):
+    for member, share in zip(members, shares):
         if member.fitted.patches and (exact or compared or projects):
             strength = member.entry.strength * share
             read.append((weights.digest(member.fitted.read_weights()), member.fitted.bends_at(strength)))
@@ -111,13 +105,38 @@ def compose_stack(
     key = (*files, states, _general_state(members), mode, amount, wishes, exact, weights and weights.signature, tuple(read))
     projected = _projected.get(key, None, lambda: _project(members, mode, amount, wishes, exact))
     pieces = [
-        Part(m.concept.name, m.entry.strength, shared(a, own), m.fitted.patches, m.entry.start, m.entry.end, share)
-        for m, a, own, share in zip(members, projected, of_adapters, of_patches)
+        Part(m.concept.name, m.entry.strength, shared(a, share), m.fitted.patches, m.entry.start, m.entry.end, share)
+        for m, a, share in zip(members, projected, shares)
     ]
     if exact and projects:
         pieces = [_as_factors(piece, weights) for piece in pieces]
     chained = [key for key, count in readers.items() if count > 1]
     return Composed(members, pieces, unrecorded(members) if mode == "data" else "", chained)
+
+
+def _shares(members: list[Member], wishes: Wishes) -> list[float]:
+    """What norm control multiplies each entry by: those that never act at the same time do not count"""
+    shares, groups = [1.0] * len(members), by_file(members)
+    for some in _at_once(meeting(members)):
+        whole = [n for n, i in enumerate(some) if i in wishes.protected]
+        for i, share in zip(some, norm_shares(len(some), whole)):
+            for place in groups[i]:
+                shares[place] = share
+    return shares
+
+
+def that_acts(stack: Stack) -> Stack:
+    """Without what has strength 0, which is not even read: nothing gives way to it.  As it is if all has that"""
+    return Stack([_as_concept(e) for e in stack.entries if e.strength] or stack.entries)
+
+
+def _as_concept(entry: Entry) -> Entry:
+    """A library's concept that was chosen among the files of models/loras, with what its library knows of it; others as they are"""
+    path = None if entry.library or entry.base else lora_file(entry.name)
+    if path and path.parent.parent == libraries_folder():
+        with contextlib.suppress(UserError):
+            return replace(entry, library=path.parent.name, name=open_library(path.parent.name).require(path.stem))
+    return entry
 
 
 def _as_low_rank(member: Member, weights: Weights, exact: bool, read: str, strength: float) -> Fitted:

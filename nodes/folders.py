@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from glob import escape
 from pathlib import Path
 
@@ -79,6 +80,18 @@ def library_state(library: str) -> str:
         return str(stamp(library_folder(library) / "library.json") or "none")
     except UserError:
         return "none"
+
+
+class TakenOut:
+    """How often each thing was found gone that had been there at the look before"""
+
+    def __init__(self):
+        self.there, self.times = set(), Counter()
+
+    def look(self, what: tuple, there: bool) -> int:
+        self.times[what] += what in self.there and not there
+        (self.there.add if there else self.there.discard)(what)
+        return self.times[what]
 
 
 def pictures_folder(folder: str) -> Path:

@@ -1,17 +1,17 @@
 """Who disturbs whom, before any picture is drawn."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from comfy_api.latest import io, ui
 
-from ..seqlora_core.adapter import Adapter
+from ..seqlora_core.adapter import Adapter, is_token_table
 from ..seqlora_core.composition import MODES
 from ..seqlora_core.report import Report, interference_report
 from ..seqlora_core.report_picture import report_picture
 from .comfy_patches import Part
 from .comfy_weights import Weights
-from .composing import Composed, by_file, compose_stack, meeting, names_of, unrecorded
+from .composing import Composed, by_file, compose_stack, meeting, names_of, that_acts, unrecorded
 from .loading import load_members
 from .types import CATEGORY, StackType
 
@@ -48,7 +48,8 @@ class SeqLoRAInterferenceReport(io.ComfyNode):
     def execute(cls, stack, mode=AUTO, amount=1.0, model=None, clip=None) -> io.NodeOutput:
         weights = Weights(model, clip) if model is not None else None
         if mode == AUTO:
-            mode = "data" if all(m.concept.moments is not None for m in load_members(stack, weights)) else "weights"
+            known = all(m.concept.moments is not None for m in load_members(that_acts(stack), weights))
+            mode = "data" if known else "weights"
         composed = compose_stack(stack, mode, amount, weights=weights, compared=True)
         report = report_of(composed, mode)
         report.advice += dict.fromkeys(filter(None, [unrecorded(composed.members), *composed.notes(mode)]))
@@ -65,9 +66,10 @@ def report_of(composed: Composed, mode: str, times: float = 1.0) -> Report:
     firsts = [concepts[group[0]] for group in groups]
     names = names_of(firsts)
     moments = {n: c.moments for n, c in zip(names, firsts) if c.moments is not None}
-    strengths = [max((parts[i].strength for i in group), key=abs) for group in groups]
+    acting = [_at_most([parts[i] for i in group]) for group in groups]
+    strengths = [max((v for n, v in most.items() if not is_token_table(n)), key=abs, default=1.0) for most in acting]
     plain, projected = (
-        [_joined([(a[i], parts[i], top or 1.0) for i in group]) for group, top in zip(groups, strengths)]
+        [_joined([a[i] for i in group], most, top or 1.0) for group, most, top in zip(groups, acting, strengths)]
         # of a plain sum what norm control and the cap leave of each is what acts
         for a in ([(c if mode != "sum" else p).adapter for c, p in zip(concepts, parts)], [p.adapter for p in parts])
     )
@@ -75,17 +77,19 @@ def report_of(composed: Composed, mode: str, times: float = 1.0) -> Report:
     return interference_report(dict(zip(names, plain)), moments, strengths, projected, mode, asked, meeting(composed.members))
 
 
-def _joined(entries: list[tuple[Adapter, Part, float]]) -> Adapter:
-    """What several entries of one LoRA do, over its strength: of those that act in the same steps the sum, of others in each layer
-    the strongest"""
-    first = entries[0][0]
-    if len(entries) == 1:
-        return first
-    at_once: dict[tuple[float, float], dict[str, float]] = {}
-    layers = {n: d for adapter, *_ in entries for n, d in adapter.layers.items()}
-    for adapter, part, whole in entries:
-        sums = at_once.setdefault((part.start, part.end), {})
-        for name in adapter.layers:
-            sums[name] = sums.get(name, 0.0) + part.strength / whole
-    most = {n: max((sums.get(n, 0.0) for sums in at_once.values()), key=abs) for n in layers}
-    return Adapter({n: replace(d, up=d.up * most[n]) for n, d in layers.items()}, first.metadata)
+def _at_most(parts: list[Part]) -> dict[str, float]:
+    """Layer -> the strength at which the entries of one LoRA together change it, in the steps in which that is most"""
+    most: dict[str, float] = {}
+    for step in sorted({part.start for part in parts}):
+        now = [part for part in parts if part.start <= step < part.end]
+        for name in {n for part in now for n in part.adapter.layers}:
+            total = sum(part.strength for part in now if name in part.adapter.layers)
+            most[name] = max(most.get(name, 0.0), total, key=abs)
+    return most
+
+
+def _joined(adapters: list[Adapter], acting: dict[str, float], strength: float) -> Adapter:
+    """What several entries of one LoRA do together, over its strength"""
+    layers = {n: d for adapter in adapters for n, d in adapter.layers.items()}
+    made = {n: d if acting[n] == strength else d.scaled(acting[n] / strength) for n, d in layers.items()}
+    return Adapter(made, adapters[0].metadata)

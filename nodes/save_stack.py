@@ -17,7 +17,11 @@ from .comfy_patches import full_differences
 from .comfy_texts import Texts
 from .comfy_weights import Weights
 from .composing import Composed, compose_stack
-from .types import CATEGORY, StackType, advanced
+from .folders import TakenOut
+from .loading import entry_file
+from .types import CATEGORY, MODEL, StackType, advanced
+
+TAKEN_OUT = TakenOut()  # a node has no state of its own
 
 
 class SeqLoRASaveStack(io.ComfyNode):
@@ -58,6 +62,11 @@ class SeqLoRASaveStack(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, name, **_):
+        """Runs again if its file was taken out of models/loras, and not because this very node put it there"""
+        return name and TAKEN_OUT.look((name,), _file(name).exists())  # of a connected name there is no word yet
+
+    @classmethod
     def execute(
         cls,
         stack,
@@ -74,13 +83,18 @@ class SeqLoRASaveStack(io.ComfyNode):
         cap=0.0,
         embeddings=False,
     ) -> io.NodeOutput:
-        path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{safe_name(name, 'file name')}.safetensors"
+        path = _file(name)
         if path.exists() and not overwrite:
             raise UserError(f"{path.name} exists in models/loras: choose another name, or switch overwrite on")
+        if path.exists() and any(path.samefile(entry_file(e)) for e in stack.entries):
+            raise UserError(
+                f"{path.name} is one of the LoRAs of the stack: choose another name, else it would be lost, and be in itself next time"
+            )
         weights = Weights(model, clip) if model is not None else None
         wishes = Wishes(order, restore=restore, cap=cap or None)
         composed = compose_stack(stack, mode, amount, wishes, weights, norm_control, exact=True)
-        unread = next((m for m in composed.members if clip is None and m.fitted.unread_texts), None)
+        read = [m for m in composed.members if clip is None and m.entry.part != MODEL]
+        unread = next((m for m in read if m.fitted.unread_texts), None)
         if unread:
             raise UserError(
                 f"{unread.concept.name} changes the text encoder too, first {unread.fitted.unread_texts[0]}: connect the clip that it "
@@ -92,12 +106,13 @@ class SeqLoRASaveStack(io.ComfyNode):
         adapters = [p.adapter.scaled(p.strength) for p in composed.parts]
         adapter, lost = truncated(concatenate(adapters), rank or None)
         adapter.metadata = {
-            "seqlora.trigger": ", ".join(filter(None, (c.trigger for c in composed.concepts))),
+            "seqlora.trigger": ", ".join(filter(None, dict.fromkeys(c.trigger for c in composed.concepts))),
             "modelspec.title": "SeqLoRA stack",
         }
         extra, left = full_differences(composed.parts, weights)
         called = _embeddings(composed, clip, path.stem, overwrite) if embeddings else []
         save_adapter(path, adapter, extra=extra)
+        TAKEN_OUT.look((name,), True)
         said = f"saved {path.name}" + (f", {lost:.2%} of its energy lost to rank {rank}" if rank else "")
         if composed.chained:
             said += (
@@ -110,6 +125,10 @@ class SeqLoRASaveStack(io.ComfyNode):
         if called:
             said += f"; in prompts: {', '.join(called)}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(said))
+
+
+def _file(name: str) -> Path:
+    return Path(folder_paths.get_folder_paths("loras")[0]) / f"{safe_name(name, 'file name')}.safetensors"
 
 
 def _embeddings(composed: Composed, clip, name: str, overwrite: bool) -> list[str]:

@@ -1,7 +1,6 @@
 """Teach a library one more concept."""
 
 import logging
-from collections import Counter
 from dataclasses import replace
 
 import comfy.utils
@@ -19,26 +18,14 @@ from ..seqlora_core.teach import train_concept
 from .base_file import base_file
 from .comfy_cancel import Cancel
 from .comfy_denoiser import ComfyDenoiser
-from .folders import library_folder, open_library
+from .folders import TakenOut, library_folder, open_library
 from .types import CATEGORY, Entry, ImagesType, Options, OptionsType, Stack, StackType, advanced
 
 USE, AGAIN, ANEW = "use it", "train again", "start anew"
 PLANNED = 32  # concepts of a library, if nobody says how many
 
 
-class _TakenOut:
-    """How often each concept was found gone that had been there at the look before"""
-
-    def __init__(self):
-        self.there, self.times = set(), Counter()
-
-    def look(self, concept: tuple[str, str], there: bool) -> int:
-        self.times[concept] += concept in self.there and not there
-        (self.there.add if there else self.there.discard)(concept)
-        return self.times[concept]
-
-
-TAKEN_OUT = _TakenOut()  # a node has no state of its own
+TAKEN_OUT = TakenOut()  # a node has no state of its own
 
 
 class SeqLoRATrainConcept(io.ComfyNode):

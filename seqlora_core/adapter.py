@@ -70,6 +70,13 @@ class LayerDelta:
             return self
         return replace(self, down=self.down.float(), up=self.up.float())
 
+    def scaled(self, strength: float) -> LayerDelta:
+        """So many times this change; of factors of half precision, which would be rounded, when they are first read"""
+        down, up, scale = self.stored()
+        if {down.dtype, up.dtype} & set(HALVES):
+            return Unfolded(down, up, self.kernel, scale * strength)
+        return replace(self, up=self.up * strength)
+
     def by_channel(self, width: int) -> LayerDelta:
         """A convolution's change as one of its `width` input channels, each place of the kernel with outputs of its own:
         what it does where the places see unrelated inputs of one and the same moment.  Of equal energy; linear ones as they are.
@@ -97,7 +104,7 @@ def kernel_rows(rows: Tensor, rank: int) -> Tensor:
 
 
 class Unfolded(LayerDelta):
-    """As a file holds it: when a factor is first read both become float32 and what alpha says is folded into `up`.
+    """As a file holds it: when a factor is first read both become float32 and what alpha and strengths say is folded into `up`.
 
     Of a stack that is only added none is: a hundred files of many layers take less time to read, and less room.
     """
@@ -132,7 +139,7 @@ class Adapter:
 
     def scaled(self, strength: float) -> Adapter:
         """Every change times the strength, those of token tables too"""
-        return Adapter({n: replace(d, up=d.up * strength) for n, d in self.layers.items()}, self.metadata)
+        return Adapter({n: d.scaled(strength) for n, d in self.layers.items()}, self.metadata)
 
     def to(self, *args, **kwargs) -> Adapter:
         """All factors as `Tensor.to` makes them: on a device, in a dtype"""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .adapter import Adapter, LayerDelta, channel_rows, concatenate, kernel_rows
 from .errors import UserError
-from .linalg import nearest_frame, project_out, ridge, span
+from .linalg import acting_directions, nearest_frame, project_out, ridge, span
 from .sketch import RidgedInverse, Sketch, products
 from .spectrum import capped
 from .statistics import Moments
@@ -31,12 +31,14 @@ class Wishes:
     energy, each later one gives way to all before it.  protected: places in the stack that are left whole, the others give
     way.  restore: scale each projected adapter back to the energy it had, if a hundredth of that is left.  cap: singular values above so many times the
     median of an adapter's layers are cut before the projection (`spectrum.capped`), at least 1; not of protected ones.
+    undivided: `without_data` does not divide by their number's root, as norm control will (`norm_shares`).
     """
 
     order: str = "symmetric"
     protected: frozenset[int] = frozenset()
     restore: bool = False
     cap: float | None = None
+    undivided: bool = False
 
 
 def compose(
@@ -86,8 +88,9 @@ def project(
         if not wishes.cap >= 1:
             raise UserError(f"cap is {wishes.cap}: give a number of at least 1, such as 10")
         adapters = [a if i in wishes.protected else capped(a, wishes.cap) for i, a in enumerate(adapters)]
+    by_weights = symmetric if wishes.undivided else without_data
     if mode == "weights" and wishes.order == "symmetric":
-        projected = _with_token_tables(without_data, adapters, wishes.protected)
+        projected = _with_token_tables(by_weights, adapters, wishes.protected)
     elif mode == "weights":
         order = sequence(adapters, wishes.order)
         projected = _with_token_tables(gram_schmidt, adapters, order, wishes.protected)
@@ -98,7 +101,7 @@ def project(
             )
         if len(moments) != len(adapters):
             raise UserError(f"moments of {len(moments)} adapters for {len(adapters)}: give those of each")
-        projected = _with_token_tables(closed_form, adapters, moments, general, beta, wishes.protected)
+        projected = _with_token_tables(closed_form, adapters, moments, general, beta, wishes.protected, by_weights)
     else:
         projected = adapters
     mixed = [_mix(a, p, amount) for a, p in zip(adapters, projected)]
@@ -140,11 +143,11 @@ def gram_schmidt(adapters: list[Adapter], order: Iterable[int] | None = None, pr
     order = range(len(adapters)) if order is None else order
     for i in [*sorted(protected), *(i for i in order if i not in protected)]:
         for name, delta in adapters[i].layers.items():
-            free = project_out(delta.float().down.mT, taken.get(name))
+            free = project_out(delta.down.double().mT, taken.get(name))
             out[i].layers[name] = delta if i in protected else replace(delta, down=free.mT.to(delta.down.dtype))
             if not delta.acts:
                 continue
-            fresh = span(free, torch.linalg.matrix_norm(delta.down).item())
+            fresh = span(project_out(_directions(delta), taken.get(name)), 1.0)
             taken[name] = torch.cat([taken[name], fresh], 1) if name in taken else fresh
     return out
 
@@ -194,22 +197,20 @@ def without_data(adapters: list[Adapter], protected: Collection[int] = ()) -> li
 
 
 def _directions(delta: LayerDelta, weighted: bool = False) -> Tensor:
-    """Orthonormal input directions of a change [in, r], weighted by their energies if asked for; in float64."""
-    basis, upper = torch.linalg.qr(delta.down.double().mT)
-    up = delta.up.double() @ upper.mT
-    energies, vectors = torch.linalg.eigh(up.mT @ up)
-    return basis @ vectors * energies.clamp_min(0) if weighted else basis @ vectors
+    """Orthonormal input directions in which a change acts [in, r], or all, weighted by their energies; in float64"""
+    basis, energies = acting_directions(delta.down, delta.up)
+    return basis * energies if weighted else basis[:, energies > 0]
 
 
 def closed_form(
     adapters: list[Adapter], moments: list[Moments], general: Moments | None = None, beta: float = 1.0,
-    protected: Collection[int] = (),
+    protected: Collection[int] = (), by_weights: Callable[..., list[Adapter]] | None = None,
 ) -> list[Adapter]:  # fmt: skip
     """`D_i' = D_i S_i (S_i + beta (sum_{j != i} S_j + G) + ridge)^(-1)`; lora_up and rank stay.
 
     The minimiser, layer by layer, of what the projection changes on a concept's own inputs plus beta times what
     it does on everyone else's (one row of a RegMean solution, Jin et al. 2023).  Independent of order.  A layer in
-    which one adapter's inputs were not recorded is projected from the weights (`without_data`).  Sketched moments stay so.
+    which one adapter's inputs were not recorded is projected from the weights (`by_weights`, or `without_data`).  Sketched moments stay so.
     """
     out = [Adapter({}, a.metadata) for a in adapters]
     unseen = {n for a, m in zip(adapters, moments) for n in a.layers if n not in m.layers}
@@ -234,7 +235,7 @@ def closed_form(
             out[i].layers[name] = replace(delta, down=down.to(delta.down.dtype))
     if unseen:
         rest = [Adapter({n: d for n, d in a.layers.items() if n in unseen}) for a in adapters]
-        for fitted, other in zip(out, without_data(rest, protected)):
+        for fitted, other in zip(out, (by_weights or without_data)(rest, protected)):
             fitted.layers.update(other.layers)
     return out
 
@@ -270,13 +271,10 @@ def shared(adapter: Adapter, share: float) -> Adapter:
     return Adapter(adapter.layers | adapter.without_token_tables().scaled(share).layers, adapter.metadata)
 
 
-def norm_shares(count: int, mode: str = "sum", amount: float = 1.0, wishes: Wishes = Wishes()) -> list[float]:
-    """What norm control multiplies each of `count` adapters by after `project`: 1 of the protected ones, and of the others what
-    makes it one over the square root of their number, of which `without_data` has divided by its amount's part already."""
-    root = max(1, count - len(wishes.protected)) ** -0.5
-    divided = mode == "weights" and wishes.order == "symmetric" and not wishes.restore
-    share = root / (1 - amount + amount * root) if divided else root
-    return [1.0 if i in wishes.protected else share for i in range(count)]
+def norm_shares(count: int, protected: Collection[int] = ()) -> list[float]:
+    """What norm control multiplies each of `count` adapters by: 1 of the protected ones, of the others one over their number's root"""
+    root = max(1, count - len(protected)) ** -0.5
+    return [1.0 if i in protected else root for i in range(count)]
 
 
 def energy_kept(before: Adapter, after: Adapter) -> float:

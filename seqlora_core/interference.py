@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, LayerDelta
-from .linalg import orthonormal_basis, ridge
+from .linalg import acting_directions, ridge
 from .sketch import Sketch
 from .statistics import Moments
 
@@ -91,7 +91,7 @@ def _padded(matrix: Tensor, rows: int) -> Tensor:
 
 
 def overlaps(deltas: list[LayerDelta | None]) -> Tensor:
-    """[i, j]: mean squared cosine of the principal angles of the row spaces of lora_down i and j, as a multiple of chance.
+    """[i, j]: mean squared cosine of the principal angles of the input spaces of changes i and j, as a multiple of chance.
 
     In one layer; two random spaces give 1.  nan where either is None or does nothing.
     """
@@ -99,15 +99,15 @@ def overlaps(deltas: list[LayerDelta | None]) -> Tensor:
     places = [i for i, d in enumerate(deltas) if d is not None and d.acts]
     if not places:
         return out
-    downs = [deltas[i].down.mT for i in places]
-    bases: list[Tensor] = [None] * len(downs)
-    for rank in {d.shape[1] for d in downs}:  # those of one rank together: a hundred small ones take long one by one
-        alike = [n for n, d in enumerate(downs) if d.shape[1] == rank]
-        for n, basis in zip(alike, orthonormal_basis(torch.stack([downs[n] for n in alike]))):
-            bases[n] = basis
+    found: dict[int, Tensor] = {}
+    for shape in {tuple(deltas[i].up.shape) for i in places}:  # of one rank together: a hundred small ones take long one by one
+        alike = [i for i in places if deltas[i].up.shape == shape]
+        sides = (torch.stack([getattr(deltas[i], side) for i in alike]) for side in ("down", "up"))
+        found |= {i: basis[:, energies > 0] for i, basis, energies in zip(alike, *acting_directions(*sides))}
+    bases = [found[i] for i in places]
     ranks = torch.tensor([b.shape[1] for b in bases], dtype=torch.float64)
     owner = torch.repeat_interleave(torch.arange(len(bases)), ranks.long())
-    cosines = (lambda q: q.mT @ q)(torch.cat(bases, 1)).double().square()
+    cosines = (lambda q: q.mT @ q)(torch.cat(bases, 1)).square()
     sums = torch.zeros(len(bases), cosines.shape[1], dtype=torch.float64).index_add_(0, owner, cosines)
     sums = torch.zeros(len(bases), len(bases), dtype=torch.float64).index_add_(1, owner, sums)
     less, more = torch.minimum(ranks[:, None], ranks), torch.maximum(ranks[:, None], ranks)

@@ -34,6 +34,19 @@ def span(matrix: Tensor, scale: float, eps: float = 1e-5) -> Tensor:
     return u[:, s > eps * scale]
 
 
+def acting_directions(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal input directions [..., in, r] of changes `up @ down` and the energy of each [..., r], in float64.
+
+    The right singular vectors, from r x r products.  Rows of lora_down that are zero, that depend on others or that lora_up
+    does not use make directions that are any and have no energy.
+    """
+    basis, upper = torch.linalg.qr(down.double().mT)
+    up = up.double() @ upper.mT
+    energies, vectors = torch.linalg.eigh(up.mT @ up)
+    beyond_rounding = energies > 1e-12 * energies.amax(-1, keepdim=True)
+    return basis @ vectors, energies.where(beyond_rounding, 0.0)
+
+
 def nearest_frame(matrix: Tensor, eps: float = 1e-10) -> Tensor:
     """Polar factor of `[d, r]`: the orthonormal columns that are nearest to its own, all treated alike (Löwdin 1950).
 

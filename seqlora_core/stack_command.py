@@ -26,6 +26,7 @@ def _adapters(args):
         raise UserError("name LoRA files or give --library, one of the two")
     if args.library:
         opened = Library(args.library)
+        _check_apart(args.output, [opened.paths(name)[0] for name in opened.names])
         calibration = opened.calibration()
         return [(c.name, c.adapter, 1.0, c.moments) for c in opened.concepts()], calibration and calibration.moments
     names, out, general, ask = [], [], None, "give their model with --model, or use the node Save Stack with it"
@@ -35,6 +36,7 @@ def _adapters(args):
     twice = next((p for p, _ in files if [q.resolve() for q, _ in files].count(p.resolve()) > 1), None)
     if twice:
         raise UserError(f"{twice} is named twice: name it once, with one strength")
+    _check_apart(args.output, [path for path, _ in files])
     base = shared_base([path for path, _ in files])
     for path, strength in files:
         adapter, stats, moments = load_adapter(path), path.with_name(f"{path.stem}.stats.safetensors"), None
@@ -51,6 +53,12 @@ def _adapters(args):
     check_widths([name for name, *_ in out], adapters)
     general = general and moments_under(general, [n for a in adapters for n in a.layers])
     return [(name, a, strength, m) for (name, _, strength, _), a, m in zip(out, adapters, moments)], general
+
+
+def _check_apart(output: Path | None, files: list[Path]) -> None:
+    """UserError if what is written would take the place of what is read"""
+    if output is not None and output.exists() and any(path.exists() and path.samefile(output) for path in files):
+        raise UserError(f"{output} is one of the LoRAs themselves: name another file for the output, else it would be lost")
 
 
 def _known(parts: list, mode: str):
@@ -100,15 +108,17 @@ def stack(args):
     strangers = set(args.protect) - set(names)
     if strangers:
         raise UserError(f"no {sorted(strangers)[0]!r} in this stack to protect: its adapters are {', '.join(names)}")
-    wishes = Wishes(args.order, frozenset(i for i, n in enumerate(names) if n in args.protect), args.restore, args.cap)
+    whole = frozenset(i for i, n in enumerate(names) if n in args.protect)
+    wishes = Wishes(args.order, whole, args.restore, args.cap, args.norm_control)
     known = _known(parts, args.mode)
     left_out = unseen(adapters, known, names) if known and args.mode == "data" else ""
     projected = project(adapters, args.mode, args.amount, known, general, wishes=wishes)
+    if args.norm_control:
+        projected = [shared(p, share) for p, share in zip(projected, norm_shares(len(parts), whole))]
     kept = [energy_kept(a, p) for a, p in zip(adapters, projected)]
-    shares = norm_shares(len(parts), args.mode, args.amount, wishes) if args.norm_control else [1.0] * len(parts)
-    together = concatenate([shared(p, share).scaled(s) for p, (_, _, s, _), share in zip(projected, parts, shares)])
+    together = concatenate([p.scaled(s) for p, (_, _, s, _) in zip(projected, parts)])
     called = (", ".join(a.triggers) or trigger_of(a.metadata) for a in adapters)
-    together.metadata = {"seqlora.trigger": ", ".join(filter(None, called))}
+    together.metadata = {"seqlora.trigger": ", ".join(filter(None, dict.fromkeys(called)))}
     written, lost = truncated(together, args.rank)
     if args.diffusers:
         check_useful(args.output, written)

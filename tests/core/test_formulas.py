@@ -1,6 +1,7 @@
 """Every formula of subspaces, energies and projections against its plain definition, in float64."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -228,15 +229,18 @@ def test_norm_control_keeps_the_energy_of_unrelated_adapters():
 @pytest.mark.parametrize("amount", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("wishes", [Wishes(), Wishes(restore=True), Wishes("first"), Wishes(protected=frozenset({1}))])
 def test_norm_control_divides_once_whatever_else_is_asked_for(wishes, amount):
-    """Of adapters that read directions of their own each, in which the projection leaves all but its division"""
-    apart = torch.linalg.qr(randn(3, IN, 4 * R))[0].mT.split(R)
-    adapters = [Adapter({"l": LayerDelta(down, randn(i, OUT, R))}) for i, down in enumerate(apart[: IN // R])]
-    for mode in ("sum", "weights"):
-        shares = norm_shares(len(adapters), mode, amount, wishes)
-        found = [p.scaled(s) for p, s in zip(project(adapters, mode, amount, wishes=wishes), shares)]
-        for i, (before, after) in enumerate(zip(adapters, found)):
+    """Of adapters that read directions of their own each, in which the projection leaves all but its division; in layers that
+    one alone has too, and in mode data in those that nobody recorded"""
+    apart = torch.linalg.qr(randn(3, IN, 4 * R))[0].mT.split(R)[: IN // R]
+    adapters = [Adapter({n: LayerDelta(down, randn(i, OUT, R)) for n in ("l", f"only {i}")}) for i, down in enumerate(apart)]
+    wishes = replace(wishes, undivided=True)
+    for mode in ("sum", "weights", *(["data"] if wishes.order == "symmetric" else [])):
+        shares = norm_shares(len(adapters), wishes.protected)
+        projected = project(adapters, mode, amount, [Moments() for _ in adapters], wishes=wishes)
+        for i, (before, after, share) in enumerate(zip(adapters, projected, shares)):
             root = 1.0 if i in wishes.protected else (len(adapters) - len(wishes.protected)) ** -0.5
-            assert torch.allclose(after.layers["l"].dense(), root * before.layers["l"].dense(), atol=1e-6), (mode, i)
+            for n, d in after.layers.items():
+                assert torch.allclose(share * d.dense(), root * before.layers[n].dense(), atol=1e-6), (mode, i, n)
 
 
 def test_a_protected_adapter_is_left_whole_by_the_cap_too():

@@ -60,8 +60,17 @@ def test_a_stack_names_the_triggers_of_its_files(capsys, files, tmp_path):
     both = files("a", 1), files("b", 2)
     for path, metadata in zip(both, ({"seqlora.trigger": "octzu"}, {"modelspec.trigger_phrase": "ohwx man"})):
         save_adapter(path, Adapter(load_adapter(path).layers, metadata))
-    stacked(capsys, tmp_path, *both)
+    save_adapter(tmp_path / "c.safetensors", Adapter(load_adapter(both[0]).layers, {"seqlora.trigger": "octzu"}))
+    stacked(capsys, tmp_path, *both, tmp_path / "c.safetensors")
     assert load_adapter(tmp_path / "stacked.safetensors").triggers == ["octzu", "ohwx man"]
+
+
+@pytest.mark.parametrize("command", ["stack", "report"])
+def test_what_is_read_is_not_written_over(capsys, files, tmp_path, command):
+    a, b = files("a", 1), files("b", 2)
+    before = b.read_bytes()
+    code, _, err = run(capsys, command, a, b, "--output", tmp_path / "." / "b.safetensors")
+    assert code == 2 and "b.safetensors is one of the LoRAs themselves: name another file" in err and b.read_bytes() == before
 
 
 def test_a_file_that_is_named_twice_is_told(capsys, files, tmp_path):

@@ -16,9 +16,19 @@ from seqlora_core.adapter import (
     load_adapter,
     save_adapter,
 )
-from seqlora_core.composition import Wishes, closed_form, compose, energy_kept, gram_schmidt, project, symmetric, without_data
+from seqlora_core.composition import (
+    Wishes,
+    closed_form,
+    compose,
+    energy_kept,
+    gram_schmidt,
+    norm_controlled,
+    project,
+    symmetric,
+    without_data,
+)
 from seqlora_core.errors import UserError
-from seqlora_core.interference import residual_energy
+from seqlora_core.interference import overlaps, residual_energy
 from seqlora_core.linalg import orthonormal_basis
 from seqlora_core.low_rank import factorised, truncated
 from seqlora_core.selection import selected
@@ -186,6 +196,12 @@ def test_an_alpha_is_folded_when_lora_up_is_first_read_and_rounds_nothing(alpha)
     assert torch.equal(replace(found, kernel=()).up, whole) and torch.equal(found.float().down, down.float())
 
 
+def test_a_share_of_factors_in_half_precision_rounds_nothing():
+    half = Adapter({"l": LayerDelta(torch.randn(4, 6).bfloat16(), torch.randn(5, 4).bfloat16())})
+    share = norm_controlled([half, half])[0].layers["l"]
+    assert torch.equal(share.dense(), half.layers["l"].float().scaled(0.5**0.5).dense()) and share.rank == 4
+
+
 def test_what_is_left_of_a_twin_is_not_blown_up():
     """Of two equal LoRAs the second has nothing of its own: rounding is not scaled back to its energy"""
     twins = [Adapter({"l": delta(1)}), Adapter({"l": delta(1)})]
@@ -204,6 +220,20 @@ def test_magnitude_is_restored_on_request():
     out = project(adapters, "weights", wishes=Wishes("first", restore=True))
     for a, p in zip(adapters, out):
         assert energy_kept(a, p) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("order", ["symmetric", "first"])
+@pytest.mark.parametrize("rows", ["zero", "doubled", "unused"])
+def test_directions_in_which_an_adapter_does_nothing_are_nobodys(order, rows):
+    """As of files filled up to one rank, and of stacks that hold one LoRA twice"""
+    down, up = adapter(0).layers["l"].down, adapter(0).layers["l"].up
+    more = {"zero": (0 * down, 0 * up), "doubled": (down, up), "unused": (randn(7, *down.shape), 0 * up)}[rows]
+    wide = LayerDelta(torch.cat([down, more[0]]), torch.cat([up, more[1]], 1))
+    other, wishes = adapter(1), Wishes(order, frozenset([0]))
+    left = [dense(project([Adapter({"l": d}), other], "weights", wishes=wishes)[1]) for d in (LayerDelta(down, up), wide)]
+    assert torch.allclose(*left, atol=1e-10)
+    shared = [overlaps([d, other.layers["l"]]) for d in (LayerDelta(down, up), wide)]
+    assert torch.allclose(*shared)
 
 
 def test_equal_adapters_take_nothing_from_a_third():

@@ -6,6 +6,7 @@ argv: ComfyUI checkout, this pack, a folder for LoRAs, output file (JSON).
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,11 +30,14 @@ from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.nodes.composing import compose_stack  # noqa: E402
 from seqlora_pack.nodes.concept import SeqLoRAConcept  # noqa: E402
 from seqlora_pack.nodes.interference_report import SeqLoRAInterferenceReport  # noqa: E402
+from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
 from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
-from seqlora_pack.seqlora_core.adapter import Adapter  # noqa: E402
+from seqlora_pack.seqlora_core.adapter import Adapter, LayerDelta  # noqa: E402
 from seqlora_pack.seqlora_core.calibration import Calibration  # noqa: E402
+from seqlora_pack.seqlora_core.concept import Concept  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.errors import UserError  # noqa: E402
+from seqlora_pack.seqlora_core.library import Library  # noqa: E402
 from seqlora_pack.seqlora_core.lora_moments import general_calibration, general_path, keep_moments  # noqa: E402
 from seqlora_pack.seqlora_core.statistics import Moments  # noqa: E402
 from seqlora_pack.seqlora_core.tensor_file import read_safetensors, write_safetensors  # noqa: E402
@@ -86,7 +90,12 @@ def records():
     calibrate()
     before = fingerprints()
     path.unlink()
-    return {"said": said, "fingerprints": [a != b for a, b in zip(before, fingerprints())]}
+    stack, states = Stack([Entry("", "plain")]), []
+    for saved in (None, folder / "mine.safetensors"):
+        states.append(SeqLoRASaveStack.fingerprint_inputs("mine", overwrite=False))
+        SeqLoRASaveStack.execute(stack, "mine", "sum", 1.0, False) if saved is None else saved.unlink()
+    states.append(SeqLoRASaveStack.fingerprint_inputs("mine", overwrite=False))
+    return {"said": said, "fingerprints": [a != b for a, b in zip(before, fingerprints())], "saved": states}
 
 
 def elsewhere():
@@ -109,6 +118,37 @@ def elsewhere():
                 SeqLoRAApplyStack.execute(model, clip, stack, "data", 1.0)
             except UserError as error:
                 said["data"] = str(error)
+    return said
+
+
+def in_pieces():
+    """The report on two LoRAs, and on the same with the first in pieces that make the whole, and with one beside that is off and
+    was never calibrated: the mode, and what the projection leaves moved of each"""
+    whole, other = Entry("", "one"), Entry("", "two")
+    stacks = {
+        "whole": [whole],
+        "layers": [replace(whole, strength=0.4), replace(whole, strength=0.6, layers="*")],
+        "steps": [replace(whole, strength=0.5), replace(whole, strength=0.5, end=0.7)],
+        "off": [whole, Entry("", "dora", 0.0)],
+    }
+    said = {}
+    for name, entries in stacks.items():
+        data = json.loads(SeqLoRAInterferenceReport.execute(Stack([*entries, other]), model=model, clip=clip).args[2])
+        said[name] = [data["mode"], sum(data["crosstalk_after"], data["disturbance_after"])]
+    return said
+
+
+def chosen():
+    """A concept of a library that was calibrated nowhere else, by its name and among all files: what stack and report say of it"""
+    name, said = weights.name_of[KEY], []
+    library = Library(folder / "seqlora" / "taught", weights.fingerprint, create=True)
+    layer = LayerDelta(torch.randn(4, 192, generator=generator), torch.randn(192, 4, generator=generator))
+    moments = Moments({name: torch.eye(192)})
+    library.add(Concept("octopus", "octzu", "animal", Adapter({name: layer}), moments, {}, torch.zeros(0), []))
+    for entry in (Entry("taught", "octopus"), Entry("", str(Path("seqlora", "taught", "octopus.safetensors")))):
+        stack = Stack([entry, Entry("", "one")])
+        _, _, triggers, report = SeqLoRAApplyStack.execute(model, clip, stack, "data", 1.0).args
+        said.append([triggers, report, SeqLoRAInterferenceReport.execute(stack, model=model, clip=clip).args[2]])
     return said
 
 
@@ -201,6 +241,8 @@ with torch.inference_mode():
         "projected": projected(),
         "bent": bent(),
         "elsewhere": elsewhere(),
+        "in pieces": in_pieces(),
+        "chosen": chosen(),
         "general": general(),
     }
 found["records"] = records()

@@ -26,7 +26,7 @@ from seqlora_pack.nodes.comfy_patches import StackPatch  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
 from seqlora_pack.nodes.composing import compose_stack  # noqa: E402
 from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
-from seqlora_pack.nodes.types import Entry, Stack  # noqa: E402
+from seqlora_pack.nodes.types import MODEL, Entry, Stack  # noqa: E402
 from seqlora_pack.seqlora_core.adapter import LayerDelta  # noqa: E402
 from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 
@@ -85,9 +85,9 @@ def applied(*names, mode="sum", amount=1.0, **options):
 
 
 def in_turns(mode):
-    """Two that share the sampling but no step of it: how far each is from itself alone"""
+    """Two that share the sampling but no step of it, with norm control: how far each is from itself alone"""
     entries = [replace(e, start=i / 2, end=(i + 1) / 2) for i, e in enumerate(stack("plain", "other").entries)]
-    parts = compose_stack(Stack(entries), mode, 1.0, None, Weights(model, clip)).parts
+    parts = compose_stack(Stack(entries), mode, 1.0, None, Weights(model, clip), norm_control=True).parts
     own = [compose_stack(Stack([e]), "sum", 1.0, None, Weights(model, clip)).parts[0] for e in entries]
     pairs = [(p.adapter.layers[STEM], o.adapter.layers[STEM]) for p, o in zip(parts, own)]
     return max(float((p.dense() - o.dense()).norm() / o.dense().norm()) for p, o in pairs)
@@ -101,6 +101,16 @@ def saved(*names, mode="sum", **options):
 def by_stock(name):
     tensors = comfy.utils.load_torch_file(str(folder / f"{name}.safetensors"), safe_load=True)
     return changes(*comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 1.0))
+
+
+def without_text():
+    """A LoRA of both of which only the model's part is wanted, saved without a clip: how far from that part"""
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    both = {f"{text}.lora_down.weight": randn(4, 64), f"{text}.lora_up.weight": randn(64, 4)}
+    save_file(plain() | both, folder / "both.safetensors")
+    wanted = Stack([Entry("", "both.safetensors", part=MODEL)])
+    SeqLoRASaveStack.execute(wanted, "saved", "sum", 1.0, True, model=model)
+    return away(by_stock("saved"), changes(*SeqLoRAApplyStack.execute(model, clip, wanted, "sum", 1.0).args[:2]))
 
 
 def in_a_padded_weight():
@@ -126,12 +136,13 @@ with torch.inference_mode():
         "saved": {
             f"{mode} {name}": away(saved("plain", name, mode=mode), applied("plain", name, mode=mode))
             for mode in ("sum", "weights") for name in others
-        },
+        } | {"sum full, dora": away(saved("full", "dora"), applied("full", "dora"))},
         "amount 0": {n: away(applied("plain", n, mode="weights", amount=0.0), applied("plain", n)) for n in others},
         "alone": {n: away(applied(n, mode="weights"), applied(n)) for n in others},
         "stock": {n: away(applied(n), by_stock(n)) for n in others},
         "in a padded weight": in_a_padded_weight(),
-        "in turns": in_turns("weights"),
+        "in turns": max(map(in_turns, ("sum", "weights"))),
+        "without text": without_text(),
         "bias saved": away(saved("bias"), by_stock("bias")),
         "norm control": {m: v / float(by_stock("bias")[bias].norm()) for m, v in lengths.items()},
     }  # fmt: skip

@@ -24,6 +24,18 @@ def test_moments_of_another_checkpoint_do_not_count(found):
     assert here["mode"] == "data" and "from weights alone" not in here["report"]
 
 
+def test_the_report_on_a_lora_in_pieces_is_that_on_the_whole_and_what_is_off_changes_nothing(found):
+    mode, figures = found["in pieces"].pop("whole")
+    assert mode == "data" and len(found["in pieces"]) == 3
+    for name, said in found["in pieces"].items():
+        assert said == [mode, pytest.approx(figures, rel=1e-4)], name
+
+
+def test_a_concept_of_a_library_is_the_same_chosen_among_all_files(found):
+    by_name, among_files = found["chosen"]
+    assert by_name == among_files and by_name[0] == "octzu animal, onezu thing" and '"mode": "data"' in by_name[2]
+
+
 def test_what_the_base_model_sees_is_found_where_the_command_line_keeps_it_too(found):
     assert found["general"] == pytest.approx([1 / 2, 1 / 7, 1 / 52], rel=0.02)
 
@@ -43,6 +55,10 @@ def test_other_pictures_are_recorded_anew(found):
 
 def test_a_record_that_is_gone_changes_the_fingerprints(found):
     assert found["records"]["fingerprints"] == [True, True]
+
+
+def test_a_stack_is_saved_again_when_its_file_is_gone_and_not_because_it_was_written(found):
+    assert found["records"]["saved"] == [0, 0, 1]
 
 
 def test_a_change_of_the_checkpoint_is_seen_in_any_layer(found):

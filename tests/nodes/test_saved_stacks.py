@@ -16,8 +16,9 @@ def found(tmp_path_factory):
 
 
 def test_a_saved_stack_is_the_applied_one_for_every_kind_of_change(found):
-    """In mode 'weights' too, in which some are projected and others are summed as they are"""
-    assert len(found["saved"]) == 12 and max(found["saved"].values()) < 1e-4, found["saved"]
+    """In mode 'weights' too, in which some are projected and others are summed as they are; and where what looks at the weight
+    stands behind what changes it"""
+    assert len(found["saved"]) == 13 and max(found["saved"].values()) < 1e-4, found["saved"]
 
 
 def test_the_amount_0_is_the_plain_sum_and_one_lora_alone_is_left_as_it_is(found):
@@ -29,8 +30,12 @@ def test_files_that_the_stock_loader_reads_are_read_alike(found):
     assert max(found["stock"].values()) < 1e-5
 
 
-def test_what_never_acts_at_the_same_time_does_not_give_way(found):
+def test_what_never_acts_at_the_same_time_does_not_give_way_and_is_not_divided(found):
     assert found["in turns"] < 1e-5
+
+
+def test_the_part_of_the_model_alone_is_saved_without_a_clip(found):
+    assert found["without text"] < 1e-5
 
 
 def test_changes_of_biases_alone_are_saved(found):

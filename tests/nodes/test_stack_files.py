@@ -129,6 +129,9 @@ def test_a_saved_stack_is_one_plain_lora_for_the_stock_loader(server, folder):
     assert max(d.rank for d in less.layers.values()) == 3 and f"{share:.2%} of its energy lost to rank 3" in text
     with pytest.raises(Failed, match="exists in models/loras"):
         server.run(BASE | graph | save("4", "less", model=["1", 0]))
+    itself = {"2": concept("one"), "3": concept("one", "2", lora="less.safetensors")}
+    with pytest.raises(Failed, match="less.safetensors is one of the LoRAs of the stack: choose another name"):
+        server.run(BASE | itself | save("3", "less", overwrite=True))
 
 
 def test_a_stack_is_baked_into_a_checkpoint_by_comfyuis_own_node(server, folder):
