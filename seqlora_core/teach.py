@@ -12,7 +12,7 @@ from torch import Tensor
 from .adapter import is_token_table, json_metadata
 from .calibration import Calibration, calibrate, made_beside, picture_count, recipe
 from .captions import unread
-from .checkpoint import LIBRARY, Checkpoints
+from .checkpoint import FOLDER, LIBRARY, Checkpoints, begun_with
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
 from .denoiser import Denoiser, check_size
@@ -89,6 +89,8 @@ def train_concept(
             library.note = ""
         if alike is not None:
             early.append(f"the trigger {trigger!r} calls {alike!r} of this library too: use one of them at a time")
+        for other in (n for n in stopped_runs(library) if n != name):
+            early.append(f"the run of {other!r}, which was stopped, can go on no more once {name!r} is taught: finish it first")
         for note in early if tell else []:
             tell(note)
         run = _identity(library, name, [*references, *others_of_class], [*sets, *regularisation], trigger, config)
@@ -114,6 +116,12 @@ def train_concept(
         workers.wait()
         library.reload()
         return concept, result
+
+
+def stopped_runs(library: Library) -> list[str]:
+    """Whose runs were stopped before their concepts were whole, and can go on as long as the library stays as it is"""
+    begun = {path.name: begun_with(path).get(LIBRARY) for path in sorted(library.folder.glob(f"{FOLDER}/*"))}
+    return [name for name, state in begun.items() if state and state == library.state(name) and not library.whole(name)]
 
 
 def _size(pictures: Pictures) -> tuple[int, int]:

@@ -109,6 +109,7 @@ def _train(args, jobs: list[Job]) -> list[dict]:
     library = Library(args.library, model.fingerprint(), planned, create=True)
     for name in (job.name for job in jobs if job.name not in done_before):
         library.check_free(name, args.again or library.unfinished(name))
+    _check_order(library, jobs, configs, done_before)
     done = []
     for job, (config, options, checkpointing) in zip(jobs, configs):
         if job.name in done_before:
@@ -135,7 +136,8 @@ def _train(args, jobs: list[Job]) -> list[dict]:
                     checkpointing=checkpointing, template=options.caption, regularisation=regularisation, workers=workers,
                     tell=tell,
                 )  # fmt: skip
-            done.append(_told(args, library, concept, fit, config.steps, early) | {"pictures": notes})
+            again = "the same command goes on" if checkpointing.resume else "the same command goes on without --no-resume"
+            done.append(_told(args, library, concept, fit, config.steps, early, again) | {"pictures": notes})
             if shown:
                 try:
                     done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
@@ -162,6 +164,20 @@ def _done_before(args, base: str, jobs: list[Job], configs: list) -> set[str]:
     return {job.name for job in jobs if job.name in library.names and not library.unfinished(job.name)}
 
 
+def _check_order(library, jobs: list[Job], configs: list, done_before: set[str]) -> None:
+    """UserError if a run that was stopped would be gone on with only after others, with which it can go on no more"""
+    from .teach import stopped_runs
+
+    stopped, todo = stopped_runs(library), [job.name for job in jobs if job.name not in done_before]
+    resumed = [job.name for job, (*_, c) in zip(jobs, configs) if c.resume and job.name in stopped]
+    late = next((name for name in resumed if name in todo[1:]), None)
+    if late is not None:
+        raise UserError(
+            f"the run of {late!r} was stopped, and can go on no more once {todo[0]!r} is taught: put it before that in the recipe, or "
+            "begin it anew with --no-resume"
+        )
+
+
 def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, workers) -> tuple[list, list[str], list]:
     """A concept's pictures, what there is to say of them, and pictures of its class; UserError for whatever would be told of
     them or of the options once it is trained"""
@@ -181,12 +197,12 @@ def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, work
     return sets, notes + [f"regularisation: {note}" for note in more], regularisation
 
 
-def _told(args, library, concept, fit, steps: int, early: list[str]) -> dict:
-    """Says how a run ended; raises again what stopped it.  early: notes that were told before"""
+def _told(args, library, concept, fit, steps: int, early: list[str], again: str) -> dict:
+    """Says how a run ended; raises again what stopped it.  early: notes that were told before; again: how it goes on"""
     path, tell = library.paths(concept.name)[0], say(args)
     if len(fit.losses) < steps:
         kept = f"{concept.name} is kept as it was" if library.whole(concept.name) else f"what was trained is in {path}"
-        tell(f"stopped after {len(fit.losses)} of {steps} steps; {kept}; the same command goes on")
+        tell(f"stopped after {len(fit.losses)} of {steps} steps; {kept}; {again}")
         raise fit.stopped
     for note in fit.notes:
         if note not in early:

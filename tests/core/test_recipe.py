@@ -20,6 +20,8 @@ from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.recipe import read_recipe
 
+from ..reliability.toy import SIZE, ToyDenoiser, start
+
 ROOT = DEMO_FOLDER.parent
 CONCEPTS = (DEMO_FOLDER / "concepts").as_posix()
 QUICK = "use_decoys = false\nreplay_batch = 4\nbatch = 2\ncheckpoint_every = 1\n"
@@ -126,6 +128,40 @@ def test_a_recipe_trained_again_goes_on_beside_what_it_trained_anew(calibrated, 
     after = files(library)
     assert after["octopus.safetensors"] == first["octopus.safetensors"]
     assert after["bird.safetensors"] != whole["bird.safetensors"] and not library.checkpoints("bird").exists()
+
+
+def test_a_stopped_run_is_gone_on_with_before_what_it_could_not_go_on_after(tmp_path, capsys, monkeypatch):
+    model, edited = ToyDenoiser(), tmp_path / "edited.toml"
+    library, image = start(tmp_path / "l", model), Image.new("RGB", SIZE, "red")
+    monkeypatch.setattr(train_command, "open_model", lambda args: model)
+    monkeypatch.setattr(ToyDenoiser, "size", SIZE[0], raising=False)
+
+    def concepts(*names):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+            image.save(tmp_path / name / "a.png")
+        text = "".join(f'[[concept]]\nimages = "{n}"\ntrigger = "{n}zx"\nclass_noun = "thing"\n' for n in names)
+        edited.write_text(f'library = "l"\nsteps = 3\nrank = 2\n{QUICK}\n{text}', encoding="utf-8")
+        return ["train", "--recipe", str(edited)]
+
+    @contextlib.contextmanager
+    def stopping(name, steps, quiet):
+        def on_step(step):
+            raise KeyboardInterrupt
+
+        yield on_step
+
+    with monkeypatch.context() as m:
+        m.setattr(train_command, "bar", stopping)
+        assert main([*concepts("owl", "yak"), "--no-resume"]) == 2
+    assert "the same command goes on without --no-resume" in capsys.readouterr().out
+    before = files(library)
+    assert main(concepts("bee", "owl", "yak")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("seqlora: the run of 'owl' was stopped, and can go on no more once 'bee' is taught: put it before")
+    assert files(library) == before and library.unfinished("owl")
+    assert main(concepts("owl", "bee", "yak")) == 0
+    assert Library(library.folder).names == ["owl", "bee", "yak"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals to another process are POSIX")
