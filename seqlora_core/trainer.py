@@ -165,7 +165,8 @@ def fit(
             if workers.any(result.stopped is not None):
                 result.stopped = result.stopped or KeyboardInterrupt()
                 break
-        if checkpoints and result.stopped is not None and workers.first:
+        # of one that is done too: what follows may fail for want of memory or room, and would take all steps with it
+        if checkpoints and workers.first and len(result.losses) > done:
             with contextlib.suppress(UserError):  # of a full disk, which may be what stopped it
                 checkpoints.save(len(result.losses), progress.state())
     result.adapter = concept().to("cpu")
