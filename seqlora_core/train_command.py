@@ -126,7 +126,8 @@ def _train(args, jobs: list[Job]) -> list[dict]:
                 early.append(note)
                 say(args)(note)
 
-            with bar(job.name, config.steps, args.quiet) as on_step:
+            with bar(job.name, config.steps, args.quiet) as reported:
+                on_step = reported
                 if shown:
                     earlier = library.concepts(without=job.name, stored_moments=True)
                     preview = Preview(model, job.trigger, job.class_noun, earlier, tuple(sets[0].images.shape[1:3]))
@@ -138,6 +139,8 @@ def _train(args, jobs: list[Job]) -> list[dict]:
                 )  # fmt: skip
             again = "the same command goes on" if checkpointing.resume else "the same command goes on without --no-resume"
             done.append(_told(args, library, concept, fit, config.steps, early, again) | {"pictures": notes})
+            if getattr(reported, "asked", None):  # after the last step
+                raise KeyboardInterrupt
             if shown:
                 try:
                     done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
@@ -183,8 +186,8 @@ def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, work
     them or of the options once it is trained"""
     from .feasible import check_feasible
     from .pictures import load
-    from .references import captions_of_class, complete_captions
-    from .teach import cut_off
+    from .references import complete_captions
+    from .teach import class_captions, cut_off
 
     model.adapt_text(config.text_encoder, tokens=config.learn_trigger)
     check_feasible(model, config, workers)
@@ -192,8 +195,7 @@ def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, work
     texts = [complete_captions(s.captions, job.trigger, job.class_noun, options.caption, s.names) for s in sets]
     cut_off(model, sets, [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]], job.trigger)
     regularisation, more = load(job.regularisation, model.size, options, model) if job.regularisation else ([], [])
-    for some in regularisation:
-        captions_of_class(some.captions, job.trigger, job.class_noun, options.caption)
+    class_captions(regularisation, job.trigger, job.class_noun, options.caption, config)
     return sets, notes + [f"regularisation: {note}" for note in more], regularisation
 
 

@@ -160,6 +160,18 @@ def test_a_stopped_run_is_gone_on_with_before_what_it_could_not_go_on_after(tmp_
     error = capsys.readouterr().err
     assert error.startswith("seqlora: the run of 'owl' was stopped, and can go on no more once 'bee' is taught: put it before")
     assert files(library) == before and library.unfinished("owl")
+    add = Library.add
+
+    def interrupted(self, *given):
+        signal.raise_signal(signal.SIGINT)
+        add(self, *given)
+
+    with monkeypatch.context() as m:  # Ctrl-C after the last step: what is under way is finished, and nothing more begun
+        m.setattr(Library, "add", interrupted)
+        assert main(concepts("owl", "bee", "yak")) == 2
+    assert "owl: 3 steps, written to" in capsys.readouterr().out
+    library.reload()
+    assert library.names == ["owl"] and library.whole("owl") and not library.checkpoints("bee").exists()
     assert main(concepts("owl", "bee", "yak")) == 0
     assert Library(library.folder).names == ["owl", "bee", "yak"]
 
@@ -199,6 +211,8 @@ def test_pictures_of_the_class_are_told_of_and_must_not_call_the_trigger(calibra
     assert main(["train", *given]) == 2
     assert "the caption 'an octzu animal' of a regularisation picture has the trigger 'octzu'" in capsys.readouterr().err
     (tmp_path / "class" / "a.txt").write_text("an {class}", encoding="utf-8")
+    assert main(["train", *given, "--replay-weight", "0"]) == 2
+    assert "regularisation pictures are held by replay, which replay_weight 0 leaves out" in capsys.readouterr().err
     assert main(["train", *given]) == 0
     assert "regularisation: a.png: 32 x 32 became 64 x 64, enlarged 2.0 times" in capsys.readouterr().out
 
