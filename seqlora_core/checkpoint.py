@@ -31,7 +31,7 @@ LIBRARY = "the state of the library"
 OTHER = {
     "pictures": "pictures other than these, or masks or repeats: give it those",
     "captions": "captions other than these: give it those",
-    LIBRARY: f"{LIBRARY} before another concept was added, removed or trained anew: take that back",
+    LIBRARY: f"{LIBRARY} before concepts were added, removed, reordered or trained anew: take that back",
 }
 
 
