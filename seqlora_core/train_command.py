@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from textwrap import indent
 
 from .config import Checkpointing, PictureOptions, TrainingConfig
 from .errors import UserError
-from .options import DEFAULTS, add_options, build
+from .options import DEFAULTS, add_options, build, flag
 from .recipe import EXAMPLE, Job, read_recipe
 from .terminal import bar, open_model, say, usable_device
 
@@ -113,7 +114,8 @@ def _train(args, jobs: list[Job]) -> list[dict]:
     done = []
     for job, (config, options, checkpointing) in zip(jobs, configs):
         if job.name in done_before:
-            beside = ", and left as it is for a run that was stopped and goes on beside it" if args.again else ""
+            beside = ", and left as it is for a run that was stopped and goes on beside it"
+            beside = beside if args.again else _otherwise(library, job, config)
             say(args)(f"{job.name}: trained already{beside}")
             done.append({"name": job.name, "skipped": True})
         else:
@@ -165,6 +167,22 @@ def _done_before(args, base: str, jobs: list[Job], configs: list) -> set[str]:
         on = [bool(state) and state == library.state(job.name) for job, state in zip(jobs, begun)]
         jobs = jobs[: on.index(True) if True in on else 0]
     return {job.name for job in jobs if job.name in library.names and not library.unfinished(job.name)}
+
+
+def _otherwise(library, job: Job, config: TrainingConfig) -> str:
+    """What a concept that is there was trained with other than it is asked for now, as the end of a sentence"""
+    from .tensor_file import read_metadata
+
+    asked = {"trigger": job.trigger, "class_noun": job.class_noun}
+    asked |= {name: getattr(config, name) for name in job.options if hasattr(config, name)}
+    said: dict[str, str] = {}
+    with contextlib.suppress(UserError):  # of a damaged file, which is told where it is needed
+        said = read_metadata(library.paths(job.name)[0])
+    pairs = {name: (said.get(f"seqlora.{name}", str(value)), str(value)) for name, value in asked.items()}
+    other = [
+        f"{flag(n).replace('-', '_')} {was or 'none'}, not {now or 'none'}" for n, (was, now) in pairs.items() if was != now
+    ]
+    return f", with {'; '.join(other)}: --again trains it anew" if other else ""
 
 
 def _check_order(library, jobs: list[Job], configs: list, done_before: set[str]) -> None:

@@ -173,7 +173,17 @@ def test_a_stopped_run_is_gone_on_with_before_what_it_could_not_go_on_after(tmp_
     library.reload()
     assert library.names == ["owl"] and library.whole("owl") and not library.checkpoints("bee").exists()
     assert main(concepts("owl", "bee", "yak")) == 0
-    assert Library(library.folder).names == ["owl", "bee", "yak"]
+    assert Library(library.folder).names == ["owl", "bee", "yak"] and "yak: trained already" not in capsys.readouterr().out
+    edited.write_text(
+        edited.read_text(encoding="utf-8").replace('"owlzx"', '"owlvo"').replace("rank = 2", "rank = 2\nlambda = 1"),
+        encoding="utf-8",
+    )
+    assert main(["train", "--recipe", str(edited), "--steps", "4"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == [
+        "owl: trained already, with trigger owlzx, not owlvo; steps 3, not 4: --again trains it anew",
+        "bee: trained already, with steps 3, not 4: --again trains it anew",
+    ]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals to another process are POSIX")
