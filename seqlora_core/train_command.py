@@ -194,8 +194,8 @@ def _check_order(library, jobs: list[Job], configs: list, done_before: set[str])
     late = next((name for name in resumed if name in todo[1:]), None)
     if late is not None:
         raise UserError(
-            f"the run of {late!r} was stopped, and can go on no more once {todo[0]!r} is taught: put it before that in the recipe, or "
-            "begin it anew with --no-resume"
+            f"the run of {late!r} was stopped, and can go on no more once {todo[0]!r} is taught: put it before that in the "
+            "recipe, or begin it anew with --no-resume"
         )
 
 
