@@ -98,8 +98,8 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
 
 
 def _basis_and_up(concept: Concept, layer: str, metric: subspace.Metric) -> tuple[Tensor, Tensor]:
-    """The concept's basis, of one that was trained in another metric what its lora_down is in this one; and lora_up as it acts on
-    it, that of one that was refitted in other lengths"""
+    """The concept's basis, of one that was trained in another metric what its lora_down is in this one; and lora_up as it acts
+    on it, that of one that was refitted in other lengths"""
     delta, basis = concept.adapter.layers[layer], concept.bases[layer]
     here = metric.basis(delta.down)
     if project_out(here, basis).norm() > ROUNDED * here.norm():
