@@ -31,7 +31,7 @@ LIBRARY = "the state of the library"
 OTHER = {
     "pictures": "pictures other than these, or masks or repeats: give it those",
     "captions": "captions other than these: give it those",
-    LIBRARY: f"{LIBRARY} before another concept was added, removed or trained anew: take that back",
+    LIBRARY: f"{LIBRARY} before concepts were added, removed, reordered or trained anew: take that back",
 }
 
 
@@ -60,7 +60,9 @@ class Checkpoints:
         metadata = {"format": str(FORMAT), "run": json.dumps(self.run), "state": json.dumps(outline)}
         path = self.folder / f"step-{number:06d}{SUFFIX}"
         write_safetensors(path, tensors, metadata)
-        for old in self._files()[: -self.keep] if self.resume else set(self._files()) - {path}:
+        # those after this one could not be read, or the run would have gone on from them
+        kept = [p for p in self._files() if p <= path][-self.keep :] if self.resume else [path]
+        for old in set(self._files()) - set(kept):
             old.unlink(missing_ok=True)
         self.resume = True
 

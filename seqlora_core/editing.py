@@ -48,7 +48,11 @@ def rename(library: Library, old: str, new: str) -> None:
     concept, names = library.load(old), library.names
     order = library.manifest["concepts"][names.index(old)]["order"]
     library.check_free(new)
+    if library.unfinished(new):
+        raise UserError(f"a run of {new!r} was stopped before its end: finish it first, or use another name")
     library.add(replace(concept, name=new), order=order)
+    if library.checkpoints(old).exists():  # its stopped run goes on under the new name
+        library.checkpoints(old).rename(library.checkpoints(new))
     library.remove(old)
     library.reorder([new if name == old else name for name in names])
 

@@ -106,7 +106,9 @@ class Objective:
         for numbers in alike.values():
             together = [batches[n] for n in numbers]
             noised, sigma = (torch.cat([getattr(b, k) for b in together]) for k in ("noised", "sigma"))
-            prediction = self.denoiser.predict(noised, sigma, Conditioning.cat([b.conditioning for b in together]))
+            prediction = noised  # of many processes some have no row of a small batch, and most models cannot be given none
+            if len(noised):
+                prediction = self.denoiser.predict(noised, sigma, Conditioning.cat([b.conditioning for b in together]))
             for number, part in zip(numbers, prediction.split([len(b.noised) for b in together])):
                 out[number] = part
         return out

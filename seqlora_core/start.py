@@ -17,6 +17,7 @@ from .sketch import Operator, Sketch
 from .statistics import Moments, average
 
 TOUCHED = 0.1  # cosine from which a direction counts as a concept's
+ROUNDED = 1e-3  # share of a basis that may lie beside what its lora_down says
 
 
 def others_moments(general: Moments, decoy: Moments | None, earlier: list[Concept], config: TrainingConfig) -> Moments:
@@ -47,8 +48,9 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
         if config.orthogonal:
             rank = subspace.rank_limit(site.in_features, config.planned, rank)
             held = [c for c in earlier if site.name in c.bases and site.name in c.adapter.layers]
-            bases = [c.bases[site.name] for c in held]
-            taken, shared = subspace.occupied_basis(bases, [_up_on_basis(c, site.name, metric) for c in held], rank)
+            found = [_basis_and_up(c, site.name, metric) for c in held]
+            bases = [basis for basis, _ in found]
+            taken, shared = subspace.occupied_basis(bases, [up for _, up in found], rank)
             ranks[site.in_features] = rank
             if shared is not None:
                 losers = [c.name for c, b in zip(held, bases) if (b.mT @ shared).norm() > TOUCHED]
@@ -95,10 +97,14 @@ def starting_groups(denoiser, seen, others, earlier, calibration, config, genera
     return groups, notes
 
 
-def _up_on_basis(concept: Concept, layer: str, metric: subspace.Metric) -> Tensor:
-    """lora_up as it acts on the concept's basis, of which lora_down is made; that of one that was refitted in other lengths"""
-    delta = concept.adapter.layers[layer]
-    return delta.up @ (concept.bases[layer].mT @ metric.basis(delta.down)).mT
+def _basis_and_up(concept: Concept, layer: str, metric: subspace.Metric) -> tuple[Tensor, Tensor]:
+    """The concept's basis, of one that was trained in another metric what its lora_down is in this one; and lora_up as it acts
+    on it, that of one that was refitted in other lengths"""
+    delta, basis = concept.adapter.layers[layer], concept.bases[layer]
+    here = metric.basis(delta.down)
+    if project_out(here, basis).norm() > ROUNDED * here.norm():
+        basis = orthonormal_basis(here)
+    return basis, delta.up @ (basis.mT @ here).mT
 
 
 def _plan(config: TrainingConfig, earlier: int, ranks: dict[int, int]) -> list[str]:

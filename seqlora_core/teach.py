@@ -12,7 +12,7 @@ from torch import Tensor
 from .adapter import is_token_table, json_metadata
 from .calibration import Calibration, calibrate, made_beside, picture_count, recipe
 from .captions import unread
-from .checkpoint import LIBRARY, Checkpoints
+from .checkpoint import FOLDER, LIBRARY, Checkpoints, begun_with
 from .concept import Concept, References
 from .config import Checkpointing, TrainingConfig, settings
 from .denoiser import Denoiser, check_size
@@ -69,8 +69,8 @@ def train_concept(
             _check_pictures(some)
             check_size(denoiser, _size(some))
         texts = [complete_captions(s.captions, trigger, class_noun, template, s.names) for s in sets]
-        of_class = [captions_of_class(s.captions, trigger, class_noun, template) for s in regularisation]
         config = replace(config or TrainingConfig(), planned=library.planned)
+        of_class = class_captions(regularisation, trigger, class_noun, template, config)
         _check_kept(texts[0][: config.keep_latents])
         others = library.concepts(without=name, stored_moments=True)
         learnt = any(is_token_table(layer) for c in others for layer in c.adapter.layers)
@@ -89,6 +89,8 @@ def train_concept(
             library.note = ""
         if alike is not None:
             early.append(f"the trigger {trigger!r} calls {alike!r} of this library too: use one of them at a time")
+        for other in (n for n in stopped_runs(library) if n != name):
+            early.append(f"the run of {other!r}, which was stopped, can go on no more once {name!r} is taught: finish it first")
         for note in early if tell else []:
             tell(note)
         run = _identity(library, name, [*references, *others_of_class], [*sets, *regularisation], trigger, config)
@@ -97,7 +99,7 @@ def train_concept(
         kept = slice(0, config.keep_latents)
         result.notes += early
         result.adapter.metadata = _metadata(
-            denoiser, name, f"{trigger} {class_noun}".strip(), every, references[0].size, others, config, result
+            denoiser, name, f"{trigger} {class_noun}".strip(), every, references[0].size, others, result
         )  # fmt: skip
         concept = Concept(
             name, trigger, class_noun, result.adapter, result.moments, result.bases, references[0].latents[kept], texts[0][kept]
@@ -114,6 +116,24 @@ def train_concept(
         workers.wait()
         library.reload()
         return concept, result
+
+
+def stopped_runs(library: Library) -> list[str]:
+    """Whose runs were stopped before their concepts were whole, and can go on as long as the library stays as it is"""
+    begun = {path.name: begun_with(path).get(LIBRARY) for path in sorted(library.folder.glob(f"{FOLDER}/*"))}
+    return [name for name, state in begun.items() if state and state == library.state(name) and not library.whole(name)]
+
+
+def class_captions(
+    sets: list[Pictures], trigger: str, class_noun: str, template: str, config: TrainingConfig
+) -> list[list[str]]:  # fmt: skip
+    """Of pictures of the class, set by set; UserError if they would do nothing, or keep the concept from being learnt"""
+    if sets and not config.replay_weight:
+        raise UserError(
+            "regularisation pictures are held by replay, which replay_weight 0 leaves out: give it a weight, such as "
+            f"{TrainingConfig.replay_weight:g}, or leave the pictures out"
+        )
+    return [captions_of_class(s.captions, trigger, class_noun, template) for s in sets]
 
 
 def _size(pictures: Pictures) -> tuple[int, int]:
@@ -212,8 +232,10 @@ def _identity(
     }
 
 
-def _metadata(denoiser, name, phrase, texts, size, others, config: TrainingConfig, result) -> dict[str, str]:
+def _metadata(denoiser, name, phrase, texts, size, others, result: Fit) -> dict[str, str]:
     """What the file says of how it was trained; the library adds what it knows"""
+    config = result.config
+    orthogonal = config.orthogonal and bool(result.bases)  # of a trigger alone there are none
     metric = "in the metric of the base model's layer inputs" if config.whitened else "in the plain metric"
     said = {
         "ss_tag_frequency": shortened(tag_frequency(name, texts, phrase), phrase),
@@ -221,8 +243,8 @@ def _metadata(denoiser, name, phrase, texts, size, others, config: TrainingConfi
         "seqlora.steps_done": str(len(result.losses)),
         "seqlora.curves": curves(result.losses, result.energies),
         "seqlora.constraint": {
-            "lora_down": f"orthogonal {metric}" if config.orthogonal else "free",
-            "to": [c.name for c in others] if config.orthogonal else [],
+            "lora_down": f"orthogonal {metric}" if orthogonal else "free",
+            "to": [c.name for c in others] if orthogonal else [],
         },
     }
     return (

@@ -60,7 +60,8 @@ def bar(name: str, steps: int, quiet: bool = False):
     """Function to call after each step: a progress bar, and the place where Ctrl-C (or SIGTERM) ends a run.
 
     The bar appears with the first step, so that an error before it stands alone.  From then on a signal lets the step
-    finish and ends the run with KeyboardInterrupt; a second one ends it where it is.
+    finish and ends the run with KeyboardInterrupt; a second one ends it where it is.  After the last step it leaves `asked`
+    of the function not empty.
     """
     from tqdm import tqdm
 
@@ -81,6 +82,7 @@ def bar(name: str, steps: int, quiet: bool = False):
         if asked:
             raise KeyboardInterrupt
 
+    on_step.asked = asked
     try:
         yield on_step
     finally:

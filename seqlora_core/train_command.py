@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from textwrap import indent
 
 from .config import Checkpointing, PictureOptions, TrainingConfig
 from .errors import UserError
-from .options import DEFAULTS, add_options, build
+from .options import DEFAULTS, add_options, build, flag
 from .recipe import EXAMPLE, Job, read_recipe
 from .terminal import bar, open_model, say, usable_device
 
@@ -110,10 +111,12 @@ def _train(args, jobs: list[Job]) -> list[dict]:
     library = Library(args.library, model.fingerprint(), planned, create=True)
     for name in (job.name for job in jobs if job.name not in done_before):
         library.check_free(name, args.again or library.unfinished(name))
+    _check_order(library, jobs, configs, done_before)
     done = []
     for job, (config, options, checkpointing) in zip(jobs, configs):
         if job.name in done_before:
-            beside = ", and left as it is for a run that was stopped and goes on beside it" if args.again else ""
+            beside = ", and left as it is for a run that was stopped and goes on beside it"
+            beside = beside if args.again else _otherwise(library, job, config)
             say(args)(f"{job.name}: trained already{beside}")
             done.append({"name": job.name, "skipped": True})
         else:
@@ -126,7 +129,8 @@ def _train(args, jobs: list[Job]) -> list[dict]:
                 early.append(note)
                 say(args)(note)
 
-            with bar(job.name, config.steps, args.quiet) as on_step:
+            with bar(job.name, config.steps, args.quiet) as reported:
+                on_step = reported
                 if shown:
                     earlier = library.concepts(without=job.name, stored_moments=True)
                     preview = Preview(model, job.trigger, job.class_noun, earlier, tuple(sets[0].images.shape[1:3]))
@@ -136,7 +140,10 @@ def _train(args, jobs: list[Job]) -> list[dict]:
                     checkpointing=checkpointing, template=options.caption, regularisation=regularisation, workers=workers,
                     tell=tell,
                 )  # fmt: skip
-            done.append(_told(args, library, concept, fit, config.steps, early) | {"pictures": notes})
+            again = "the same command goes on" if checkpointing.resume else "the same command goes on without --no-resume"
+            done.append(_told(args, library, concept, fit, config.steps, early, again) | {"pictures": notes})
+            if getattr(reported, "asked", None):  # after the last step
+                raise KeyboardInterrupt
             if shown:
                 try:
                     done[-1]["shown"] = shown.after(model, library, job.name, sets[0].images)
@@ -163,13 +170,43 @@ def _done_before(args, base: str, jobs: list[Job], configs: list) -> set[str]:
     return {job.name for job in jobs if job.name in library.names and not library.unfinished(job.name)}
 
 
+def _otherwise(library, job: Job, config: TrainingConfig) -> str:
+    """What a concept that is there was trained with other than it is asked for now, as the end of a sentence"""
+    from .tensor_file import read_metadata
+
+    asked = {"trigger": job.trigger, "class_noun": job.class_noun}
+    asked |= {name: getattr(config, name) for name in job.options if hasattr(config, name)}
+    said: dict[str, str] = {}
+    with contextlib.suppress(UserError):  # of a damaged file, which is told where it is needed
+        said = read_metadata(library.paths(job.name)[0])
+    pairs = {name: (said.get(f"seqlora.{name}", str(value)), str(value)) for name, value in asked.items()}
+    other = [
+        f"{flag(n).replace('-', '_')} {was or 'none'}, not {now or 'none'}" for n, (was, now) in pairs.items() if was != now
+    ]
+    return f", with {'; '.join(other)}: --again trains it anew" if other else ""
+
+
+def _check_order(library, jobs: list[Job], configs: list, done_before: set[str]) -> None:
+    """UserError if a run that was stopped would be gone on with only after others, with which it can go on no more"""
+    from .teach import stopped_runs
+
+    stopped, todo = stopped_runs(library), [job.name for job in jobs if job.name not in done_before]
+    resumed = [job.name for job, (*_, c) in zip(jobs, configs) if c.resume and job.name in stopped]
+    late = next((name for name in resumed if name in todo[1:]), None)
+    if late is not None:
+        raise UserError(
+            f"the run of {late!r} was stopped, and can go on no more once {todo[0]!r} is taught: put it before that in the "
+            "recipe, or begin it anew with --no-resume"
+        )
+
+
 def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, workers) -> tuple[list, list[str], list]:
     """A concept's pictures, what there is to say of them, and pictures of its class; UserError for whatever would be told of
     them or of the options once it is trained"""
     from .feasible import check_feasible
     from .pictures import load
-    from .references import captions_of_class, complete_captions
-    from .teach import cut_off
+    from .references import complete_captions
+    from .teach import class_captions, cut_off
 
     model.adapt_text(config.text_encoder, tokens=config.learn_trigger)
     check_feasible(model, config, workers)
@@ -177,17 +214,16 @@ def _read(model, job: Job, config: TrainingConfig, options: PictureOptions, work
     texts = [complete_captions(s.captions, job.trigger, job.class_noun, options.caption, s.names) for s in sets]
     cut_off(model, sets, [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]], job.trigger)
     regularisation, more = load(job.regularisation, model.size, options, model) if job.regularisation else ([], [])
-    for some in regularisation:
-        captions_of_class(some.captions, job.trigger, job.class_noun, options.caption)
+    class_captions(regularisation, job.trigger, job.class_noun, options.caption, config)
     return sets, notes + [f"regularisation: {note}" for note in more], regularisation
 
 
-def _told(args, library, concept, fit, steps: int, early: list[str]) -> dict:
-    """Says how a run ended; raises again what stopped it.  early: notes that were told before"""
+def _told(args, library, concept, fit, steps: int, early: list[str], again: str) -> dict:
+    """Says how a run ended; raises again what stopped it.  early: notes that were told before; again: how it goes on"""
     path, tell = library.paths(concept.name)[0], say(args)
     if len(fit.losses) < steps:
         kept = f"{concept.name} is kept as it was" if library.whole(concept.name) else f"what was trained is in {path}"
-        tell(f"stopped after {len(fit.losses)} of {steps} steps; {kept}; the same command goes on")
+        tell(f"stopped after {len(fit.losses)} of {steps} steps; {kept}; {again}")
         raise fit.stopped
     for note in fit.notes:
         if note not in early:

@@ -57,8 +57,10 @@ class Step:
 
 @dataclass
 class Fit:
-    """adapter, bases and moments of the concept; curves: what each step reported.  stopped: what ended it early."""
+    """adapter, bases and moments of the concept; curves: what each step reported.  stopped: what ended it early.  config: its
+    options as they were used."""
 
+    config: TrainingConfig
     adapter: Adapter
     bases: dict[str, Tensor]
     moments: Moments
@@ -116,7 +118,7 @@ def fit(
                 spent = replay.moved(attachment, torch.Generator().manual_seed(config.seed), SPENT_DRAWS) / active.count
         budget = Budget(config.drift_budget, replay.base_loss(), config.planned, LOOK_EVERY, spent)
         notes += budget.notes(active.count)
-    result = Fit(Adapter({}), {}, Moments(), notes=notes)
+    result = Fit(config, Adapter({}), {}, Moments(), notes=notes)
     replay.decoy_moments = seen = others = None  # the start has used them: they would only take room from here on
     progress = Progress(groups, lower, upper, learnt, generator, objective, budget, result)
     done = progress.resume(checkpoints) if checkpoints else 0
@@ -165,7 +167,8 @@ def fit(
             if workers.any(result.stopped is not None):
                 result.stopped = result.stopped or KeyboardInterrupt()
                 break
-        if checkpoints and result.stopped is not None and workers.first:
+        # of one that is done too: what follows may fail for want of memory or room, and would take all steps with it
+        if checkpoints and workers.first and len(result.losses) > done:
             with contextlib.suppress(UserError):  # of a full disk, which may be what stopped it
                 checkpoints.save(len(result.losses), progress.state())
     result.adapter = concept().to("cpu")

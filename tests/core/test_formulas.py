@@ -23,7 +23,7 @@ from seqlora_core.interference import (
     whitened_energy,
 )
 from seqlora_core.linalg import orthonormal_basis, ridge
-from seqlora_core.start import _up_on_basis, others_moments, starting_groups
+from seqlora_core.start import _basis_and_up, others_moments, starting_groups
 from seqlora_core.statistics import Moments
 
 IN, OUT, R = 16, 12, 3
@@ -156,7 +156,17 @@ def test_lora_up_on_the_basis_says_what_a_refitted_concept_does():
     metric, basis = subspace.Metric.of(moment_of(anisotropic(3))), orthonormal_basis(randn(4, IN, R))
     change = LayerDelta(randn(5, R, R) @ metric.down(basis), randn(6, OUT, R))
     concept = Concept("one", "", "", Adapter({"l": change}), None, {"l": basis}, torch.zeros(0), [])
-    assert torch.allclose(_up_on_basis(concept, "l", metric) @ metric.down(basis), change.dense())
+    assert torch.allclose(_basis_and_up(concept, "l", metric)[1] @ metric.down(basis), change.dense())
+
+
+def test_a_concept_of_another_metric_holds_what_its_lora_down_is_in_this_one():
+    """Such as one trained without whitening, beside one with it"""
+    metric, basis = subspace.Metric.of(moment_of(anisotropic(3))), orthonormal_basis(randn(4, IN, R))
+    change = LayerDelta(basis.mT, randn(6, OUT, R))
+    held, up = _basis_and_up(
+        Concept("one", "", "", Adapter({"l": change}), None, {"l": basis}, torch.zeros(0), []), "l", metric
+    )
+    assert torch.allclose(held.mT @ held, torch.eye(R).to(held)) and torch.allclose(up @ metric.down(held), change.dense())
 
 
 def test_sum_is_concatenation():

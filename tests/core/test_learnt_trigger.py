@@ -1,5 +1,6 @@
 """The trigger's own embeddings: what is learnt of them, what they touch, and what every way of stacking does with them."""
 
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -197,6 +198,8 @@ def test_the_trigger_alone_is_learnt_beside_concepts_that_have_layers(own, taugh
     alone = replace(CONFIG, layers="@trigger", steps=20)
     concept, fit = learn(own, taught, subjects["fox"], alone)
     assert list(concept.adapter.layers) == [TABLE] and concept.bases == {} and len(fit.losses) == 20
+    said = concept.adapter.metadata
+    assert said["seqlora.replay_weight"] == "0.0" and json.loads(said["seqlora.constraint"]) == {"lora_down": "free", "to": []}
     assert sum(fit.losses[-5:]) < sum(fit.losses[:5])
     prompts = ["a castle", *(f"a {subjects[name].trigger} animal" for name in ("octopus", "fox"))]
     moved, bare = prediction(own, concept.adapter, prompts), prediction(own, None, prompts)

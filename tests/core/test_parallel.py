@@ -15,6 +15,9 @@ from seqlora_core.demo_model import DEMO_FOLDER
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.parallel import Workers
+from seqlora_core.teach import train_concept
+
+from ..reliability.toy import CHANNELS, ToyDenoiser, start
 
 # of three replayed pictures one process has two.  SGD first: Adam divides its first steps by next to nothing and so enlarges
 # rounding, with seed 0 to 2.5 % of one layer, with 1, 2 and 3 to 0.5 % or less
@@ -70,6 +73,31 @@ class Two(Workers):
     def __init__(self, index):
         super().__init__()
         self.count, self.index = 2, index
+
+
+class OfSizes(ToyDenoiser):
+    """Latents of an eighth of the picture's side; as most models it cannot be given none"""
+
+    def latent_shape(self, size):
+        return CHANNELS, size[0] // 8, size[1] // 8
+
+    def encode_images(self, images):
+        return torch.nn.functional.interpolate(super().encode_images(images), self.latent_shape(images.shape[1:3])[1:])
+
+    def predict(self, noised, sigma, conditioning):
+        assert len(noised)
+        return super().predict(noised, sigma, conditioning)
+
+
+def test_a_process_may_have_no_row_of_a_replayed_batch_of_another_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(Two, "average", lambda self, tensors: None)
+    monkeypatch.setattr(Two, "any", lambda self, here: here)
+    monkeypatch.setattr(Two, "wait", lambda self: None)
+    model = OfSizes()
+    library, images = start(tmp_path / "l", model), torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    config = TrainingConfig(steps=2, batch=2, replay_batch=2)
+    _, fit = train_concept(model, library, images, "fox", "foxzx", config=config, workers=Two(1))
+    assert len(fit.losses) == 2
 
 
 def test_each_takes_its_rows_and_what_cannot_be_shared_is_told():

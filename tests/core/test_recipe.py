@@ -20,6 +20,8 @@ from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.recipe import read_recipe
 
+from ..reliability.toy import SIZE, ToyDenoiser, start
+
 ROOT = DEMO_FOLDER.parent
 CONCEPTS = (DEMO_FOLDER / "concepts").as_posix()
 QUICK = "use_decoys = false\nreplay_batch = 4\nbatch = 2\ncheckpoint_every = 1\n"
@@ -128,6 +130,62 @@ def test_a_recipe_trained_again_goes_on_beside_what_it_trained_anew(calibrated, 
     assert after["bird.safetensors"] != whole["bird.safetensors"] and not library.checkpoints("bird").exists()
 
 
+def test_a_stopped_run_is_gone_on_with_before_what_it_could_not_go_on_after(tmp_path, capsys, monkeypatch):
+    model, edited = ToyDenoiser(), tmp_path / "edited.toml"
+    library, image = start(tmp_path / "l", model), Image.new("RGB", SIZE, "red")
+    monkeypatch.setattr(train_command, "open_model", lambda args: model)
+    monkeypatch.setattr(ToyDenoiser, "size", SIZE[0], raising=False)
+
+    def concepts(*names):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+            image.save(tmp_path / name / "a.png")
+        text = "".join(f'[[concept]]\nimages = "{n}"\ntrigger = "{n}zx"\nclass_noun = "thing"\n' for n in names)
+        edited.write_text(f'library = "l"\nsteps = 3\nrank = 2\n{QUICK}\n{text}', encoding="utf-8")
+        return ["train", "--recipe", str(edited)]
+
+    @contextlib.contextmanager
+    def stopping(name, steps, quiet):
+        def on_step(step):
+            raise KeyboardInterrupt
+
+        yield on_step
+
+    with monkeypatch.context() as m:
+        m.setattr(train_command, "bar", stopping)
+        assert main([*concepts("owl", "yak"), "--no-resume"]) == 2
+    assert "the same command goes on without --no-resume" in capsys.readouterr().out
+    before = files(library)
+    assert main(concepts("bee", "owl", "yak")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("seqlora: the run of 'owl' was stopped, and can go on no more once 'bee' is taught: put it before")
+    assert files(library) == before and library.unfinished("owl")
+    add = Library.add
+
+    def interrupted(self, *given):
+        signal.raise_signal(signal.SIGINT)
+        add(self, *given)
+
+    with monkeypatch.context() as m:  # Ctrl-C after the last step: what is under way is finished, and nothing more begun
+        m.setattr(Library, "add", interrupted)
+        assert main(concepts("owl", "bee", "yak")) == 2
+    assert "owl: 3 steps, written to" in capsys.readouterr().out
+    library.reload()
+    assert library.names == ["owl"] and library.whole("owl") and not library.checkpoints("bee").exists()
+    assert main(concepts("owl", "bee", "yak")) == 0
+    assert Library(library.folder).names == ["owl", "bee", "yak"] and "yak: trained already" not in capsys.readouterr().out
+    edited.write_text(
+        edited.read_text(encoding="utf-8").replace('"owlzx"', '"owlvo"').replace("rank = 2", "rank = 2\nlambda = 1"),
+        encoding="utf-8",
+    )
+    assert main(["train", "--recipe", str(edited), "--steps", "4"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == [
+        "owl: trained already, with trigger owlzx, not owlvo; steps 3, not 4: --again trains it anew",
+        "bee: trained already, with steps 3, not 4: --again trains it anew",
+    ]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals to another process are POSIX")
 def test_ctrl_c_keeps_what_was_trained(calibrated, tmp_path):
     library = calibrated("l")
@@ -163,6 +221,8 @@ def test_pictures_of_the_class_are_told_of_and_must_not_call_the_trigger(calibra
     assert main(["train", *given]) == 2
     assert "the caption 'an octzu animal' of a regularisation picture has the trigger 'octzu'" in capsys.readouterr().err
     (tmp_path / "class" / "a.txt").write_text("an {class}", encoding="utf-8")
+    assert main(["train", *given, "--replay-weight", "0"]) == 2
+    assert "regularisation pictures are held by replay, which replay_weight 0 leaves out" in capsys.readouterr().err
     assert main(["train", *given]) == 0
     assert "regularisation: a.png: 32 x 32 became 64 x 64, enlarged 2.0 times" in capsys.readouterr().out
 

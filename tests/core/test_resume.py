@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from seqlora_core.adapter import load_adapter
-from seqlora_core.checkpoint import SUFFIX
+from seqlora_core.checkpoint import SUFFIX, Checkpoints
 from seqlora_core.config import Checkpointing, TrainingConfig
+from seqlora_core.editing import rename
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
 from seqlora_core.pictures import Pictures
@@ -103,6 +104,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(model, subjects, begin
     assert contents(library) == contents(whole)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_the_one_that_is_kept(tmp_path):
+    run = Checkpoints(tmp_path, {}, every=1, keep=1)
+    run.save(2, {"at": torch.tensor(2)})
+    (tmp_path / f"step-000005{SUFFIX}").write_bytes(b"cut short")
+    assert run.latest()[0] == 2
+    run.save(3, {"at": torch.tensor(3)})
+    assert run.latest()[0] == 3 and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("change", ["learning_rate", "steps", "pictures", "library"])
 def test_a_run_begun_otherwise_is_not_gone_on_with(model, subjects, begin, change):
     library, s = begin("l"), newly(subjects["octopus"])
@@ -183,6 +193,53 @@ def test_a_whole_concept_stays_until_the_one_trained_anew_is_whole(tmp_path):
     _, fit = teach_toy(model, library, "fox", 1, replace_existing=True, on_step=stop_at(4))  # the last: it is whole then
     teach_toy(model, straight, "fox", 1)
     assert fit.stopped is not None and files(library) == files(straight) and not library.checkpoints("fox").exists()
+
+
+def test_a_run_that_fails_only_when_it_is_saved_is_not_trained_once_more(tmp_path, monkeypatch):
+    """As for want of memory or room: its last step is kept, and the next call only saves it"""
+    model, steps, move = ToyDenoiser(), [], os.replace
+    library, straight = (start(tmp_path / name, model) for name in ("full", "straight"))
+
+    def full(source, target):
+        if str(target).endswith("fox.stats.safetensors.new"):
+            raise OSError(28, "No space left on device")
+        return move(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        teach_toy(model, library, "fox")
+    monkeypatch.undo()
+    assert library.names == [] and library.unfinished("fox")
+    _, fit = teach_toy(model, library, "fox", on_step=steps.append)
+    teach_toy(model, straight, "fox")
+    assert steps == [] and len(fit.losses) == 4 and not library.checkpoints("fox").exists()
+    assert [p.read_bytes() for p in library.paths("fox")] == [p.read_bytes() for p in straight.paths("fox")]
+
+
+def test_a_stopped_run_goes_on_under_its_concepts_new_name_and_is_told_of_before_another_is_taught(tmp_path):
+    model = ToyDenoiser()
+    library = start(tmp_path / "toy", model)
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    teach_toy(model, library, "fox", on_step=stop)
+    told = "the run of 'fox', which was stopped, can go on no more once 'owl' is taught: finish it first"
+    _, fit = teach_toy(model, library, "owl", on_step=stop)
+    assert told in fit.notes
+    library.remove("owl")
+    (library.checkpoints("yak")).mkdir(parents=True)
+    (library.checkpoints("yak") / f"step-000001{SUFFIX}").touch()
+    with pytest.raises(UserError, match="a run of 'yak' was stopped before its end"):
+        rename(library, "fox", "yak")
+    rename(library, "fox", "cub")
+    assert library.names == ["cub"] and library.unfinished("cub") and not library.checkpoints("fox").exists()
+    images = torch.rand(4, *SIZE, 3, generator=torch.Generator().manual_seed(0))
+    config, steps = TrainingConfig(rank=2, steps=4, batch=2, replay_batch=2), []
+    _, fit = train_concept(model, library, images, "cub", "foxzx", "thing", config=config, on_step=steps.append)
+    assert steps[0].number == 2 and not library.unfinished("cub")
+    _, fit = teach_toy(model, library, "owl")
+    assert not any("was stopped" in note for note in fit.notes)
 
 
 def test_what_others_say_beside_their_tensors_is_no_other_state(tmp_path):
