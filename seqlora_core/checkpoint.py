@@ -84,6 +84,9 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove them all: the run is done, or given up"""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.parent.name == FOLDER:
+            with contextlib.suppress(OSError):  # where those of other concepts are
+                self.folder.parent.rmdir()
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"step-*{SUFFIX}"))
