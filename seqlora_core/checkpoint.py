@@ -83,10 +83,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove them all: the run is done, or given up"""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.folder.parent.name == FOLDER:
-            with contextlib.suppress(OSError):  # where those of other concepts are
-                self.folder.parent.rmdir()
+        remove_run(self.folder)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"step-*{SUFFIX}"))
@@ -101,6 +98,13 @@ class Checkpoints:
                     f"the unfinished run of {self.folder.name!r}, stopped after step {number}, began with {what}, or start anew, with "
                     f"--no-resume or, in ComfyUI, with if_trained 'start anew'{keep}"
                 )
+
+
+def remove_run(folder: Path) -> None:
+    """All checkpoints of a concept's run, LIBRARY/.checkpoints/NAME; and .checkpoints with the last of them"""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # where there are runs of other concepts
+        folder.parent.rmdir()
 
 
 def begun_with(folder: Path) -> dict[str, str]:

@@ -204,13 +204,13 @@ def _directions(delta: LayerDelta, weighted: bool = False) -> Tensor:
 
 def closed_form(
     adapters: list[Adapter], moments: list[Moments], general: Moments | None = None, beta: float = 1.0,
-    protected: Collection[int] = (), by_weights: Callable[..., list[Adapter]] | None = None,
+    protected: Collection[int] = (), by_weights: Callable[..., list[Adapter]] = without_data,
 ) -> list[Adapter]:  # fmt: skip
     """`D_i' = D_i S_i (S_i + beta (sum_{j != i} S_j + G) + ridge)^(-1)`; lora_up and rank stay.
 
     The minimiser, layer by layer, of what the projection changes on a concept's own inputs plus beta times what
     it does on everyone else's (one row of a RegMean solution, Jin et al. 2023).  Independent of order.  A layer in
-    which one adapter's inputs were not recorded is projected from the weights (`by_weights`, or `without_data`).  Sketched moments stay so.
+    which one adapter's inputs were not recorded is projected from the weights (`by_weights`).  Sketched moments stay so.
     """
     out = [Adapter({}, a.metadata) for a in adapters]
     unseen = {n for a, m in zip(adapters, moments) for n in a.layers if n not in m.layers}
@@ -235,7 +235,7 @@ def closed_form(
             out[i].layers[name] = replace(delta, down=down.to(delta.down.dtype))
     if unseen:
         rest = [Adapter({n: d for n, d in a.layers.items() if n in unseen}) for a in adapters]
-        for fitted, other in zip(out, (by_weights or without_data)(rest, protected)):
+        for fitted, other in zip(out, by_weights(rest, protected)):
             fitted.layers.update(other.layers)
     return out
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from . import manifest
 from .adapter import check_useful, save_adapter
 from .calibration import FILE, Calibration
-from .checkpoint import FOLDER, SUFFIX
+from .checkpoint import FOLDER, SUFFIX, remove_run
 from .concept import Concept
 from .concept_files import holds_concepts, is_whole, lora_metadata, read_concept, write_concept_statistics
 from .config import TrainingConfig
@@ -279,7 +278,7 @@ class Library:
             self._entry(name)
             cost = self.cost(name)
             self._change("remove", name, [c for c in self.manifest["concepts"] if c["name"] != name])
-            shutil.rmtree(self.checkpoints(name), ignore_errors=True)
+            remove_run(self.checkpoints(name))
         return f"removed {name}; its directions are free for the next concept{cost}"
 
     def cost(self, name: str) -> str:

@@ -115,8 +115,8 @@ def _train(args, jobs: list[Job]) -> list[dict]:
     done = []
     for job, (config, options, checkpointing) in zip(jobs, configs):
         if job.name in done_before:
-            beside = ", and left as it is for a run that was stopped and goes on beside it"
-            beside = beside if args.again else _otherwise(library, job, config)
+            left = ", and left as it is for a run that was stopped and goes on beside it"
+            beside = left if args.again else _otherwise(library, job, config)
             say(args)(f"{job.name}: trained already{beside}")
             done.append({"name": job.name, "skipped": True})
         else:
