@@ -81,10 +81,6 @@ class Checkpoints:
             return number, _restored(json.loads(metadata["state"]), tensors)
         return None
 
-    def clear(self) -> None:
-        """Remove them all: the run is done, or given up"""
-        remove_run(self.folder)
-
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"step-*{SUFFIX}"))
 

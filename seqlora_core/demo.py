@@ -123,10 +123,13 @@ def train_series(model, subjects: list[Subject], library: Library, config: Train
     for subject in subjects:
         start = time.perf_counter()
         with bar(subject.name, config.steps) if bar else contextlib.nullcontext() as on_step:
-            concept, _ = train_concept(
+            _, fit = train_concept(
                 model, library, subject.images, subject.name, subject.trigger, subject.class_noun,
                 subject.references.captions, config, on_step,
             )  # fmt: skip
+        stopped = fit.stopped or (KeyboardInterrupt() if getattr(on_step, "asked", None) else None)  # after the last step
+        if stopped is not None:
+            raise stopped
         say(f"{subject.name}: taught in {time.perf_counter() - start:.0f} s")
     return [c.adapter for c in library.concepts()]
 

@@ -127,7 +127,8 @@ class Library:
             yield
 
     def settle(self) -> None:
-        """Finish the change that the manifest names, if it names one; done twice it is done once."""
+        """Finish the change that the manifest names, if it names one; done twice it is done once.  The run of a concept that is
+        whole now, or gone, ends with it: nothing is left to go on with."""
         pending = self.manifest.get("pending", {})
         for kind, name in pending.items():
             for path in self.paths(name):
@@ -135,6 +136,8 @@ class Library:
                     path.unlink(missing_ok=True)
                 elif _aside(path).exists():
                     os.replace(_aside(path), path)
+            if kind == "remove" or self.whole(name):
+                remove_run(self.checkpoints(name))
         if pending:
             sync_folder(self.folder)
             self.rewrite({k: v for k, v in self.manifest.items() if k != "pending"})
@@ -278,7 +281,6 @@ class Library:
             self._entry(name)
             cost = self.cost(name)
             self._change("remove", name, [c for c in self.manifest["concepts"] if c["name"] != name])
-            remove_run(self.checkpoints(name))
         return f"removed {name}; its directions are free for the next concept{cost}"
 
     def cost(self, name: str) -> str:

@@ -111,8 +111,6 @@ def train_concept(
                 library.add(concept, replace_existing or unfinished)
                 if again:
                     result.notes.append(f"{name} was trained anew, beside all others{again}")
-            if done:
-                checkpoints.clear()
         workers.wait()
         library.reload()
         return concept, result

@@ -1,5 +1,6 @@
 """The command line as a user runs it."""
 
+import contextlib
 import csv
 import io
 import json
@@ -14,6 +15,8 @@ from PIL import Image
 
 from seqlora_core.adapter import Adapter, load_adapter
 from seqlora_core.cli import main
+from seqlora_core.config import TrainingConfig
+from seqlora_core.demo import train_series
 from seqlora_core.demo_model import DEMO_FOLDER
 from seqlora_core.errors import UserError
 from seqlora_core.library import Library
@@ -263,6 +266,23 @@ def test_demo_writes_everything(capsys, tmp_path, monkeypatch):
         assert Image.open(output / f"{name}.png").width > 400
     for name in ("octopus", "penguin"):
         assert (output / "library" / f"{name}.safetensors").exists() and (output / "ordinary" / f"{name}.safetensors").exists()
+
+
+@pytest.mark.parametrize("when", ["at a step", "after the last"])
+def test_demo_ends_where_it_is_stopped(when, model, subjects, new_library, tmp_path):
+    @contextlib.contextmanager
+    def bar(name, steps):
+        def on_step(step):
+            if when == "at a step":
+                raise KeyboardInterrupt
+
+        on_step.asked = [2] if when == "after the last" else []
+        yield on_step
+
+    library, config = new_library(tmp_path / "l"), TrainingConfig(steps=2, batch=2, replay_batch=2, use_decoys=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_series(model, list(subjects.values()), library, config, print, bar)
+    assert library.names == ["octopus"]
 
 
 def test_demo_leaves_a_library_that_is_not_its_own(capsys, folder, tmp_path):

@@ -216,6 +216,24 @@ def test_a_run_that_fails_only_when_it_is_saved_is_not_trained_once_more(tmp_pat
     assert [p.read_bytes() for p in library.paths("fox")] == [p.read_bytes() for p in straight.paths("fox")]
 
 
+def test_a_run_whose_concept_is_whole_ends_with_it_whenever_it_is_killed(tmp_path, monkeypatch):
+    """Else one that is trained anew with other options is taken for it"""
+    model = ToyDenoiser()
+    folder = start(tmp_path / "toy", model).folder
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("seqlora_core.library.remove_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        teach_toy(model, Library(folder), "fox", every=2)
+    monkeypatch.undo()
+    assert any((folder / ".checkpoints" / "fox").iterdir())
+    library = Library(folder)
+    assert library.whole("fox") and not library.checkpoints("fox").exists()
+    teach_toy(model, library, "fox", 1, replace_existing=True)
+
+
 def test_a_stopped_run_goes_on_under_its_concepts_new_name_and_is_told_of_before_another_is_taught(tmp_path):
     model = ToyDenoiser()
     library = start(tmp_path / "toy", model)
