@@ -25,7 +25,7 @@ def projection_inputs() -> list:
         ),
         io.Boolean.Input(
             "norm_control", default=False, optional=True,
-            tooltip="Divide all by the square root of their number, so that many LoRAs together are about as strong as one.",
+            tooltip="Divide all by the square root of how many act at the same time, so that together they are about as strong as one.",
         ),
     ]  # fmt: skip
 

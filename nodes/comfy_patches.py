@@ -97,20 +97,21 @@ def patch_model(model, clip, parts: list[Part], weights: Weights):
         schedules.setdefault((part.start, part.end), []).append(part)
     missing: list[str] = []
     made = {when: _patches(group, weights, missing) for when, group in schedules.items()}
-    if missing and not any(own or joined for own, joined in made.values()):
+    # in this order those that look at the weight see it as it was, whatever stands before them in the stack; but what acts in all
+    # steps has changed it before hooks do
+    ordered = [(when, *some) for stage in range(3) for when, stages in made.items() for some in stages[stage] if some[1]]
+    if missing and not ordered:
         raise UserError("the stack does not fit this model: none of its layers is in it; load the model it was trained on")
     model, clip = model.clone(), clip.clone() if clip is not None else None
     hooks, texts = comfy.hooks.HookGroup(), False
-    for (start, end), (own, joined) in made.items():
-        # so those that look at the weight see it as it was, whatever stands before them in the stack
-        for strength, patches in [*own, (1.0, joined)]:
-            if (start, end) != (0.0, 1.0):
-                hooks.add(_scheduled_hook(patches, strength, start, end))
-                texts = texts or any(map(weights.of_text, patches))
-                continue
-            model.add_patches(patches, strength)
-            if clip is not None:
-                clip.add_patches(patches, strength)
+    for (start, end), strength, patches in ordered:
+        if (start, end) != (0.0, 1.0):
+            hooks.add(_scheduled_hook(patches, strength, start, end))
+            texts = texts or any(map(weights.of_text, patches))
+            continue
+        model.add_patches(patches, strength)
+        if clip is not None:
+            clip.add_patches(patches, strength)
     if hooks.hooks:
         if clip is None:
             raise UserError("a schedule needs the clip: connect it, and encode the prompts with the clip that comes out")
@@ -119,7 +120,8 @@ def patch_model(model, clip, parts: list[Part], weights: Weights):
 
 
 def _patches(group: list[Part], weights: Weights, missing: list[str]):
-    """ComfyUI's own patches with their strengths, those that look at the weight first, and one StackPatch a weight"""
+    """Patches by target with their strengths, in three stages: ComfyUI's own that look at the weight, others of its own, and one
+    StackPatch a weight"""
     joined: dict[str, list[tuple[float, LayerDelta]]] = {}
     for part in group:
         for name, delta in part.adapter.layers.items():
@@ -134,13 +136,11 @@ def _patches(group: list[Part], weights: Weights, missing: list[str]):
                     f"{list(shape)}: it was trained on another kind of model, load that one"
                 )
             joined.setdefault(key, []).append((part.strength, delta))
-    own = [
-        (part.patch_strength, patches)
-        for first in (True, False)
-        for part in group
-        if (patches := {t: p for t, p in part.patches.items() if reads_weight(p) == first})
-    ]
-    return own, {key: StackPatch(deltas) for key, deltas in joined.items()}
+    looking, others = (
+        [(part.patch_strength, {t: p for t, p in part.patches.items() if reads_weight(p) == looks}) for part in group]
+        for looks in (True, False)
+    )
+    return looking, others, [(1.0, {key: StackPatch(deltas) for key, deltas in joined.items()})]
 
 
 def _scheduled_hook(patches: dict, strength: float, start: float, end: float):

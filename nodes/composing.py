@@ -22,7 +22,7 @@ from ..seqlora_core.statistics import Moments
 from ..seqlora_core.storage import Kept, stamp
 from .comfy_lora_files import Fitted, in_low_rank
 from .comfy_patches import Part
-from .comfy_weights import Weights
+from .comfy_weights import Weights, parts
 from .folders import file_stamps, libraries_folder, library_folder, lora_file, open_library
 from .loading import KEPT, Member, entry_file, load_members
 from .types import Entry, Stack
@@ -31,12 +31,14 @@ from .types import Entry, Stack
 @dataclass
 class Composed:
     """A stack ready for a model.  members: those that act.  unrecorded: of mode "data", `unrecorded`.  chained: keys of
-    weights that several of the LoRAs read before they change them."""
+    weights that several of the LoRAs read before they change them.  late: name -> keys of weights that it reads in its own steps
+    only, when others have changed them."""
 
     members: list[Member]
     parts: list[Part]
     unrecorded: str = ""
     chained: list[str] = field(default_factory=list)
+    late: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def concepts(self) -> list[Concept]:
@@ -62,6 +64,12 @@ class Composed:
                     else "are no plain low rank"
                 )
                 out.append(f"{name}: {len(left)} weights {what}; no figure of the report counts them, first {left[0]}.")
+            late = self.late.get(name)
+            if late:
+                out.append(
+                    f"{name}: {len(late)} weights, which it looks at first as DoRA does, have been changed by others when its steps "
+                    f"come: there it does not do what it does alone, first {late[0]}."
+                )
             cut = spikes(member.fitted.adapter, cap) if cap else []
             if cut:
                 out.append(f"{name}: {len(cut)} layers cut to {cap:g} times its middle layer, the worst {cut[0].layer}.")
@@ -111,7 +119,21 @@ def compose_stack(
     if exact and projects:
         pieces = [_as_factors(piece, weights) for piece in pieces]
     chained = [key for key, count in readers.items() if count > 1]
-    return Composed(members, pieces, unrecorded(members) if mode == "data" else "", chained)
+    late = _late(members, weights) if readers else {}
+    return Composed(members, pieces, unrecorded(members) if mode == "data" else "", chained, late)
+
+
+def _late(members: list[Member], weights: Weights) -> dict[str, list[str]]:
+    """Name -> keys of weights that a LoRA reads in its own steps only, when others have changed them: ComfyUI changes weights for
+    all steps first (`patch_model`)"""
+    found: dict[str, list[str]] = {}
+    for_all = [m.fitted for m in members if m.entry.always]
+    changed = {weights.key(n) for f in for_all for n in f.adapter.layers} | {parts(t)[0] for f in for_all for t in f.patches}
+    for member in members:
+        keys = changed.intersection(member.fitted.read_weights())
+        if keys and not member.entry.always:
+            found[member.concept.name] = sorted(keys)
+    return found
 
 
 def _shares(members: list[Member], wishes: Wishes) -> list[float]:
@@ -234,8 +256,9 @@ def _general_state(members: list[Member]) -> tuple:
 
 
 def general_moments(entries: list[Entry]) -> Moments | None:
-    """What the base model sees while it draws other things, from the first entry that has it"""
-    for entry in entries:
+    """What the base model sees while it draws other things, from the first entry by name that has it, whatever the stack's order;
+    libraries go before files"""
+    for entry in sorted(entries, key=lambda e: (not e.library, e.library, e.name)):
         if entry.library:
             calibration = Library(library_folder(entry.library)).calibration()
             found = calibration.moments if calibration else None

@@ -36,7 +36,7 @@ class SeqLoRAToLoraStack(io.ComfyNode):
 
 def _listed(entry: Entry) -> str:
     """Its file as ComfyUI lists it"""
-    if entry.layers or (entry.start, entry.end) != (0.0, 1.0):
+    if entry.layers or not entry.always:
         raise UserError(
             f"{entry.name} acts on some layers or steps only, which a LoRA stack cannot say: take that off, or use Apply Stack"
         )

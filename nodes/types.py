@@ -62,6 +62,11 @@ class Entry:
     layers: str = ""
     part: str = ""
 
+    @property
+    def always(self) -> bool:
+        """Whether it acts in all steps"""
+        return (self.start, self.end) == (0.0, 1.0)
+
     def times(self, strength: float, layers: str = "") -> Entry:
         """This entry weaker or stronger, and with a second filter on its layers"""
         return replace(self, strength=self.strength * strength, layers=";".join(filter(None, (self.layers, layers))))

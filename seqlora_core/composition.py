@@ -20,7 +20,7 @@ MODES = ("sum", "weights", "data")
 ORDERS = ("symmetric", "first", "strongest")
 RIDGE = 1e-2
 LARGEST_STRENGTH = 1000
-LEAST_KEPT = 1e-2  # share of its energy below which a projected adapter is not scaled back: what is left may be rounding
+LEAST_KEPT = 1e-2  # of its energy, when a projected adapter is scaled back: where less is left, that may be rounding
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Wishes:
 
     order: of mode "weights"; "symmetric" treats all alike, "first" leaves the first whole and "strongest" the one of most
     energy, each later one gives way to all before it.  protected: places in the stack that are left whole, the others give
-    way.  restore: scale each projected adapter back to the energy it had, if a hundredth of that is left.  cap: singular values above so many times the
-    median of an adapter's layers are cut before the projection (`spectrum.capped`), at least 1; not of protected ones.
+    way.  restore: scale each projected adapter back to the energy it had, at most tenfold.  cap: singular values
+    above so many times the median of an adapter's layers are cut before the projection (`spectrum.capped`), at least 1; not of
+    protected ones.
     undivided: `without_data` does not divide by their number's root, as norm control will (`norm_shares`).
     """
 
@@ -112,10 +113,7 @@ def project(
 
 def _restored(before: Adapter, after: Adapter) -> Adapter:
     """Scaled back to the energy that it had"""
-    kept = energy_kept(before, after)
-    if kept < LEAST_KEPT:
-        return after
-    return shared(after, kept**-0.5)
+    return shared(after, max(energy_kept(before, after), LEAST_KEPT) ** -0.5)
 
 
 def _with_token_tables(projection: Callable[..., list[Adapter]], adapters: list[Adapter], *options) -> list[Adapter]:

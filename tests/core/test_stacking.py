@@ -29,7 +29,7 @@ from seqlora_core.composition import (
 )
 from seqlora_core.errors import UserError
 from seqlora_core.interference import overlaps, residual_energy
-from seqlora_core.linalg import orthonormal_basis
+from seqlora_core.linalg import orthonormal_basis, project_out
 from seqlora_core.low_rank import factorised, truncated
 from seqlora_core.selection import selected
 from seqlora_core.spelling import Factors, canonical
@@ -213,6 +213,18 @@ def test_what_is_left_of_a_twin_is_not_blown_up():
 def test_strengths_that_are_no_numbers_are_refused(strength):
     with pytest.raises(UserError, match="the strength of adapter 1"):
         compose([Adapter({"l": delta(1)}), Adapter({"l": delta(2)})], [1.0, strength])
+
+
+def test_what_is_scaled_back_has_no_jump():
+    """A hair more or less than a hundredth of its energy left is no tenfold change"""
+    first, energies = delta(1), []
+    free = LayerDelta(project_out(delta(2).down.mT, orthonormal_basis(first.down.mT)).mT, first.up)
+    length = (first.energy() / free.energy()) ** 0.5
+    for share in (0.095, 0.106):
+        near = LayerDelta(first.down + share * length * free.down, first.up)
+        _, second = project([Adapter({"l": first}), Adapter({"l": near})], "weights", wishes=Wishes("first", restore=True))
+        energies.append(float(second.layers["l"].energy() / first.energy()))
+    assert energies == pytest.approx([0.9, 1.0], rel=0.03)
 
 
 def test_magnitude_is_restored_on_request():

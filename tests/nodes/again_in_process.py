@@ -27,7 +27,7 @@ from seqlora_pack.nodes.calibrate import SeqLoRACalibrate, _triggers  # noqa: E4
 from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
 from seqlora_pack.nodes.comfy_weights import Weights  # noqa: E402
-from seqlora_pack.nodes.composing import compose_stack  # noqa: E402
+from seqlora_pack.nodes.composing import compose_stack, general_moments  # noqa: E402
 from seqlora_pack.nodes.concept import SeqLoRAConcept  # noqa: E402
 from seqlora_pack.nodes.interference_report import SeqLoRAInterferenceReport  # noqa: E402
 from seqlora_pack.nodes.save_stack import SeqLoRASaveStack  # noqa: E402
@@ -175,6 +175,16 @@ def general():
     return left
 
 
+def any_order():
+    """Whether what two libraries know of the base model serves a stack of both alike, whichever comes first"""
+    name, entries = weights.name_of[KEY], [Entry("second", "owl"), Entry("first", "fox")]
+    for number, entry in enumerate(entries):
+        library = Library(folder / "seqlora" / entry.library, weights.fingerprint, create=True)
+        library.keep_calibration(Calibration(Moments({name: (1.0 + number) * torch.eye(192)}), ["a house"], torch.zeros(1, 4)))
+    one, other = (general_moments(some).layers[name] for some in (entries, entries[::-1]))
+    return torch.equal(one, other)
+
+
 def projected():
     """Weights of ours from the truth after a change of checkpoint, and how many were decomposed in each run"""
     rows, columns = weights.shapes[weights.targets[TEXT]]
@@ -244,6 +254,7 @@ with torch.inference_mode():
         "in pieces": in_pieces(),
         "chosen": chosen(),
         "general": general(),
+        "any order": any_order(),
     }
 found["records"] = records()
 output.write_text(json.dumps(found))

@@ -15,6 +15,7 @@ from comfy_process import start  # noqa: E402
 
 start(comfy_root, pack)
 
+import comfy.lora  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
@@ -93,6 +94,20 @@ def in_turns(mode):
     return max(float((p.dense() - o.dense()).norm() / o.dense().norm()) for p, o in pairs)
 
 
+def in_own_steps():
+    """A DoRA behind a plain LoRA, both in steps of their own: how far what their hooks do together is from what each does alone; and
+    what is told of that and of the DoRA beside one that acts in all steps"""
+    first, second, key = Entry("", "plain.safetensors"), Entry("", "dora.safetensors"), f"{STEM}.weight"
+    timed = replace(second, end=0.5)
+    _, hooked, _, told = SeqLoRAApplyStack.execute(model, clip, Stack([replace(first, end=0.8), timed]), "sum", 1.0).args
+    before = comfy.utils.get_attr(model.model, key).detach()
+    patches = [(1.0, hook.weights[key], 1.0, None, None) for hook in hooked.apply_hooks_to_conds.hooks]
+    after = comfy.lora.calculate_weight(patches, before.clone(), key)
+    alone = [changes(*SeqLoRAApplyStack.execute(model, clip, Stack([e]), "sum", 1.0).args[:2])[key] for e in (first, second)]
+    beside = SeqLoRAApplyStack.execute(model, clip, Stack([first, timed]), "sum", 1.0).args[3]
+    return away({key: after - before}, {key: sum(alone)}), told, beside
+
+
 def saved(*names, mode="sum", **options):
     SeqLoRASaveStack.execute(stack(*names), "saved", mode, 1.0, True, model=model, clip=clip, **options)
     return by_stock("saved")
@@ -142,6 +157,7 @@ with torch.inference_mode():
         "stock": {n: away(applied(n), by_stock(n)) for n in others},
         "in a padded weight": in_a_padded_weight(),
         "in turns": max(map(in_turns, ("sum", "weights"))),
+        "in own steps": in_own_steps(),
         "without text": without_text(),
         "bias saved": away(saved("bias"), by_stock("bias")),
         "norm control": {m: v / float(by_stock("bias")[bias].norm()) for m, v in lengths.items()},

@@ -34,6 +34,12 @@ def test_what_never_acts_at_the_same_time_does_not_give_way_and_is_not_divided(f
     assert found["in turns"] < 1e-5
 
 
+def test_what_looks_at_the_weight_sees_it_as_it_was_or_is_told(found):
+    away, told, beside = found["in own steps"]
+    sentence = "dora: 1 weights, which it looks at first as DoRA does, have been changed by others when its steps come"
+    assert away < 1e-5 and sentence not in told and sentence in beside
+
+
 def test_the_part_of_the_model_alone_is_saved_without_a_clip(found):
     assert found["without text"] < 1e-5
 
