@@ -100,6 +100,10 @@ class SeqLoRATrainingOptions(io.ComfyNode):
                     "checkpoint_keep", default=checkpointing.keep, min=1, max=100, optional=True,
                     tooltip="How many checkpoints are kept until the concept is whole.",
                 ),
+                io.Float.Input(
+                    "trigger_rate", default=default.trigger_rate, min=0.001, max=1.0, step=0.05, round=False, optional=True,
+                    tooltip="With learn_trigger: how fast the trigger's words move, in units of the spread of all words. Lower it if samples break up.",
+                ),
             ],
             outputs=[OptionsType.Output(display_name="options")],
         )  # fmt: skip

@@ -30,7 +30,7 @@ def test_options_reach_the_training(server):
     other = {
         "gradient_checkpointing": True, "accumulate": 2, "optimiser": "adamw", "schedule": "cosine", "warmup": 1, "weight_decay": 0.1,
         "clip_gradient": 1.0, "timesteps": "shifted", "shift": 2.0, "caption_dropout": 0.2, "shuffle_tags": True, "keep_latents": 3,
-        "layers": "x_block",
+        "layers": "x_block", "trigger_rate": 0.2,
     }  # fmt: skip
     server.run(train_with(other))
     folder = server.base / "models" / "loras" / "seqlora" / "options"
