@@ -85,8 +85,11 @@ class Beside:
         if path is None:
             return None
         try:
-            return path.read_text(encoding="utf-8-sig").strip() or None
-        except UnicodeDecodeError as error:
+            text = path.read_text(encoding="utf-8-sig")
+            if "\0" in text:  # UTF-16 without a mark
+                raise UnicodeError
+            return text.strip() or None
+        except UnicodeError as error:
             raise UserError(f"the caption {path} is not UTF-8 text: save it again as UTF-8") from error
         except OSError as error:
             raise UserError(

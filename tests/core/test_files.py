@@ -224,9 +224,10 @@ def test_pictures(tmp_path):
     (tmp_path / "a.txt").write_text("a red zqx thing\n", encoding="utf-8")
     images, captions = load_pictures(tmp_path, 64)
     assert images.shape == (1, 64, 64, 3) and images.min() == 1 and captions == ["a red zqx thing"]
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match="not UTF-8"):
-        load_pictures(tmp_path, 64)
+    for other in (b"\xff\xfe\xff", "a red zqx thing".encode("utf-16-le")):
+        (tmp_path / "a.txt").write_bytes(other)
+        with pytest.raises(UserError, match="a.txt is not UTF-8"):
+            load_pictures(tmp_path, 64)
     (tmp_path / "a.txt").unlink()
     Image.new("RGB", (1, 1)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="too small"):
