@@ -97,7 +97,7 @@ class Library:
             begun = f"was planned for {self.planned} when it was begun"
             self.note = f"the library {self.folder.name!r} {begun}; {planned} is ignored"
             return
-        with self.changing():
+        with self.training(), self.changing():  # the first concept, if it is being trained, goes by the number as it is
             if not self.names:
                 self.rewrite({**self.manifest, "planned": planned})
 

@@ -26,6 +26,14 @@ def test_a_library_without_concepts_takes_another_number_and_one_with_concepts_t
     assert [said in some for some in notes] == [True, False] and Library(tmp_path / "l").planned == 5
 
 
+def test_the_number_stays_while_the_first_concept_is_trained(tmp_path, monkeypatch):
+    library = start(tmp_path / "l", ToyDenoiser(), planned=32)
+    monkeypatch.setattr("seqlora_core.library.LOCK_SECONDS", 0.01)
+    with library.training(), pytest.raises(UserError, match="another process is training into the library 'l'"):
+        Library(tmp_path / "l", planned=5)
+    assert Library(tmp_path / "l").planned == 32
+
+
 @pytest.mark.parametrize("planned", [0, -3])
 def test_no_library_is_planned_for_none(planned, tmp_path, capsys):
     with pytest.raises(UserError, match=f"planned is {planned}: give at least 1"):
