@@ -7,14 +7,18 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from .adapter import Adapter, LayerDelta, is_token_table, json_metadata
 from .composition import project
 from .concept import Concept
 from .errors import UserError
-from .interference import adapter_energy
+from .interference import energies
 from .library import Library
 from .linalg import orthonormal_basis
 from .live_prompts import is_text
+from .statistics import Moments
 from .storage import PART, sync_folder
 from .subspace import Metric
 
@@ -138,17 +142,18 @@ def _with_text(library: Library) -> bool:
 
 
 def _price(concepts: list[Concept], fitted: list[Adapter]) -> Price:
-    adapters, moments = [c.adapter for c in concepts], [c.moments for c in concepts]
+    adapters, moments = [c.adapter.without_token_tables() for c in concepts], [c.moments for c in concepts]
+    changes = [
+        Adapter({n: LayerDelta(after.layers[n].down - d.down, d.up) for n, d in before.layers.items()})
+        for before, after in zip(adapters, fitted)
+    ]
+    plain, refitted, changed = (_energies(stack, moments) for stack in (adapters, fitted, changes))
+    own = plain.diagonal().clamp_min(1e-30)
+    lost = (changed.diagonal() / own).mean().item()
 
-    def crosstalk(stack) -> float:
-        own = sum(adapter_energy(a, m) for a, m in zip(adapters, moments))
-        pairs = [(i, j) for i in range(len(stack)) for j in range(len(stack)) if i != j]
-        return sum(adapter_energy(stack[i], moments[j]) for i, j in pairs) / max(own, 1e-30)
+    def crosstalk(found: Tensor) -> float:
+        return ((found.sum() - found.trace()) / own.sum()).item()
 
-    lost = []
-    for before, after, moment in zip(adapters, fitted, moments):
-        change = {n: LayerDelta(after.layers[n].down - d.down, d.up) for n, d in before.layers.items()}
-        lost.append(adapter_energy(Adapter(change), moment) / max(adapter_energy(before, moment), 1e-30))
     double = _double([c.trigger for c in concepts])
     warnings = [f"two concepts share the trigger {double!r}: a prompt with it calls both; use one at a time"] if double else []
     for both in _sharing_tokens(concepts):
@@ -157,4 +162,12 @@ def _price(concepts: list[Concept], fitted: list[Adapter]) -> Price:
             "at a time, or train one anew in the merged library"
         )
     names = [c.name for c in concepts]
-    return Price(names, crosstalk(adapters), crosstalk(fitted), sum(lost) / len(lost), warnings)
+    return Price(names, crosstalk(plain), crosstalk(refitted), lost, warnings)
+
+
+def _energies(adapters: list[Adapter], moments: list[Moments]) -> Tensor:
+    """[i, j]: energy that each adds on the inputs of each, all layers together; in float64"""
+    doubled = [a.without_token_tables().to(torch.float64) for a in adapters]
+    layers = dict.fromkeys(n for a in doubled for n in a.layers)
+    of_each = (energies([a.layers.get(n) for a in doubled], [m.layers.get(n) for m in moments]) for n in layers)
+    return sum(of_each, torch.zeros(len(adapters), len(moments), dtype=torch.float64))

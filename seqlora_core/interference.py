@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, LayerDelta
+from .adapter import LayerDelta
 from .linalg import acting_directions, ridge
 from .sketch import Sketch
-from .statistics import Moments
 
 
 def residual_energy(up: Tensor, down: Tensor, moment: Tensor) -> Tensor:
@@ -24,15 +23,6 @@ def residual_energy(up: Tensor, down: Tensor, moment: Tensor) -> Tensor:
 def whitened_energy(up: Tensor, basis: Tensor, moment: Tensor) -> Tensor:
     """The same energy for D = B^T W, given the moment already in whitened coordinates, `W S W` [d, d]."""
     return ((up.mT @ up) * (basis.mT @ moment @ basis)).sum()
-
-
-def adapter_energy(adapter: Adapter, moments: Moments) -> float:
-    """Sum over layers of the residual energy of one adapter on one set of inputs, in float64."""
-    total = 0.0
-    for name, delta in adapter.layers.items():
-        if name in moments.layers:
-            total += residual_energy(delta.up.double(), delta.down.double(), moments[name].double()).item()
-    return total
 
 
 def sub_gaussian_bound(up: Tensor, down: Tensor, moment: Tensor, delta: float = 0.05) -> float:

@@ -17,7 +17,7 @@ from seqlora_core.demo_model import DemoModel
 from seqlora_core.denoiser import loss
 from seqlora_core.errors import UserError
 from seqlora_core.evaluation import held_out_loss
-from seqlora_core.interference import adapter_energy
+from seqlora_core.interference import energies
 from seqlora_core.labelled import labelled_grid
 from seqlora_core.library import Library
 from seqlora_core.linalg import ridge
@@ -60,7 +60,7 @@ def test_moments_equal_a_float64_recomputation(model, subjects):
 
 
 def test_energy_from_stored_files_equals_what_the_layers_put_out(model, library, subjects):
-    """adapter_energy from files = mean |A D x|^2 over the recorded inputs, in float64."""
+    """`energies` from files = mean |A D x|^2 over the recorded inputs."""
     subject, concept = subjects["octopus"], library.load("octopus")
     prompts = model.encode_prompts(subject.references.captions)
     other = library.load("penguin").adapter
@@ -79,7 +79,8 @@ def test_energy_from_stored_files_equals_what_the_layers_put_out(model, library,
     finally:
         Recorder._record = real
     plain = sum(total[n] / counts[n] for n in total)
-    assert adapter_energy(other, concept.moments) == pytest.approx(plain, rel=1e-4)
+    stored = sum(energies([d], [concept.moments.layers[n]]).item() for n, d in other.layers.items())
+    assert stored == pytest.approx(plain, rel=1e-4)
 
 
 def test_a_trained_concept_is_an_ordinary_lora_file(library):
