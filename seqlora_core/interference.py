@@ -22,7 +22,7 @@ def residual_energy(up: Tensor, down: Tensor, moment: Tensor) -> Tensor:
 
 def whitened_energy(up: Tensor, basis: Tensor, moment: Tensor) -> Tensor:
     """The same energy for D = B^T W, given the moment already in whitened coordinates, `W S W` [d, d]."""
-    return ((up.mT @ up) * (basis.mT @ moment @ basis)).sum()
+    return residual_energy(up, basis.mT, moment)
 
 
 def sub_gaussian_bound(up: Tensor, down: Tensor, moment: Tensor, delta: float = 0.05) -> float:
