@@ -65,6 +65,10 @@ ABLATIONS: dict[str, dict] = {
     "seqlora_learnt_trigger_fixed_weight": dict(learn_trigger=True, drift_budget=0.0),
     "seqlora_learnt_trigger_budget_3": dict(learn_trigger=True, drift_budget=0.03),
     "seqlora_learnt_trigger_budget_4": dict(learn_trigger=True, drift_budget=0.04),
+    # the strongest rival held to our budget, which counts from the bare base model: what is left is our orthogonal bases,
+    # energy and decoys
+    "ordinary_replay_learnt_trigger_budget": PLAIN
+    | dict(orthogonal=False, earlier_active=True, replay_weight=85.0, drift_budget=0.02, learn_trigger=True),
     # textual inversion (Gal et al. 2022) of the trigger's tokens, no LoRA: nothing that could disturb anything else
     "trigger_alone": dict(layers="@trigger", learn_trigger=True),
     # both with the trigger's embeddings learnt at other rates
