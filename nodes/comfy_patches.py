@@ -15,6 +15,7 @@ from ..seqlora_core.adapter import Adapter, LayerDelta
 from ..seqlora_core.errors import UserError
 from .comfy_patch_checks import reads_weight
 from .comfy_weights import Target, Weights
+from .types import ALWAYS
 
 
 class StackPatch(WeightAdapterBase):
@@ -104,9 +105,9 @@ def patch_model(model, clip, parts: list[Part], weights: Weights):
         raise UserError("the stack does not fit this model: none of its layers is in it; load the model it was trained on")
     model, clip = model.clone(), clip.clone() if clip is not None else None
     hooks, texts = comfy.hooks.HookGroup(), False
-    for (start, end), strength, patches in ordered:
-        if (start, end) != (0.0, 1.0):
-            hooks.add(_scheduled_hook(patches, strength, start, end))
+    for when, strength, patches in ordered:
+        if when != ALWAYS:
+            hooks.add(_scheduled_hook(patches, strength, *when))
             texts = texts or any(map(weights.of_text, patches))
             continue
         model.add_patches(patches, strength)

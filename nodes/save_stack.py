@@ -19,7 +19,7 @@ from .comfy_weights import Weights
 from .composing import Composed, compose_stack
 from .folders import TakenOut
 from .loading import entry_file
-from .types import CATEGORY, MODEL, StackType, advanced
+from .types import ALWAYS, CATEGORY, MODEL, StackType, advanced
 
 TAKEN_OUT = TakenOut()  # a node has no state of its own
 
@@ -100,7 +100,7 @@ class SeqLoRASaveStack(io.ComfyNode):
                 f"{unread.concept.name} changes the text encoder too, first {unread.fitted.unread_texts[0]}: connect the clip that it "
                 "is for, else that would not be in the file"
             )
-        timed = next((p.source for p in composed.parts if (p.start, p.end) != (0.0, 1.0)), None)
+        timed = next((p.source for p in composed.parts if (p.start, p.end) != ALWAYS), None)
         if timed:
             raise UserError(f"{timed} acts on some steps only, which a file cannot say: take that off, or use Apply Stack")
         adapters = [p.adapter.scaled(p.strength) for p in composed.parts]

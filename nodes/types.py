@@ -43,6 +43,9 @@ class ConceptImages:
         return self.sets[0].images
 
 
+ALWAYS = (0.0, 1.0)  # start and end of what acts in all steps
+
+
 @dataclass(frozen=True)
 class Entry:
     """One concept of a library, or with an empty library one file of models/loras, at a strength.
@@ -65,7 +68,7 @@ class Entry:
     @property
     def always(self) -> bool:
         """Whether it acts in all steps"""
-        return (self.start, self.end) == (0.0, 1.0)
+        return (self.start, self.end) == ALWAYS
 
     def times(self, strength: float, layers: str = "") -> Entry:
         """This entry weaker or stronger, and with a second filter on its layers"""

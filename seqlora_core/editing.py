@@ -142,7 +142,7 @@ def _with_text(library: Library) -> bool:
 
 
 def _price(concepts: list[Concept], fitted: list[Adapter]) -> Price:
-    adapters, moments = [c.adapter.without_token_tables() for c in concepts], [c.moments for c in concepts]
+    adapters, moments = [c.adapter for c in concepts], [c.moments for c in concepts]
     changes = [
         Adapter({n: LayerDelta(after.layers[n].down - d.down, d.up) for n, d in before.layers.items()})
         for before, after in zip(adapters, fitted)

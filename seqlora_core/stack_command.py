@@ -16,9 +16,8 @@ def _adapters(args):
     What has strength 0 takes no part, as in the nodes: nothing gives way to it.
     """
     from .adapter import load_adapter
-    from .calibration import FILE, Calibration
     from .library import Library
-    from .lora_moments import general_near, kept_moments, shared_base
+    from .lora_moments import kept_moments, shared_base
     from .same_layers import check_widths, moments_under, one_spelling, under_names
     from .statistics import read_statistics
 
@@ -29,7 +28,7 @@ def _adapters(args):
         _check_apart(args.output, [opened.paths(name)[0] for name in opened.names])
         calibration = opened.calibration()
         return [(c.name, c.adapter, 1.0, c.moments) for c in opened.concepts()], calibration and calibration.moments
-    names, out, general, ask = [], [], None, "give their model with --model, or use the node Save Stack with it"
+    names, out, ask = [], [], "give their model with --model, or use the node Save Stack with it"
     if args.model is not None:
         names, ask = [s.name for s in open_model(args).sites()], "use the node Save Stack with their model"
     files = [_with_strength(item) for item in args.adapters]
@@ -39,20 +38,36 @@ def _adapters(args):
     _check_apart(args.output, [path for path, _ in files])
     base = shared_base([path for path, _ in files])
     for path, strength in files:
-        adapter, stats, moments = load_adapter(path), path.with_name(f"{path.stem}.stats.safetensors"), None
+        adapter, stats, moments = load_adapter(path), _statistics(path), None
         if stats.exists():
             moments, *_ = read_statistics(stats)
-            beside = path.with_name(FILE)
-            general = general or (Calibration.load(beside).moments if beside.exists() else None)
         elif kept := kept_moments(path, base):
             moments, _ = kept
-            general = general or general_near(path, base)
         out.append((path.stem, under_names(adapter, [*names, *(moments.layers if moments else ())]), strength, moments))
     out = [part for part in out if part[2]] or out
     adapters, moments = one_spelling([a for _, a, *_ in out], [m for *_, m in out], ask)
     check_widths([name for name, *_ in out], adapters)
+    general = _general([path for path, _ in files], base)
     general = general and moments_under(general, [n for a in adapters for n in a.layers])
     return [(name, a, strength, m) for (name, _, strength, _), a, m in zip(out, adapters, moments)], general
+
+
+def _general(files: list[Path], base: str | None):
+    """What the base model sees while it draws other things, from the first file by path that knows, whatever their order: of a
+    library's concepts, which go before others, their calibration"""
+    from .calibration import FILE, Calibration
+    from .lora_moments import general_near
+
+    concepts = [path for path in sorted(files) if _statistics(path).exists()]
+    held = next((path for concept in concepts if (path := concept.with_name(FILE)).exists()), None)
+    if held or not base:
+        return held and Calibration.load(held).moments
+    return next((found for path in sorted(files) if (found := general_near(path, base)) is not None), None)
+
+
+def _statistics(path: Path) -> Path:
+    """Where a library keeps what this concept of it sees"""
+    return path.with_name(f"{path.stem}.stats.safetensors")
 
 
 def _check_apart(output: Path | None, files: list[Path]) -> None:

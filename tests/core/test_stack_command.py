@@ -102,6 +102,24 @@ def test_what_the_base_model_sees_is_found(capsys, files, tmp_path, whose):
     assert torch.allclose(stacked(capsys, tmp_path, *both, "--mode", "data"), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["two libraries", "a library and a folder"])
+def test_what_the_base_model_sees_does_not_depend_on_the_order(capsys, files, tmp_path, where):
+    both, base = [], "0123456789abcdef"
+    for number, name in enumerate(("one", "two")):
+        lora, folder = files(f"lora{number}", number + 1), tmp_path / name
+        folder.mkdir()
+        both.append(lora.rename(folder / lora.name))
+        kept = keep_moments(both[-1], base, Moments({LAYER: torch.linspace(1, 3 + number, 16).diag()}), "ohwx")
+        library = where == "two libraries" or number
+        if library:
+            kept.rename(folder / f"lora{number}.stats.safetensors")
+        place = folder / "calibration.safetensors" if library else general_path(folder, base)
+        general = Moments({LAYER: torch.linspace(5, 0.1, 16).roll(5 * number).diag()})
+        Calibration(general, ["a house"], torch.zeros(1, 4)).save(place, base)
+    found, swapped = (stacked(capsys, tmp_path, *order, "--mode", "data") for order in (both, both[::-1]))
+    assert torch.allclose(found, swapped, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["sum", "weights"])
 @pytest.mark.parametrize("command", ["stack", "report"])
 def test_loras_of_different_kinds_of_models_are_told_apart(capsys, files, tmp_path, command, mode):
