@@ -31,7 +31,7 @@ PICTURES, STEPS = (12, 24, 48, 96, 192, 288), (2, 4, 8, 16)
 def errors(model: DemoModel, reference, prompts: list[str], steps: int) -> tuple[float, float, float]:
     """Median and worst error over the layers, and seconds of the processor"""
     start = time.process_time()
-    _, moments = draw(model, prompts, 1, (SIZE, SIZE), steps=steps)
+    moments = draw(model, prompts, 1, (SIZE, SIZE), steps=steps).moments
     seconds = time.process_time() - start
     found = []
     for name, (white, many) in reference.items():
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     model, count = DemoModel(), max(PICTURES)
     prompts = generic_prompts(3 * count, seed=0)
-    _, many = draw(model, prompts[count:], 0, (SIZE, SIZE), steps=max(STEPS))
+    many = draw(model, prompts[count:], 0, (SIZE, SIZE), steps=max(STEPS)).moments
     reference = {name: (whitening(many[name].double(), EPS)[0], many[name]) for name in many.layers}
     rows = []
     for pictures in PICTURES:

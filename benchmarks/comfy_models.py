@@ -51,8 +51,8 @@ def prove(family: Family, model, folder: Path) -> dict:
         def error(predicted):
             return (predicted - denoiser.target(latents, noise, sigma)).square().mean().item()
 
-        pictures, moments = draw(denoiser, PROMPTS, 0, SIZE, steps=2)
-        calibration = Calibration(moments, PROMPTS, pictures)
+        drawn = draw(denoiser, PROMPTS, 0, SIZE, steps=2)
+        calibration = Calibration(drawn.moments, PROMPTS, drawn.latents, visited=drawn.visited)
         config = TrainingConfig(
             rank=2, steps=STEPS, learning_rate=3e-2, basis_rate=1e-3, batch=2, replay_batch=2, replay_weight=0.1, interference_weight=0.01,
             drift_budget=0.0, use_decoys=False, planned=4,

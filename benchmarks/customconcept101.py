@@ -143,7 +143,7 @@ def run(args) -> list[dict]:
         HeldOut.of(model, model.encode_images(e.held_out), [e.caption] * len(e.held_out), levels=args.levels) for e in entries
     ]
     prompts = generic_prompts(args.generic, seed=args.seed + 1)
-    generic = HeldOut.of(model, draw(model, prompts, 1000 + args.seed, size)[0], prompts, levels=args.levels)
+    generic = HeldOut.of(model, draw(model, prompts, 1000 + args.seed, size).latents, prompts, levels=args.levels)
 
     def ordinary(index: int, rate: float) -> Adapter:
         path = folder / f"ordinary-{rate:g}" / f"{entries[index].name}.safetensors"

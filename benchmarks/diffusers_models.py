@@ -83,8 +83,8 @@ def prove(family: Family, folder: Path) -> dict:
         with attached(host.sites() if adapter else [], attachment):
             return host.predict(host.noised(latents, noise, sigma), sigma, prompts)
 
-    pictures, moments = draw(host, PROMPTS, 0, (64, 64), steps=2)
-    calibration = Calibration(moments, PROMPTS, pictures)
+    drawn = draw(host, PROMPTS, 0, (64, 64), steps=2)
+    calibration = Calibration(drawn.moments, PROMPTS, drawn.latents, visited=drawn.visited)
     config = TrainingConfig(
         rank=2, steps=20, learning_rate=3e-2, basis_rate=1e-3, batch=2, replay_batch=2, replay_weight=0.1,
         interference_weight=0.01, drift_budget=0.0, use_decoys=False, planned=4,

@@ -80,8 +80,8 @@ def ours(core: str, denoiser, latents: torch.Tensor, size: tuple[int, int], sett
     )  # fmt: skip
     references = load("concept").References(latents, [CAPTION] * len(latents), size)
     prompts, memory, begin = load("prompts").generic_prompts(settings["calibration"]), Memory(), time.process_time()
-    pictures, moments = load("drawing").draw(denoiser, prompts, 0, size)
-    calibration = load("calibration").Calibration(moments, prompts, pictures)
+    drawn = load("drawing").draw(denoiser, prompts, 0, size)
+    calibration = load("calibration").Calibration(drawn.moments, prompts, drawn.latents, visited=drawn.visited)
     calibrated, ends = time.process_time(), []
     with timed(core) as spent:
         load("trainer").fit(denoiser, references, "ohwx", [], calibration, config, lambda _: ends.append(time.process_time()))

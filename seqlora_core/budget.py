@@ -11,7 +11,7 @@ import math
 
 RATE = 0.03  # of the ascent, in the logarithm of the weight, a step of training
 MEMORY = 0.95  # of the running mean of the measured drift, a step
-SAFETY = 0.75  # share of the budget that is spent: real pictures move further than those looked at (docs/RESULTS.md)
+SAFETY = 0.9  # share of the budget that is spent: some of what moves goes along with the error (docs/RESULTS.md)
 LEAST, MOST = 0.05, 1000.0  # of the weight
 LEAST_SHARE = 0.5  # of a concept's share, which it has even where earlier ones spent all
 OVERSPENT = 1.5  # times their part of the budget: from there on it is told

@@ -7,6 +7,7 @@ host; and a pass through the model that only records is saved.
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,15 +24,40 @@ UNGUIDED = 1.0
 STEPS = 7  # few: a start-up is to stay within a tenth of a run (benchmarks.training)
 
 
+class Visited(NamedTuple):
+    """What a model was asked on the way to pictures, and what it said: x and said [n, steps, ...], sigma [n, steps].
+
+    The way is on the model's own distribution at every noise level (Song et al. 2021, "Score-Based Generative Modeling through
+    Stochastic Differential Equations", section 4.3), so that these are what replay asks and its targets, for nothing.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    said: Tensor
+
+    def leads_to(self, latents: Tensor) -> bool:
+        """Whether the shapes are those of ways to these pictures"""
+        ways = (len(latents), *self.sigma.shape[1:2], *latents.shape[1:])
+        return self.sigma.ndim == 2 and self.x.shape == self.said.shape == ways and len(self.sigma) == len(latents)
+
+
+class Drawn(NamedTuple):
+    """latents [n, ...] of pictures, second moments of what each layer was given meanwhile, and what was visited on the way"""
+
+    latents: Tensor
+    moments: Moments
+    visited: Visited
+
+
 @torch.no_grad()
 def draw(
     denoiser: Denoiser, prompts: list[str], seed: int, size: tuple[int, int], adapter: Adapter | None = None,
     guidance: float = UNGUIDED, steps: int = STEPS,
-) -> tuple[Tensor, Moments]:  # fmt: skip
-    """Latents drawn for these prompts, with the adapter on or bare, and second moments of every site's inputs meanwhile.
+) -> Drawn:  # fmt: skip
+    """Latents drawn for these prompts, with the adapter on or bare, second moments of every site's inputs meanwhile, and the way.
 
     Each picture is seen at one noise level of each of `steps` parts of the schedule, which are equally likely in training;
-    a first step from pure noise, which training never has, is not recorded, nor is what guidance asks about no prompt.
+    a first step from pure noise, which training never has, is not recorded, nor is what guidance asks about no prompt or adds.
     Deterministic DDIM (Song et al. 2021), which for flow models is Euler's method.  UserError for a size that the model cannot take.
     """
     check_size(denoiser, size)
@@ -40,7 +66,7 @@ def draw(
     dealt = torch.stack([torch.randperm(count, generator=generator) for _ in range(steps)])
     levels = levels.gather(1, dealt.to(levels.device))
     pure = denoiser.sigma_at(torch.ones(1)).to(levels)
-    attachment, drawn = Attachment(), []
+    attachment, drawn, visited = Attachment(), [], []
     attachment.set_frozen(adapter, denoiser.device)
     recorder = Recorder(attachment)
     with attached(denoiser.sites(), attachment):
@@ -50,12 +76,14 @@ def draw(
             wanted = denoiser.encode_prompts(some)
             unwanted = None if empty is None else empty[torch.zeros_like(rows)]
             noise = torch.randn(len(some), *shape, generator=generator).to(denoiser.device)
-            latents = torch.zeros_like(noise)
+            latents, on_the_way = torch.zeros_like(noise), []
             for step in range(steps + 1):
                 sigma = levels[step - 1, rows] if step else pure.expand(len(some))
                 x = denoiser.noised(latents, noise, sigma)
                 with recorder if step else contextlib.nullcontext():
                     prediction = denoiser.predict(x, sigma, wanted)
+                if step:
+                    on_the_way.append((x.float().cpu(), prediction.float().cpu()))
                 if unwanted is not None:
                     other = denoiser.predict(x, sigma, unwanted)
                     prediction = other + guidance * (prediction - other)
@@ -66,7 +94,15 @@ def draw(
                     "makes it so"
                 )
             drawn.append(latents.cpu())
-    return torch.cat(drawn), recorder.moments()
+            visited.append([torch.stack(part, 1) for part in zip(*on_the_way)])
+    x, said = (torch.cat(part) for part in zip(*visited))
+    return Drawn(torch.cat(drawn), recorder.moments(), Visited(_half(x), levels.T.float().cpu(), _half(said)))
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """In half the room: what rounding changes is far less than what a concept may; as it is where that would not be finite"""
+    found = tensor.half()
+    return found if found.isfinite().all() else tensor
 
 
 def foreseen(denoiser: Denoiser, x: Tensor, prediction: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

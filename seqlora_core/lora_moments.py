@@ -13,6 +13,7 @@ import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter, is_token_table
@@ -146,7 +147,7 @@ def see_trigger(
     if not trigger.strip():
         raise UserError("no trigger: name the words that call the LoRA in a prompt; its file does not say")
     prompts = trigger_prompts(trigger.strip(), pictures or trigger_count(size), seed)
-    _, moments = draw(denoiser, prompts, seed, size, adapter, GUIDANCE)
+    moments = draw(denoiser, prompts, seed, size, adapter, GUIDANCE).moments
     return Moments(moments.layers | record_text(denoiser, prompts).layers)
 
 
@@ -164,7 +165,8 @@ def general_calibration(
         with contextlib.suppress(UserError):  # a damaged one is made anew
             calibration = Calibration.load(path)
     if calibration is None:
-        calibration = calibrate(denoiser, size, pictures, seed=seed, guidance=GUIDANCE)
+        # nothing replays what was visited
+        calibration = replace(calibrate(denoiser, size, pictures, seed=seed, guidance=GUIDANCE), visited=None)
         calibration.moments.layers |= record_text(denoiser, calibration.prompts).layers
     else:
         sites = [*denoiser.sites(), *denoiser.text_sites()]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attach import Attachment
-from .calibration import Calibration
-from .concept import Concept, References, latent_weights
+from .calibration import Calibration, watched
+from .concept import Concept, References
 from .config import TrainingConfig
 from .denoiser import Conditioning, Denoiser, loss
-from .drawing import draw, latents_at_once
+from .drawing import Visited, draw, latents_at_once
 from .parallel import Workers
+from .pools import Pool
 from .prompts import calls, decoys, is_decoy
 from .statistics import Moments
-
-WATCHED = 6  # every so manieth picture of the generic pool
 
 
 def decoy_count(size: tuple[int, int]) -> int:
@@ -42,20 +40,6 @@ class Batch:
     whole: int = 0
 
 
-class Pool(NamedTuple):
-    """Pictures of one size to draw from.
-
-    from_base: whether the bare base model is the target.  known: their numbers, each as often as it is taken.  weights: of
-    their latents' errors, None for all alike.
-    """
-
-    latents: Tensor
-    prompts: Conditioning
-    from_base: bool
-    known: Tensor
-    weights: Tensor | None
-
-
 class Replay:
     """Pools of generic pictures, decoys of this concept, pictures of its class, and kept references of earlier concepts.
 
@@ -64,7 +48,7 @@ class Replay:
     bare base model predicts (config.replay_target "base"), so that a later concept also repairs what earlier ones
     moved, or what was predicted before this concept ("before"); on earlier concepts always the latter.
 
-    Some generic pictures are never replayed: `moved` looks at them, for those that are replayed are learnt by heart.
+    Some generic pictures are never replayed, nor known to the moments: `moved` looks at them, for what is held is learnt by heart.
     """
 
     def __init__(
@@ -85,18 +69,22 @@ class Replay:
             free = [i for i, text in enumerate(texts) if not any(calls(word, text) for word in (trigger, *taken))]
             rows = free or list(range(len(texts)))
             plain = [i for i in rows if not is_decoy(texts[i])] or rows
-            watched = [i for i in plain if i % WATCHED == 0] or plain
-            replayed = [i for i in plain if i % WATCHED] or plain
+            apart = watched(texts)
+            looked_at = [i for i in plain if i in apart] or plain
+            replayed = [i for i in plain if i not in apart] or plain
             self.plain = len(replayed)  # of the generic pool, before its decoys
             replayed += [i for i in rows if i not in plain]
-            self.pools.append(self._pool(calibration.latents[replayed], [texts[i] for i in replayed], from_base))
-            prompts = denoiser.encode_prompts([texts[i] for i in watched])
-            self.watched = calibration.latents[watched].to(denoiser.device), prompts
+            visited = calibration.visited and Visited(*(part[replayed] for part in calibration.visited))
+            drawn = calibration.latents[replayed], [texts[i] for i in replayed]
+            self.pools.append(self._pool(*drawn, from_base, visited=visited))
+            prompts = denoiser.encode_prompts([texts[i] for i in looked_at])
+            self.watched = calibration.latents[looked_at].to(denoiser.device), prompts
         if config.use_decoys:
             prompts = decoys(references.captions, trigger, decoy_count(references.size), config.seed, taken)
-            latents, self.decoy_moments = draw(denoiser, prompts, config.seed, references.size)
+            drawn = draw(denoiser, prompts, config.seed, references.size)
+            self.decoy_moments = drawn.moments
             if config.replay_weight:
-                self.pools.append(self._pool(latents, prompts, from_base))
+                self.pools.append(self._pool(drawn.latents, prompts, from_base, visited=drawn.visited))
         if not config.replay_weight:
             return
         self.of_class = [self._pool(some.latents, some.captions, from_base, some) for some in regularisation]
@@ -108,13 +96,9 @@ class Replay:
             latents, prompts = torch.cat([c.latents for c in alike]), [t for c in alike for t in c.captions]
             self.kept.append(self._pool(latents, prompts, False))
 
-    def _pool(self, latents: Tensor, prompts: list[str], from_base: bool, given: References | None = None) -> Pool:
-        """given: where pictures have repeats and masks"""
+    def _pool(self, latents: Tensor, prompts: list[str], *given, **known) -> Pool:
         self.texts += prompts
-        device = self.denoiser.device
-        weights = latent_weights(given.masks, latents).to(device) if given and given.masks is not None else None
-        known = given.known() if given else torch.arange(len(latents))
-        return Pool(latents.to(device), self.denoiser.encode_prompts(prompts), from_base, known, weights)
+        return Pool(self.denoiser, latents, prompts, *given, **known)
 
     def _one_of_class(self, generator: torch.Generator) -> list[Pool]:
         """Pictures of the class in one of their sizes, none if there are none"""
@@ -126,8 +110,8 @@ class Replay:
     @torch.no_grad()
     def base_loss(self) -> float:
         """Mean loss of the bare model on the generic pool without its decoys, each picture at one noise level"""
-        (latents, prompts, *_), d, total = self.pools[0], self.denoiser, 0.0
-        latents = latents[: self.plain]
+        generic, d, total = self.pools[0], self.denoiser, 0.0
+        latents, prompts = generic.latents[: self.plain], generic.prompts
         generator = torch.Generator().manual_seed(self.config.seed)
         sigmas = d.even_sigmas(len(latents))[torch.randperm(len(latents), generator=generator)]
         for index in torch.arange(len(latents)).split(latents_at_once(latents)):
@@ -169,27 +153,27 @@ class Replay:
 
     def _batch(self, pools: list[Pool], share: int, attachment: Attachment, generator: torch.Generator) -> Batch:
         d, workers = self.denoiser, self.workers
-        latents, prompts, weights = [], [], []
-        for pool in pools:
-            pick = pool.known[torch.randint(0, len(pool.known), (share,), generator=generator)]
-            latents.append(pool.latents[pick])
-            prompts.append(pool.prompts[pick])
-            weights.append(None if pool.weights is None else pool.weights[pick])
+        # first those whose targets are known, then those of the bare model, then those of the model with earlier concepts
+        pools = sorted(pools, key=lambda pool: (pool.visited is None) + (not pool.from_base))
+        noised, sigma, conditioning, weights, said = zip(*(pool.ask(share, generator) for pool in pools))
+        noised, sigma, conditioning, whole = (
+            torch.cat(noised),
+            torch.cat(sigma),
+            Conditioning.cat(conditioning),
+            share * len(pools),
+        )
         masked = next((w for w in weights if w is not None), None)
         weight = None if masked is None else torch.cat([torch.ones_like(masked) if w is None else w for w in weights])
-        x, conditioning = torch.cat(latents), Conditioning.cat(prompts)
-        sigma = d.draw_sigmas(len(x), generator)
-        noised = d.noised(x, torch.randn(x.shape, generator=generator).to(x), sigma)
-        whole, bare = len(x), share * sum(pool.from_base for pool in pools)  # those pools come first
         own = torch.arange(whole)[workers.rows(whole)]
         if workers.count > 1:
-            x, noised, sigma, conditioning = x[own], noised[own], sigma[own], conditioning[own]
+            noised, sigma, conditioning = noised[own], sigma[own], conditioning[own]
             weight = None if weight is None else weight[own]
+        said = [rows for rows in said if rows is not None]
+        known, bare = (int((own < share * count).sum()) for count in (len(said), sum(pool.from_base for pool in pools)))
+        targets = [torch.cat(said)[own[:known]] if said else noised[:0]]
         live, frozen = attachment.live, attachment.frozen
         attachment.live = {}
-        targets = [torch.empty_like(noised[:0])]
-        bare = int((own < bare).sum())
-        for part, adapters in ((slice(0, bare), {}), (slice(bare, len(x)), frozen)):
+        for part, adapters in ((slice(known, bare), {}), (slice(bare, len(own)), frozen)):
             if part.start < part.stop:
                 attachment.frozen = adapters
                 targets.append(d.predict(noised[part], sigma[part], conditioning[part]))

@@ -119,7 +119,12 @@ def without_data_table() -> str:
 
 def replay_table() -> str:
     r = load("replay_pool")
-    lines = [f"| {x['row']} | {x['base_loss']:.4f} | {x['drift']:+.1%} | {x['change']:.4f} |" for x in r["rows"]]
+    lines = [
+        f"| {x['row']} | "
+        + (f"{x['base_loss']:.4f} | {x['drift']:+.1%}" if "drift" in x else "- | -")
+        + f" | {x['change']:.4f} |"
+        for x in r["rows"]
+    ]
     head = ["| pictures | base loss | drift | mean squared change |", "|---|---|---|---|"]
     return (
         "\n".join([*head, *lines])

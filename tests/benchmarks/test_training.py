@@ -47,4 +47,6 @@ def test_shares_make_a_whole_step(rows):
         assert sum(r["shares"].values()) == pytest.approx(1) and min(r["shares"].values()) >= 0
         assert r["shares"]["projection"] > 0 and r["shares"]["retraction"] > 0
         assert r["start_up_share"] == pytest.approx((r["calibration"] + r["once"]) / (500 * r["seconds"]))
-    assert with_replay["shares"]["replay's targets"] > 0.05 and without["shares"]["replay's targets"] < 0.05
+    parts = with_replay["shares"]
+    assert 0 < parts["replay's targets"] < 0.1 < parts["replay, the rest"]  # the base model said them while it drew
+    assert without["shares"]["replay's targets"] < 0.05 and without["shares"]["replay, the rest"] == 0

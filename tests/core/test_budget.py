@@ -1,17 +1,20 @@
 """The budget: dual ascent holds a constraint whatever its scale, and replay measures what it should."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from seqlora_core.adapter import concatenate
+from seqlora_core.adapter import Adapter, LayerDelta, concatenate
 from seqlora_core.attach import Attachment, attached
 from seqlora_core.budget import SAFETY, Budget
+from seqlora_core.calibration import watched
 from seqlora_core.config import TrainingConfig
 from seqlora_core.evaluation import held_out_loss
 from seqlora_core.prompts import is_decoy
-from seqlora_core.replay import WATCHED, Replay
+from seqlora_core.replay import Replay
 
 from ..conftest import few_generic
 from .conftest import teach
@@ -67,8 +70,8 @@ def test_what_moves_is_measured_on_pictures_that_are_never_replayed(model, libra
     config = TrainingConfig(replay_target=target, replay_batch=8)
     replay = Replay(model, subjects["fox"].references, "foxqi", [], calibration, config)
     latents = replay.watched[0]
-    assert len(latents) == len([i for i, t in enumerate(calibration.prompts) if not (i % WATCHED or is_decoy(t))]) > 1
-    assert not any(torch.equal(a, b) for a in latents for b in replay.pools[0][0])
+    assert len(latents) == len(watched(calibration.prompts)) > 1
+    assert not any(torch.equal(a, b) for a in latents for b in replay.pools[0].latents)
     concepts = [library.load(n).adapter.scaled(20.0) for n in ("octopus", "penguin")]
     attachment = Attachment()
     attachment.set_frozen(concepts[0])
@@ -95,13 +98,17 @@ def test_a_concept_has_half_its_share_where_earlier_ones_spent_all():
     assert Budget(0.02, 1.0, 8, spent=1.1 * share).allowed(5) == pytest.approx(5 * share)
     assert Budget(0.02, 1.0, 8, spent=1.1 * share).notes(4) == []
     (note,) = Budget(0.02, 1.0, 8, spent=10 * share).notes(4)
-    assert "what was taught before (4) moves unrelated prompts by about 7.5% already, where 0.8% is its part" in note
+    assert "what was taught before (4) moves unrelated prompts by about 9.0% already, where 0.9% is its part" in note
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("target", ["base", "before"])
-def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, calibration, target):
-    """The part on generic prompts and decoys is the bare model's, or the stack's; that on earlier concepts the stack's."""
+def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, calibration, target, kept):
+    """The part on generic prompts and decoys is the bare model's, or the stack's; that on earlier concepts the stack's.
+
+    kept: whether the calibration knows what it visited while it drew, which those that were made earlier do not."""
     earlier = [library.load(n) for n in ("octopus", "penguin")]
+    calibration = calibration if kept else replace(calibration, visited=None)
     replay = Replay(model, subjects["fox"].references, "foxqi", earlier, calibration, TrainingConfig(replay_target=target))
     attachment = Attachment()
     attachment.set_frozen(concatenate([c.adapter for c in earlier]).scaled(20.0))
@@ -114,8 +121,43 @@ def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, 
         bare = model.predict(batch.noised, batch.sigma, batch.conditioning)
     assert len(batch.noised) == 12
     assert not torch.allclose(bare[:8], stack[:8], atol=1e-3)
-    assert torch.allclose(batch.target[:8], (bare if target == "base" else stack)[:8], atol=1e-5)
+    rounded = 1e-2 if target == "base" else 1e-5  # what was kept is in half precision
+    assert torch.allclose(batch.target[:8], (bare if target == "base" else stack)[:8], atol=rounded)
     assert torch.allclose(batch.target[8:], stack[8:], atol=1e-5)
+
+
+def test_what_the_bare_model_said_while_it_drew_is_not_asked_again(model, library, subjects, calibration, monkeypatch):
+    """Neither of generic prompts nor of decoys; only of earlier concepts, of which the stack's prediction is asked"""
+    asked, predict = [], model.predict
+    monkeypatch.setattr(model, "predict", lambda noised, *given: asked.append(len(noised)) or predict(noised, *given))
+    for earlier, expected in (([], []), ([library.load("octopus")], [4])):
+        replay = Replay(model, subjects["fox"].references, "foxqi", earlier, calibration, TrainingConfig(replay_batch=12))
+        asked.clear()
+        (batch,) = replay.batch(Attachment(), torch.Generator().manual_seed(0))
+        assert asked == expected and len(batch.noised) == 12
+        levels = replay.pools[0].visited.sigma
+        assert torch.isin(batch.sigma[: 12 // (2 + len(earlier))], levels).all()
+
+
+def test_what_was_visited_moves_as_what_is_noised_anew(model, calibration):
+    """By a LoRA that was not taught with either: else replay would hold something else still than what the budget measures"""
+    attachment, moved, drawn = Attachment(), [], torch.Generator().manual_seed(1)
+    randn = partial(torch.randn, generator=drawn)
+    attachment.set_frozen(
+        Adapter({s.name: LayerDelta(randn(4, s.in_features), 0.002 * randn(s.out_features, 4)) for s in model.sites()})
+    )
+    frozen, prompts = attachment.frozen, model.encode_prompts(calibration.prompts)
+    x, sigma, _ = calibration.visited
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with attached(model.sites(), attachment), torch.no_grad():
+        for step in range(sigma.shape[1]):
+            now = x[:, step].float(), model.noised(calibration.latents, noise[:, step], sigma[:, step])
+            for noised in now:
+                attachment.frozen = frozen
+                with_stack = model.predict(noised, sigma[:, step], prompts)
+                attachment.frozen = {}
+                moved.append((with_stack - model.predict(noised, sigma[:, step], prompts)).square().mean().item())
+    assert sum(moved[::2]) == pytest.approx(sum(moved[1::2]), rel=0.1) and min(moved) > 1e-4
 
 
 def test_it_is_told_when_earlier_concepts_were_taught_without_a_budget(model, subjects, new_library, tmp_path):

@@ -1,13 +1,18 @@
 """What a base model sees is recorded once: a new library takes it over from one beside it that was begun alike."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from seqlora_core.calibration import FILE, PASSES, Calibration, record_moments
+from seqlora_core.calibration import FILE, PASSES, Calibration, calibrate, record_moments, watched
 from seqlora_core.captions import Prompts
 from seqlora_core.concept import References
 from seqlora_core.config import TrainingConfig
+from seqlora_core.drawing import Visited, draw
+from seqlora_core.errors import UserError
 from seqlora_core.library import Library
+from seqlora_core.prompts import generic_decoys, generic_prompts, is_decoy
 from seqlora_core.teach import train_concept
 from seqlora_core.trainer import _moments
 
@@ -42,6 +47,37 @@ def test_a_library_beside_it_is_asked_first(tmp_path, counted):
     assert len(counted) == 1
     assert (first.folder / FILE).read_bytes() == (second.folder / FILE).read_bytes()
     assert first.paths("thing")[0].read_bytes() == second.paths("thing")[0].read_bytes()
+
+
+def test_what_was_visited_is_kept_and_a_calibration_without_it_is_read_as_ever(tmp_path):
+    denoiser = ToyDenoiser()
+    library = begin(tmp_path / "l", denoiser)
+    held, path = library.calibration(), tmp_path / "c.safetensors"
+    assert held.visited.leads_to(held.latents)
+    held.save(path, denoiser.fingerprint())
+    assert all(torch.equal(a, b) for a, b in zip(Calibration.load(path).visited, held.visited))
+    replace(held, visited=None).save(path, denoiser.fingerprint())
+    assert Calibration.load(path).visited is None
+    replace(held, visited=Visited(*(part[1:] for part in held.visited))).save(path, denoiser.fingerprint())
+    with pytest.raises(UserError, match="is no calibration, or a damaged one"):
+        Calibration.load(path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 14])
+def test_pictures_that_the_budget_looks_at_are_unknown_to_the_moments(count):
+    """Else the energy would hold them still, and a concept would move everything else further than the budget believes"""
+    denoiser, prompts = ToyDenoiser(), generic_prompts(count) + generic_decoys(count // 2)
+    made, apart = calibrate(denoiser, SIZE, prompts=prompts), watched(prompts)
+    others = [i for i in range(len(prompts)) if i not in apart] or apart
+    alone = draw(denoiser, [prompts[i] for i in others], 0, SIZE)
+    assert apart and not any(is_decoy(prompts[i]) for i in apart)
+    assert torch.equal(made.latents[others], alone.latents) and len(made.latents) == len(prompts)
+    assert all(torch.equal(part[others], own) for part, own in zip(made.visited, alone.visited))
+    assert all(torch.equal(made.moments[n], alone.moments[n]) for n in alone.moments.layers)
+    assert made.visited.leads_to(made.latents)
+    if len(prompts) > len(apart):
+        unseen = draw(denoiser, [prompts[i] for i in apart], 1, SIZE)
+        assert torch.equal(made.latents[apart], unseen.latents)
 
 
 def test_not_of_another_base_or_another_size(tmp_path, counted):

@@ -59,7 +59,7 @@ class Watched(ToyDenoiser):
 @pytest.mark.parametrize("guidance", [UNGUIDED, 3.0])
 def test_moments_are_of_the_inputs_at_the_training_levels_with_the_prompt(guidance):
     denoiser = Watched()
-    _, moments = draw(denoiser, PROMPTS, 5, SIZE, guidance=guidance, steps=STEPS)
+    moments = draw(denoiser, PROMPTS, 5, SIZE, guidance=guidance, steps=STEPS).moments
     passes = denoiser.given if guidance == UNGUIDED else denoiser.given[::2]
     assert len(denoiser.given) == (STEPS + 1) * (1 if guidance == UNGUIDED else 2)
     rows = torch.cat([x.flatten(0, 1) for x in passes[1:]]).double()  # not of pure noise
@@ -73,6 +73,27 @@ def test_each_picture_is_seen_once_in_each_part_of_the_schedule():
     sigmas = torch.stack([sigma for _, sigma, _ in denoiser.asked])
     assert (sigmas[0] == 1).all() and (sigmas[1:] < sigmas[:-1]).all()
     assert torch.equal(sigmas[1:].flatten().sort().values, denoiser.even_sigmas(len(PROMPTS) * STEPS))
+
+
+@pytest.mark.parametrize("guidance", [UNGUIDED, 3.0])
+def test_what_is_visited_is_what_was_asked_with_the_prompt_and_what_was_said(guidance):
+    denoiser = Watched()
+    drawn = draw(denoiser, PROMPTS, 5, SIZE, guidance=guidance, steps=STEPS)
+    asked = denoiser.asked[:: 1 if guidance == UNGUIDED else 2][1:]  # not pure noise
+    x, sigma, said = drawn.visited
+    assert drawn.visited.leads_to(drawn.latents) and not drawn.visited.leads_to(drawn.latents[:2])
+    with torch.no_grad():
+        for step, inputs in enumerate(asked):
+            assert torch.allclose(x[:, step].float(), inputs[0], rtol=1e-3) and torch.equal(sigma[:, step], inputs[1])
+            expected = ToyDenoiser.predict(denoiser, inputs[0], inputs[1], denoiser.encode_prompts(PROMPTS))
+            assert torch.allclose(said[:, step].float(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_what_half_precision_cannot_hold_is_kept_whole():
+    denoiser = ToyDenoiser()
+    denoiser.predict = lambda noised, *_: torch.full_like(noised, 1e6)
+    x, _, said = draw(denoiser, PROMPTS, 5, SIZE, steps=STEPS).visited
+    assert (said == 1e6).all() and x.isfinite().all()
 
 
 def test_pictures_that_are_not_finite_are_told():
@@ -100,8 +121,8 @@ def test_drawings_are_of_the_models_own_distribution_and_of_their_seed(model):
     from seqlora_core.prompts import generic_prompts
 
     prompts = generic_prompts(24, seed=3)
-    latents, _ = draw(model, prompts, 1, (64, 64))
-    assert torch.equal(latents, draw(model, prompts, 1, (64, 64))[0])
+    latents = draw(model, prompts, 1, (64, 64)).latents
+    assert torch.equal(latents, draw(model, prompts, 1, (64, 64)).latents)
     own = held_out_loss(model, HeldOut.of(model, latents, prompts, levels=4))
     mixed = held_out_loss(model, HeldOut.of(model, latents.flip(0), prompts, levels=4))
     real = held_out_loss(model, load_generic(model))

@@ -280,7 +280,7 @@ def test_a_fit_holds_no_square_matrix_of_layers_with_sketches(monkeypatch, model
     config = TrainingConfig(steps=4, batch=4, replay_batch=6, planned=4)
     whole = fit(model, references, "octzu", [], calibration, config)
     monkeypatch.setattr(statistics, "SKETCH_FROM", 100)
-    known = Calibration(moments_from_tensors(calibration.moments.tensors(), calibration.moments.shared()), calibration.prompts, calibration.latents)  # fmt: skip
+    known = Calibration(moments_from_tensors(calibration.moments.tensors(), calibration.moments.shared()), calibration.prompts, calibration.latents, visited=calibration.visited)  # fmt: skip
     assert all(isinstance(m, Sketch) for m in known.moments.layers.values())
     seen, starting_groups = [], trainer.starting_groups
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"interference", "composition", "calibration", "demo_model", "unet_model", "transformer_model", "evaluation", "judge"},
     {"diffusers_folder", "bilevel", "hypergradient", "lora_moments", "report"},
     {"concept", "config", "plots"},
-    {"captions", "learnt_trigger", "noise_levels", "parallel", "pictures"},
+    {"captions", "learnt_trigger", "noise_levels", "parallel", "pictures", "pools"},
     {"replay", "budget", "report_picture", "labelled", "feasible"},
     {"start", "checkpoint", "objective", "embedding"},
     {"trainer"},

@@ -78,7 +78,7 @@ with torch.inference_mode(False), torch.no_grad():
         patched, _, missing = patch_model(model, None, [Part("a", 1.0, adapter)], weights)
         assert not missing, missing
         with Fed(patched, family, layers) as denoiser:
-            latents, _ = draw(denoiser, [prompt] * 4, 0, SIZE)
+            latents = draw(denoiser, [prompt] * 4, 0, SIZE).latents
             with Inputs() as inputs:
                 moments.append(record_moments(denoiser, latents, denoiser.encode_prompts([prompt] * 4)))
         patched.detach()
