@@ -90,7 +90,7 @@ class SeqLoRATrainingOptions(io.ComfyNode):
                 io.String.Input("layers", default=default.layers, optional=True, tooltip=LAYERS),
                 io.Int.Input(
                     "replay_every", default=default.replay_every, min=1, max=64, optional=True,
-                    tooltip="Steps from one replay of other things to the next. 2 takes a third less time and learns a little less.",
+                    tooltip="Steps from one replay of other things to the next. 2 takes a quarter less time and learns a little less.",
                 ),
                 io.Int.Input(
                     "checkpoint_every", default=checkpointing.every, min=0, max=100_000, optional=True,

@@ -44,9 +44,9 @@ class Replay:
     """Pools of generic pictures, decoys of this concept, pictures of its class, and kept references of earlier concepts.
 
     A batch takes equal parts of the pools that there are; pictures of the class are one pool, of which it takes one size, drawn
-    by how many pictures it holds.  On generic prompts and decoys the target is what the
-    bare base model predicts (config.replay_target "base"), so that a later concept also repairs what earlier ones
-    moved, or what was predicted before this concept ("before"); on earlier concepts always the latter.
+    by how many pictures it holds.  On generic prompts and decoys the target is what the bare base model predicts
+    (config.replay_target "base"), known from when it drew them, so that a later concept also repairs what earlier ones moved, or
+    what was predicted before this concept ("before"); on earlier concepts always the latter.
 
     Some generic pictures are never replayed, nor known to the moments: `moved` looks at them, for what is held is learnt by heart.
     """
@@ -156,12 +156,8 @@ class Replay:
         # first those whose targets are known, then those of the bare model, then those of the model with earlier concepts
         pools = sorted(pools, key=lambda pool: (pool.visited is None) + (not pool.from_base))
         noised, sigma, conditioning, weights, said = zip(*(pool.ask(share, generator) for pool in pools))
-        noised, sigma, conditioning, whole = (
-            torch.cat(noised),
-            torch.cat(sigma),
-            Conditioning.cat(conditioning),
-            share * len(pools),
-        )
+        noised, sigma, conditioning = torch.cat(noised), torch.cat(sigma), Conditioning.cat(conditioning)
+        whole = share * len(pools)
         masked = next((w for w in weights if w is not None), None)
         weight = None if masked is None else torch.cat([torch.ones_like(masked) if w is None else w for w in weights])
         own = torch.arange(whole)[workers.rows(whole)]
