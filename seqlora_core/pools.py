@@ -35,7 +35,7 @@ class Pool:
         visited: Visited | None = None,
     ):  # fmt: skip
         """given: where pictures have repeats and masks"""
-        self.denoiser, self.from_base = denoiser, from_base
+        self.denoiser, self.texts, self.from_base = denoiser, prompts, from_base
         self.latents, self.prompts = latents.to(denoiser.device), denoiser.encode_prompts(prompts)
         self.known = given.known() if given else torch.arange(len(latents))  # their numbers, each as often as it is taken
         masked = given is not None and given.masks is not None

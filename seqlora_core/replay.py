@@ -59,7 +59,6 @@ class Replay:
         self.pools: list[Pool] = []  # generic pictures, decoys
         self.of_class: list[Pool] = []
         self.kept: list[Pool] = []  # of earlier concepts
-        self.texts: list[str] = []  # every prompt of the pools
         self.decoy_moments: Moments | None = None
         from_base, taken = config.replay_target == "base", [c.trigger for c in earlier]
         if config.replay_weight:
@@ -76,7 +75,7 @@ class Replay:
             replayed += [i for i in rows if i not in plain]
             visited = calibration.visited and Visited(*(part[replayed] for part in calibration.visited))
             drawn = calibration.latents[replayed], [texts[i] for i in replayed]
-            self.pools.append(self._pool(*drawn, from_base, visited=visited))
+            self.pools.append(Pool(denoiser, *drawn, from_base, visited=visited))
             prompts = denoiser.encode_prompts([texts[i] for i in looked_at])
             self.watched = calibration.latents[looked_at].to(denoiser.device), prompts
         if config.use_decoys:
@@ -84,21 +83,22 @@ class Replay:
             drawn = draw(denoiser, prompts, config.seed, references.size)
             self.decoy_moments = drawn.moments
             if config.replay_weight:
-                self.pools.append(self._pool(drawn.latents, prompts, from_base, visited=drawn.visited))
+                self.pools.append(Pool(denoiser, drawn.latents, prompts, from_base, visited=drawn.visited))
         if not config.replay_weight:
             return
-        self.of_class = [self._pool(some.latents, some.captions, from_base, some) for some in regularisation]
+        self.of_class = [Pool(denoiser, some.latents, some.captions, from_base, some) for some in regularisation]
         kept: dict[torch.Size, list[Concept]] = {}
         for concept in earlier:
             if len(concept.latents):
                 kept.setdefault(concept.latents.shape[1:], []).append(concept)
         for alike in kept.values():
             latents, prompts = torch.cat([c.latents for c in alike]), [t for c in alike for t in c.captions]
-            self.kept.append(self._pool(latents, prompts, False))
+            self.kept.append(Pool(denoiser, latents, prompts, False))
 
-    def _pool(self, latents: Tensor, prompts: list[str], *given, **known) -> Pool:
-        self.texts += prompts
-        return Pool(self.denoiser, latents, prompts, *given, **known)
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt of the pools"""
+        return [text for pool in (*self.pools, *self.of_class, *self.kept) for text in pool.texts]
 
     def _one_of_class(self, generator: torch.Generator) -> list[Pool]:
         """Pictures of the class in one of their sizes, none if there are none"""
