@@ -76,6 +76,10 @@ class Sketch:
         """d, as of a matrix"""
         return len(self.vectors)
 
+    def to(self, device) -> Sketch:
+        """The same on a device"""
+        return Sketch(self.vectors.to(device), self.values.to(device), self.rest.to(device))
+
     def dense(self) -> Tensor:
         """[d, d]"""
         eye = torch.eye(len(self.vectors), dtype=self.vectors.dtype, device=self.vectors.device)

@@ -124,8 +124,8 @@ def fit(
     done = progress.resume(checkpoints) if checkpoints else 0
     start = time.perf_counter()
 
-    def concept() -> Adapter:
-        return Adapter(to_adapter(groups).layers | (learnt.layers() if learnt else {}))
+    def concept() -> Adapter:  # in main memory, where all others are
+        return Adapter(to_adapter(groups).layers | (learnt.layers() if learnt else {})).to("cpu")
 
     pace = course(config.schedule, config.steps, config.warmup)
     memory = recomputed(denoiser.network(), sites) if config.gradient_checkpointing else contextlib.nullcontext()
@@ -171,7 +171,7 @@ def fit(
         if checkpoints and workers.first and len(result.losses) > done:
             with contextlib.suppress(UserError):  # of a full disk, which may be what stopped it
                 checkpoints.save(len(result.losses), progress.state())
-    result.adapter = concept().to("cpu")
+    result.adapter = concept()
     result.bases = {n: b.detach().cpu().clone() for g in groups for n, b in zip(g.names, g.basis) if n in result.adapter.layers}
     groups = learnt = lower = upper = objective = progress = replay = active = None  # what follows needs the room
     result.moments = _moments(denoiser, sets, prompts, result.adapter, config.seed)
