@@ -9,9 +9,9 @@ from pathlib import Path
 PACK = Path(__file__).resolve().parent.parent
 
 
-def start(root: Path, pack: Path = PACK) -> None:
-    """After this `import comfy...` and `import seqlora_pack...` work, on the CPU."""
-    sys.argv = [sys.argv[0], "--cpu"]
+def start(root: Path, pack: Path = PACK, *options: str) -> None:
+    """After this `import comfy...` and `import seqlora_pack...` work, on the CPU.  options: more of ComfyUI's command line."""
+    sys.argv = [sys.argv[0], "--cpu", *options]
     sys.path.insert(0, str(root))
     import comfy.options
 

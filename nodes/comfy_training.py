@@ -1,19 +1,27 @@
 """Makes ComfyUI's models differentiable for a while, whatever their architecture, and leaves them as they were.
 
-Three things stand in the way of a backward pass:
+Four things stand in the way of a backward pass:
 - the executor runs under `torch.inference_mode()`, so weights are inference tensors, which no backward may save;
 - several families add in place to tensors that a norm has saved for its backward;
 - rotary embeddings go through compiled kernels without a backward (ComfyUI 0.4 and later; those that know
-  `model_management.in_training` have another way, switched by it).
+  `model_management.in_training` have another way, switched by it);
+- some attention kernels have no backward (SageAttention, ComfyUI's own wrapping of FlashAttention): nothing would be learnt before
+  them, in silence.  And ComfyUI's order of torch's kernels goes before that of a caller who needs a second derivative.
 """
 
 from __future__ import annotations
 
 import sys
 
+import comfy.ldm.modules.attention as attention
 import comfy.model_management as management
+import comfy.ops
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+# of ComfyUI's attention functions those through which gradients pass
+DIFFERENTIABLE = ("attention_basic", "attention_split", "attention_sub_quad", "attention_xformers", "attention_pytorch")
 
 
 class Trainable:
@@ -23,7 +31,7 @@ class Trainable:
         """network: the part of it that gradients go through"""
         self.base, self.ready = base, False
         self._swapped: list[tuple[dict, str, Tensor]] = []
-        self._rotary: list[tuple[object, str, object]] = []
+        self._functions: list[tuple[object, str, object]] = []
         norms = (nn.LayerNorm, nn.RMSNorm)
         self._hooks = [
             module.register_forward_pre_hook(lambda m, a: (a[0].clone(), *a[1:]))
@@ -32,12 +40,13 @@ class Trainable:
         ]
 
     def prepare(self) -> None:
-        """Ordinary tensors in the place of inference tensors; rotary embeddings in plain torch."""
+        """Ordinary tensors in the place of inference tensors; attention and rotary embeddings in plain torch."""
         self.ready = True
+        self._functions = _plain_attention()
         if hasattr(management, "in_training"):
             management.in_training = True
         else:
-            self._rotary = _plain_rotary_embeddings()
+            self._functions += _plain_rotary_embeddings()
         for module in self.base.modules():
             for kind in (module._parameters, module._buffers):
                 for key, value in kind.items():
@@ -52,9 +61,9 @@ class Trainable:
         self.ready = False
         for kind, key, value in self._swapped:
             kind[key] = value
-        for module, name, function in self._rotary:
+        for module, name, function in self._functions:
             setattr(module, name, function)
-        self._swapped, self._rotary = [], []
+        self._swapped, self._functions = [], []
         if hasattr(management, "in_training"):
             management.in_training = False
 
@@ -70,6 +79,20 @@ def _ordinary(value: Tensor) -> Tensor:
     if type(value) is not Tensor or value.ndim == 0 or not value.is_contiguous():
         return value.clone()
     return torch.from_dlpack(value.view(torch.uint8)).view(value.dtype)
+
+
+def _plain_attention() -> list[tuple[object, str, object]]:
+    """Puts torch's attention in the place of kernels without a backward, and torch's choice of kernels in that of ComfyUI's;
+    (module, name, original) of each."""
+    replaced = [(comfy.ops, "scaled_dot_product_attention", comfy.ops.scaled_dot_product_attention)]
+    comfy.ops.scaled_dot_product_attention = F.scaled_dot_product_attention
+    for module in [m for name, m in sys.modules.items() if name.startswith("comfy.")]:
+        for name in ("optimized_attention", "optimized_attention_masked"):
+            function = getattr(module, name, None)
+            if function is not None and function.__name__ not in DIFFERENTIABLE:
+                replaced.append((module, name, function))
+                setattr(module, name, attention.attention_pytorch)
+    return replaced
 
 
 def _plain_rotary_embeddings() -> list[tuple[object, str, object]]:

@@ -72,7 +72,8 @@ class Attachment:
             for pair, mask in ((self.frozen.get(name), self.mask.get(name)), (self.live.get(name), None)):
                 if pair is not None:
                     down, up = pair
-                    low = up[x] if tokens else x.to(down.dtype) @ down.mT
+                    # a text encoder may live on another device than the model, as ComfyUI has it on small cards
+                    low = up[x.to(up.device)] if tokens else x.to(down) @ down.mT
                     self._low.append((low if mask is None else low * mask, down if tokens else up))
         total = None
         for low, other in self._low:
@@ -104,7 +105,7 @@ def _hook(attachment: Attachment, name: str, rows: slice, first: bool):
         if first and attachment.record is not None:
             attachment.record(name, x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x)
         delta = attachment.delta(name, x, rows, first)
-        return output if delta is None else output + delta.to(output.dtype)
+        return output if delta is None else output + delta.to(output)
 
     return hook
 

@@ -9,7 +9,8 @@ from seqlora_core.calibration import calibrate
 from seqlora_core.concept import References
 from seqlora_core.config import Checkpointing, TrainingConfig
 from seqlora_core.demo import load_subject
-from seqlora_core.demo_model import DemoModel
+from seqlora_core.demo_model import DemoModel, encode_text
+from seqlora_core.denoiser import Conditioning
 from seqlora_core.evaluation import HeldOut, measure, summed
 from seqlora_core.library import Library
 from seqlora_core.lora_moments import see_trigger
@@ -93,6 +94,24 @@ def test_what_is_trained_there_is_what_is_trained_here(device, tmp_path, monkeyp
     there, here = fits
     assert there.losses == pytest.approx(here.losses, rel=1e-3)
     assert there.energies == pytest.approx(here.energies, rel=1e-2, abs=1e-9)
+
+
+class TextInMainMemory(DemoModel):
+    """As ComfyUI has it on small cards"""
+
+    def __init__(self, device):
+        super().__init__(device=device)
+        self.text = nn.Module.to(self.text, "cpu")
+
+    def read_prompts(self, prompts):
+        context, pooled = encode_text(self.text, self.tokenize(prompts))
+        return Conditioning(context.to(self.device), pooled.to(self.device))
+
+
+def test_a_text_encoder_that_stays_in_main_memory_is_trained_from_there(device, tmp_path):
+    pictures = of_sizes()[0].images
+    fit = two_concepts(TextInMainMemory(device), tmp_path / "l", pictures, text_encoder=True, learn_trigger=True)
+    assert all(delta.up.any() for delta in fit.adapter.layers.values())
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3"])
