@@ -34,10 +34,13 @@ class Away(Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return _run(function, args, kwargs or {})
 
+    # torch moves a number or an index to the device in a way that no mode sees
+
+    def __getitem__(self, index):
+        return super().__getitem__(_index(index))
+
     def __setitem__(self, index, value):
-        # torch moves a number or an index to the device in a way that no mode sees
-        index = index if isinstance(index, tuple) else (index,)
-        index = tuple(_away(torch.tensor(i) if isinstance(i, list) else i) for i in index)
+        index = _index(index)
         value = value if isinstance(value, Tensor) else _away(torch.tensor(value, dtype=self.dtype))
         if any(isinstance(i, Tensor) for i in index):
             self.index_put_(index, value)
@@ -53,6 +56,11 @@ class Away(Tensor):
     __array__ = numpy
 
 
+def _index(index) -> tuple:
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(_away(torch.tensor(i) if isinstance(i, list) else i) for i in parts)
+
+
 def _near(value):
     return value.near if isinstance(value, Away) else value
 
@@ -64,6 +72,8 @@ def _away(value):
 def _run(function, args, kwargs):
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     assert not any(t.device == DEVICE and not isinstance(t, Away) for t in tensors), f"{function}: this is not pretended yet"
+    if function is aten._has_compatible_shallow_copy_type.default:  # of a module that moves its weights
+        return isinstance(args[0], Away) == isinstance(args[1], Away)
     wanted = kwargs.get("device")
     to_device = any(isinstance(t, Away) for t in tensors) if wanted is None else torch.device(wanted) == DEVICE
     if to_device and kwargs.get("generator") is not None:
