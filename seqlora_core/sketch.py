@@ -76,10 +76,6 @@ class Sketch:
         """d, as of a matrix"""
         return len(self.vectors)
 
-    def to(self, device) -> Sketch:
-        """The same on a device"""
-        return Sketch(self.vectors.to(device), self.values.to(device), self.rest.to(device))
-
     def dense(self) -> Tensor:
         """[d, d]"""
         eye = torch.eye(len(self.vectors), dtype=self.vectors.dtype, device=self.vectors.device)
@@ -226,11 +222,12 @@ class Stream:
         self.trace += rows.square().sum()
 
     def sketch(self, count: int, energy: float | None = None, most: int = MOST) -> Sketch:
-        """Of the mean over `count` rows"""
+        """Of the mean over `count` rows; made, and left, in main memory: GPUs are slow at small factorisations in float64"""
+        self.test, self.product, self.trace = self.test.cpu(), self.product.cpu(), self.trace.cpu()
         if not self.trace:  # of inputs that are all zero, whose one kept direction is any
             return _cut(
                 self.test[:, :1].double(),
-                torch.zeros(1, dtype=torch.float64, device=self.test.device),
+                torch.zeros(1, dtype=torch.float64),
                 self.trace / count,
                 energy,
             )

@@ -205,5 +205,5 @@ class Recorder:
         """Of all that was recorded, in main memory, where those that are read from files are; asked for once, for each sum is let
         go when its mean is made"""
         own: dict[str, Tensor | Sketch] = {n: (self.sums.pop(n) / self.counts[n]).float().cpu() for n in list(self.sums)}
-        own |= {n: self.streams.pop(n).sketch(self.counts[n]).to("cpu") for n in list(self.streams)}
+        own |= {n: self.streams.pop(n).sketch(self.counts[n]) for n in list(self.streams)}
         return Moments({name: own[owner] for name, owner in self.owner.items()})

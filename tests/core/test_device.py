@@ -96,6 +96,26 @@ def test_what_is_trained_there_is_what_is_trained_here(device, tmp_path, monkeyp
     assert there.energies == pytest.approx(here.energies, rel=1e-2, abs=1e-9)
 
 
+def test_a_run_that_was_stopped_goes_on_there(device, tmp_path):
+    model, pictures = DemoModel(device=device), of_sizes()[0].images
+
+    def losses(folder, *stops):
+        library = Library(tmp_path / folder, model.fingerprint(), 4, create=True)
+        model.adapt_text(False, tokens=True)
+        if library.calibration() is None:
+            library.keep_calibration(calibrate(model, SIZE, 6))
+
+        def on_step(step):
+            if step.number in stops:
+                raise KeyboardInterrupt
+
+        config = TrainingConfig(**SMALL | dict(steps=3), learn_trigger=True)
+        return train_concept(model, library, pictures, "a", "octzu", "thing", config=config, on_step=on_step)[1].losses
+
+    assert len(losses("stopped", 2)) == 2
+    assert losses("stopped") == pytest.approx(losses("whole"), rel=1e-3)
+
+
 class TextInMainMemory(DemoModel):
     """As ComfyUI has it on small cards"""
 
