@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 RETRACTIONS = ("qr", "polar")
+UNFACTORED = ("mps",)  # devices on which torch has no QR and no singular values: such small ones are quick in main memory
 
 
 def sym(matrix: Tensor) -> Tensor:
@@ -23,9 +24,13 @@ def orthonormal_basis(matrix: Tensor) -> Tensor:
 
     The sign convention makes it continuous in its input (it is the identity on a basis).
     """
-    q, r = torch.linalg.qr(matrix)
+    q, r = torch.linalg.qr(_where_factored(matrix))
     sign = torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return q * sign.unsqueeze(-2)
+    return (q * sign.unsqueeze(-2)).to(matrix.device)
+
+
+def _where_factored(matrix: Tensor) -> Tensor:
+    return matrix.cpu() if matrix.device.type in UNFACTORED else matrix
 
 
 def span(matrix: Tensor, scale: float, eps: float = 1e-5) -> Tensor:
@@ -89,8 +94,8 @@ def retract(basis: Tensor, step: Tensor, occupied: Tensor | None = None, how: st
     if how == "qr":
         return orthonormal_basis(moved)
     if how == "polar":
-        u, _, vh = torch.linalg.svd(moved, full_matrices=False)
-        return u @ vh
+        u, _, vh = torch.linalg.svd(_where_factored(moved), full_matrices=False)
+        return (u @ vh).to(moved.device)
     raise ValueError(f"unknown retraction {how!r}: use 'qr' or 'polar'")
 
 

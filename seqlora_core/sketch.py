@@ -208,30 +208,25 @@ class Stream:
     """Second moment of inputs too wide for a square matrix, summed up as `S Omega` for a fixed random basis Omega.
 
     Tropp, Yurtsever, Udell, Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data"
-    (2017), algorithm 3: room for width x COLUMNS numbers instead of width squared.
+    (2017), algorithm 3: room for width x COLUMNS numbers instead of width squared.  device: of the inputs; the sums are in
+    main memory.
     """
 
     def __init__(self, width: int, device=None):
         self.test = _test_basis(width, str(device or "cpu"))
-        self.product = torch.zeros(self.test.shape, dtype=torch.float64, device=device)
-        self.trace = torch.zeros((), dtype=torch.float64, device=device)
+        self.product = torch.zeros(self.test.shape, dtype=torch.float64)
+        self.trace = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """rows [tokens, width] in float32"""
-        self.product += rows.mT @ (rows @ self.test)
-        self.trace += rows.square().sum()
+        self.product += (rows.mT @ (rows @ self.test)).cpu()
+        self.trace += rows.square().sum().cpu()
 
     def sketch(self, count: int, energy: float | None = None, most: int = MOST) -> Sketch:
-        """Of the mean over `count` rows; made, and left, in main memory: GPUs are slow at small factorisations in float64"""
-        self.test, self.product, self.trace = self.test.cpu(), self.product.cpu(), self.trace.cpu()
+        """Of the mean over `count` rows"""
+        test, product = self.test.cpu().double(), self.product / count
         if not self.trace:  # of inputs that are all zero, whose one kept direction is any
-            return _cut(
-                self.test[:, :1].double(),
-                torch.zeros(1, dtype=torch.float64),
-                self.trace / count,
-                energy,
-            )
-        test, product = self.test.double(), self.product / count
+            return _cut(test[:, :1], torch.zeros(1, dtype=torch.float64), self.trace / count, energy)
         shift = torch.finfo(torch.float32).eps * product.norm()
         shifted = product + shift * test
         inner = test.mT @ shifted

@@ -157,7 +157,8 @@ def _sum(moments: list[Moments], weights: list[float], dense: Callable[..., Tens
 class Recorder:
     """Accumulates second moments during forward passes, one per distinct input tensor.
 
-    Each tensor's sum is formed in float32 by one matrix product and added up in float64.
+    Each tensor's sum is formed in float32 by one matrix product, on its device, and added up in float64 in main memory, where
+    moments that are read from files are: Apple's GPUs have no float64.
     """
 
     def __init__(self, attachment: Attachment):
@@ -196,14 +197,13 @@ class Recorder:
                 self.streams[name] = Stream(rows.shape[1], rows.device)
             self.streams[name].add(rows)
         elif name in self.sums:
-            self.sums[name] += rows.mT @ rows
+            self.sums[name] += (rows.mT @ rows).cpu()
         else:
-            self.sums[name] = (rows.mT @ rows).double()
+            self.sums[name] = (rows.mT @ rows).cpu().double()
         self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
 
     def moments(self) -> Moments:
-        """Of all that was recorded, in main memory, where those that are read from files are; asked for once, for each sum is let
-        go when its mean is made"""
-        own: dict[str, Tensor | Sketch] = {n: (self.sums.pop(n) / self.counts[n]).float().cpu() for n in list(self.sums)}
+        """Of all that was recorded; asked for once, for each sum is let go when its mean is made"""
+        own: dict[str, Tensor | Sketch] = {n: (self.sums.pop(n) / self.counts[n]).float() for n in list(self.sums)}
         own |= {n: self.streams.pop(n).sketch(self.counts[n]) for n in list(self.streams)}
         return Moments({name: own[owner] for name, owner in self.owner.items()})

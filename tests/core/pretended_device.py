@@ -1,7 +1,8 @@
 """A device that is not there: tensors on it keep their numbers in main memory, and what a GPU refuses is refused.
 
 Refused are operations on tensors of both places (but for numbers, and indices from main memory), numpy, and random numbers from
-main memory's generator.  The device is called "meta", the only one without hardware through which gradients pass.
+main memory's generator.  A `small` one has no float64 and no factorisations either, as Apple's.  The device is called "meta",
+the only one without hardware through which gradients pass.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
+FACTORISATIONS = ("linalg_qr", "_linalg_svd", "_linalg_eigh", "linalg_cholesky_ex")
 INDEXED = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
 
 
@@ -88,19 +90,25 @@ def _run(function, args, kwargs):
     out = function(*tree_map(_near, args), **tree_map(_near, kwargs))
     if not to_device and not (function is aten.copy_.default and isinstance(args[0], Away)):
         return out
+    if _Mode.small:
+        found = [t.dtype for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if torch.float64 in found or function._schema.name.removeprefix("aten::") in FACTORISATIONS:
+            raise RuntimeError(f"{function}: not implemented for {found} on this device")
     known = {id(t.near): t for t in tensors if isinstance(t, Away)}  # an operation in place gives back what it was given
     return tree_map(lambda t: known.get(id(t)) if id(t) in known else _away(t), out)
 
 
 class _Mode(TorchDispatchMode):
+    small = False
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return _run(function, args, kwargs or {})
 
 
 @contextlib.contextmanager
-def pretended_device():
+def pretended_device(small: bool = False):
     """For the length of a `with` block DEVICE has numbers"""
-    plain = torch.tensor
+    plain, _Mode.small = torch.tensor, small
 
     def tensor(data, *, device=None, **options):
         return plain(data, **options) if device is None else plain(data, **options).to(device)
@@ -110,4 +118,4 @@ def pretended_device():
         with _Mode():
             yield DEVICE
     finally:
-        torch.tensor = plain
+        torch.tensor, _Mode.small = plain, False
