@@ -84,6 +84,11 @@ def train_concept(
         every = [t for some, s in zip(texts, sets) for t in some[:: 2 if s.mirrored else 1]]  # of each picture once
         early = cut_off(denoiser, sets, every, trigger)
         alike = next((c.name for c in others if c.trigger.lower() == trigger.lower()), None)
+        if calibration.visited is None and config.drift_budget and config.replay_weight:
+            early.append(
+                f"the library {library.folder.name!r} was begun by an earlier version, whose statistics know the pictures that the "
+                "budget looks at: unrelated prompts may move further than the budget says; a new library keeps to it"
+            )
         if library.note:  # once, of a run of many concepts
             early.append(library.note)
             library.note = ""

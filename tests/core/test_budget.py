@@ -130,6 +130,17 @@ def test_replay_asks_for_the_prediction_that_it_names(model, library, subjects, 
     assert torch.allclose(batch.target[8:], stack[8:], atol=1e-5)
 
 
+@pytest.mark.parametrize("options, told", [({}, True), ({"drift_budget": 0.0}, False)])
+def test_who_goes_on_with_a_library_of_an_earlier_version_is_told_that_its_budget_is_not_kept(
+    model, subjects, calibration, new_library, tmp_path, options, told
+):
+    library = new_library(tmp_path / "l")
+    assert not any("earlier version" in note for note in teach(model, library, subjects["fox"], steps=1)[1].notes)
+    library.keep_calibration(replace(calibration, visited=None))
+    notes = teach(model, library, subjects["octopus"], steps=1, **options)[1].notes
+    assert any("'l' was begun by an earlier version" in note for note in notes) == told
+
+
 def test_what_the_bare_model_said_while_it_drew_is_not_asked_again(model, library, subjects, calibration, monkeypatch):
     """Neither of generic prompts nor of decoys; only of earlier concepts, of which the stack's prediction is asked"""
     asked, predict = [], model.predict
