@@ -42,7 +42,6 @@ TABLES = {
     "scale": of_method.scale_table,
     "method_long_triggers_32": lambda: of_method.method_table("method_long_triggers_32"),
     "method_long_triggers_101": lambda: of_method.method_table("method_long_triggers_101"),
-    "targets_kept": lambda: of_method.method_table("targets_kept"),
     "fixed_weight": lambda: of_method.method_table("fixed_weight"),
     "method_unet": lambda: of_method.method_table("method_unet"),
     "demo": of_method.demo_table,
