@@ -73,15 +73,15 @@ def _concept(
     batches: list | None, masks_of: list | None, folder: str, resolution: int, captions: str, buckets: bool = False,
     masks: str = PictureOptions.masks, flip: bool = False,
 ) -> ConceptImages:  # fmt: skip
-    """batches, masks_of: IMAGE and MASK batches of any sizes, instead of the folder"""
+    """batches, masks_of: IMAGE and MASK batches of any sizes, instead of the folder; with --gpu-only they are on the GPU"""
     if batches is None:
         options = PictureOptions(0, buckets, masks, flip)
         options.validate()
         sets, notes = load(Path(pictures_folder(folder)), resolution, options)
     else:
-        images = [image for batch in batches for image in batch.split(1) if len(image)]
+        images = [image for batch in batches for image in batch.cpu().split(1) if len(image)]
         _check_images(images)
-        counted = None if masks_of is None else _masks([m for batch in masks_of for m in batch.split(1)], images, resolution)
+        counted = None if masks_of is None else _masks([m for b in masks_of for m in b.cpu().split(1)], images, resolution)
         sets = [Pictures(torch.cat([_square(image, resolution) for image in images]), [None] * len(images), counted)]
         sets = [mirrored(s) for s in sets] if flip else sets
         notes = _notes(images, resolution)

@@ -3,11 +3,12 @@
 argv: ComfyUI checkout, this pack, a library's folder, output file.  Writes predictions and weights as safetensors.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
 comfy_root, pack, library, output = map(Path, sys.argv[1:5])
-sys.path.insert(0, str(pack / "benchmarks"))
+sys.path[:0] = [str(pack / "benchmarks"), str(pack / "tests" / "core")]
 
 from comfy_process import patched_weights, start  # noqa: E402
 
@@ -17,6 +18,7 @@ import comfy.model_management as management  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
+from pretended_device import pretended_device  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
@@ -90,6 +92,10 @@ for kind, images in {"empty": torch.zeros(0, 64, 64, 3), "broken": torch.full((1
         out[f"{kind}: {error}"] = torch.zeros(1)
 out["grey"] = _concept([torch.full((1, 64, 64, 1), 0.5)], None, "", 64, "").images.contiguous()
 images = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
+for kind, there in (("here", contextlib.nullcontext("cpu")), ("away", pretended_device())):
+    with there as device:
+        made = _concept([images.to(device)], [images[..., 0].to(device)], "", 32, "").sets[0]
+    out |= {f"pictures_{kind}": made.images.contiguous(), f"masks_{kind}": made.masks.contiguous()}
 with torch.inference_mode():
     out["encoded"] = vae.encode(images).float().clone().contiguous()
 out["encoded"] = model.model.process_latent_in(out["encoded"].clone()).contiguous()

@@ -55,6 +55,11 @@ def test_a_cancel_ends_a_preview(comfy):
     assert "cancelled" in comfy
 
 
+def test_connected_images_that_are_on_a_gpu_are_taken_from_there(comfy):
+    for what in ("pictures", "masks"):
+        assert torch.equal(comfy[f"{what}_away"], comfy[f"{what}_here"]) and comfy[f"{what}_here"].any()
+
+
 def test_connected_images_that_are_none_or_no_numbers_are_told_and_grey_ones_are_taken(comfy):
     told = " ".join(comfy)
     assert (
