@@ -1,6 +1,8 @@
 """ComfyUI's real model classes, at tiny widths with random weights: each trains, and the stock loader reads what it made."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +33,14 @@ def test_family_trains_and_the_stock_loader_reads_it(rows, family):
     assert row["stock_layers"] == row["layers"] > 0 and row["warnings"] == []
     assert row["stock_differs"] < 1e-3  # what the stock loader patches is what was trained
     assert row["weights_kept"] and row["hooks_left"] == 0
+
+
+def test_families_are_trained_and_patched_on_a_device_that_is_not_main_memory(tmp_path):
+    """On a pretended one, which refuses what a GPU refuses"""
+    script = Path(__file__).with_name("device_in_process.py")
+    run_in_comfyui(script, PACK, tmp_path / "out.json", *FAMILIES)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert list(found) == FAMILIES
+    for row in found.values():
+        assert row["device"] == "meta" and all(map(math.isfinite, row["losses"]))
+        assert row["missing"] == [] and row["moved"] > 0
