@@ -58,8 +58,8 @@ class ComfyDenoiser:
 
     def __exit__(self, *_) -> None:
         self.cancel.release()
-        for part in self._trainable:
-            part.close()
+        while self._trainable:  # the last first, for it found what the first had put in place
+            self._trainable.pop().close()
         # When a clone goes ComfyUI goes on with what it was cloned from; where the collector finds both at once, as after an
         # error, it takes the model for leaked and collects garbage at every load from then on.
         self.patcher = self.patcher.parent
@@ -94,7 +94,7 @@ class ComfyDenoiser:
                 part.prepare()
 
     def _restore(self) -> None:
-        for part in self._trainable:
+        for part in reversed(self._trainable):
             part.restore()
 
     def adapt_text(self, attention: bool, tokens: bool = False) -> None:

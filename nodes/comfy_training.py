@@ -89,7 +89,7 @@ def _plain_attention() -> list[tuple[object, str, object]]:
     for module in [m for name, m in sys.modules.items() if name.startswith("comfy.")]:
         for name in ("optimized_attention", "optimized_attention_masked"):
             function = getattr(module, name, None)
-            if function is not None and function.__name__ not in DIFFERENTIABLE:
+            if function is not None and getattr(function, "__name__", "") not in DIFFERENTIABLE:
                 replaced.append((module, name, function))
                 setattr(module, name, attention.attention_pytorch)
     return replaced

@@ -31,6 +31,8 @@ sys.modules["sageattention"].sageattn = sageattn
 start(comfy_root, pack, "--use-sage-attention")
 
 import comfy.ldm.modules.attention as attention  # noqa: E402
+import comfy.ldm.modules.diffusionmodules.mmdit as mmdit  # noqa: E402
+import comfy.ops  # noqa: E402
 from seqlora_pack.nodes.comfy_demo import load_demo_model  # noqa: E402
 from seqlora_pack.nodes.comfy_denoiser import ComfyDenoiser  # noqa: E402
 from seqlora_pack.seqlora_core.calibration import calibrate  # noqa: E402
@@ -39,6 +41,12 @@ from seqlora_pack.seqlora_core.demo_model import DEMO_MODEL  # noqa: E402
 from seqlora_pack.seqlora_core.library import Library  # noqa: E402
 from seqlora_pack.seqlora_core.teach import train_concept  # noqa: E402
 
+
+def functions():
+    return mmdit.optimized_attention, attention.optimized_attention, comfy.ops.scaled_dot_product_attention
+
+
+before = functions()
 model, clip, vae = load_demo_model(DEMO_MODEL)
 images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
 config = TrainingConfig(steps=2, batch=2, replay_batch=2, use_decoys=False, text_encoder=True)
@@ -56,6 +64,6 @@ found = {
     "through": sum(calls),
     "layers": len(layers),
     "still": [name for name, delta in layers.items() if not delta.up.any()],
-    "losses": fit.losses,
+    "left": [after is one for after, one in zip(functions(), before)],
 }
 output.write_text(json.dumps(found))

@@ -12,3 +12,4 @@ def test_every_layer_learns_where_attention_is_a_kernel_without_a_backward(tmp_p
     assert found["chosen"] == "attention_sage" and found["drawn"] > 0  # what is drawn is drawn with it, before and after
     assert found["through"] == 0
     assert found["layers"] > 20 and found["still"] == []
+    assert all(found["left"])
